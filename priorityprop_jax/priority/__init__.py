@@ -1,0 +1,1 @@
+"""DECIDE: who deserves the budget. Pure Optax; knows no models."""

@@ -1,0 +1,191 @@
+"""Scores and a budget in, whole updates per slot out: the top-k of the library.
+
+The allocation is exact. Shares are compared as integers, never as rounded floats, so that a budget
+is spent to the last update, equal priorities get equal shares, and a higher priority never gets
+fewer. 64-bit integers are pairs of ``uint32`` here, as JAX has no ``int64`` unless asked for it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Weights keep 40 bits below the largest one's leading bit, so that sums over 2**22 slots fit 63.
+_WEIGHT_BITS = 40
+_MAX_SLOTS = 2**22
+
+
+class _U64(NamedTuple):
+    """An unsigned 64-bit integer as two words."""
+
+    hi: jax.Array  # uint32
+    lo: jax.Array  # uint32
+
+
+def _add(a: _U64, b: _U64) -> _U64:
+    lo = a.lo + b.lo
+    return _U64(a.hi + b.hi + (lo < b.lo).astype(jnp.uint32), lo)
+
+
+def _subtract(a: _U64, b: _U64) -> _U64:
+    return _U64(a.hi - b.hi - (a.lo < b.lo).astype(jnp.uint32), a.lo - b.lo)
+
+
+def _at_least(a: _U64, b: _U64) -> jax.Array:
+    return (a.hi > b.hi) | ((a.hi == b.hi) & (a.lo >= b.lo))
+
+
+def _select(mask: jax.Array, a: _U64, b: _U64) -> _U64:
+    return _U64(jnp.where(mask, a.hi, b.hi), jnp.where(mask, a.lo, b.lo))
+
+
+def _multiply_divide(a: jax.Array, b: _U64, c: _U64) -> tuple[jax.Array, _U64]:
+    """Returns ``floor(a * b / c)`` and ``(a * b) mod c`` for ``b <= c < 2**63``, ``0 <= a < 2**31``.
+
+    Schoolbook multiplication by the bits of ``a``, reduced modulo ``c`` after every step, so that
+    nothing grows past ``2 * c``.
+    """
+    shape = jnp.broadcast_shapes(a.shape, b.lo.shape, c.lo.shape)
+    zero = jnp.zeros(shape, jnp.uint32)
+    a = jnp.broadcast_to(a, shape).astype(jnp.uint32)
+    b, c = (_U64(*(jnp.broadcast_to(word, shape) for word in x)) for x in (b, c))
+
+    def reduce(quotient, remainder):
+        over = _at_least(remainder, c)
+        return (
+            quotient + over.astype(jnp.uint32),
+            _select(over, _subtract(remainder, c), remainder),
+        )
+
+    def body(i, carry):
+        quotient, remainder = carry
+        quotient, remainder = reduce(quotient << 1, _add(remainder, remainder))
+        bit = (a >> (jnp.uint32(30) - i.astype(jnp.uint32))) & 1
+        return reduce(quotient, _select(bit == 1, _add(remainder, b), remainder))
+
+    quotient, remainder = lax.fori_loop(0, 31, body, (zero, _U64(zero, zero)))
+    return quotient.astype(jnp.int32), remainder
+
+
+def _weights(priorities: jax.Array) -> _U64:
+    """The priorities as integers: the largest one's leading bit is bit 39, what is below bit 0 goes."""
+    bits = lax.bitcast_convert_type(priorities, jnp.uint32)
+    exponent = (bits >> 23).astype(jnp.int32)
+    mantissa = jnp.where(exponent > 0, (bits & 0x7FFFFF) | 0x800000, 0).astype(jnp.uint32)
+    shift = jnp.minimum(jnp.max(exponent, initial=0) - exponent, _WEIGHT_BITS)
+    hi, lo = mantissa >> 16, mantissa << 16  # mantissa * 2**16, in 40 bits
+    near = jnp.minimum(shift, 31).astype(jnp.uint32)  # shifts of a whole word are undefined
+    far = jnp.clip(shift - 32, 0, 31).astype(jnp.uint32)
+    carried = jnp.where(near == 0, 0, hi << ((32 - near) & 31))
+    return _U64(
+        jnp.where(shift < 32, hi >> near, 0),
+        jnp.where(shift < 32, (lo >> near) | carried, hi >> far),
+    )
+
+
+def _suffix_sums(x: _U64) -> _U64:
+    return _U64(*lax.associative_scan(lambda a, b: _add(_U64(*a), _U64(*b)), x, reverse=True))
+
+
+def allocate(
+    priorities: jax.typing.ArrayLike,
+    budget: jax.typing.ArrayLike,
+    min_updates: jax.typing.ArrayLike = 0,
+    max_updates: jax.typing.ArrayLike = 2**31 - 1,
+) -> jax.Array:
+    r"""Hands out a budget of whole updates in proportion to priority.
+
+    Every slot gets ``min_updates``; what is left of the budget, ``E``, is shared in proportion:
+
+    .. math:: x_i = \min(\text{max} - \text{min},\ \lambda s_i), \qquad \sum_i x_i = E,
+
+    and rounded by largest remainders: ``floor(x_i)``, then one more for each of the largest
+    fractional parts until the budget is spent (equal parts: the higher priority first, then the
+    earlier slot). When every slot with a priority is at ``max_updates``, the rest is split evenly
+    among the slots without one; all-zero priorities therefore mean an even split.
+
+    The arithmetic is exact (integer) for priorities that are resolved to ``2**-39`` of the
+    largest one's leading bit; smaller priorities rank by size but weigh nothing.
+
+    Args:
+      priorities: ``[slots]``, floating point, read as float32. NaN, infinite, negative and
+        subnormal ones count as 0.
+      budget: updates to hand out, a whole number below ``2**31``. Traceable: one compiled program
+        serves every budget. Where it is infeasible it is clamped to
+        ``[slots * min_updates, slots * max_updates]``.
+      min_updates: the least updates of a slot. Traceable.
+      max_updates: the most updates of a slot. Traceable.
+
+    Returns:
+      ``int32[slots]`` with ``min_updates <= n <= max_updates`` and ``sum(n) == budget``.
+
+    Raises:
+      ValueError: if ``priorities`` is not a vector, or is longer than ``2**22``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from priorityprop_jax import allocate
+      >>> allocate(jnp.array([4.0, 2.0, 1.0, 0.0]), budget=18, min_updates=1, max_updates=20)
+      Array([9, 5, 3, 1], dtype=int32)
+
+    References:
+      The quota is PriorityProp 0.1.0's; the rounding is Hamilton's method, see M. L. Balinski and
+      H. P. Young, *Fair Representation*, 1982.
+    """
+    priorities = jnp.asarray(priorities, jnp.float32)
+    if priorities.ndim != 1:
+        raise ValueError(f"priorities must be a vector [slots], got shape {priorities.shape}")
+    if priorities.shape[0] > _MAX_SLOTS:
+        raise ValueError(f"at most {_MAX_SLOTS} slots are supported, got {priorities.shape[0]}")
+    if not priorities.shape[0]:
+        return jnp.zeros((0,), jnp.int32)
+    as_int = lambda x: jnp.asarray(x).astype(jnp.int32)  # noqa: E731
+    return _allocate(priorities, as_int(budget), as_int(min_updates), as_int(max_updates))
+
+
+@jax.jit
+def _allocate(priorities, budget, min_updates, max_updates):
+    slots = priorities.shape[0]
+    index = jnp.arange(slots, dtype=jnp.int32)
+    tiny = jnp.finfo(jnp.float32).tiny
+    priorities = jnp.where(jnp.isfinite(priorities) & (priorities >= tiny), priorities, 0.0)
+
+    # All that follows is in order of priority, highest first, the earlier slot first among equals.
+    keys, order = lax.sort((-priorities, index), num_keys=1, is_stable=True)
+    weights = _weights(-keys)
+    positive = jnp.sum((weights.hi | weights.lo) != 0, dtype=jnp.int32)
+
+    left = jnp.maximum(budget - slots * min_updates, 0)
+    cap = jnp.clip(max_updates - min_updates, 0, left)  # nobody gets more than all of it
+    rounds = left // jnp.maximum(cap, 1)  # how many slots `left` can fill to the cap
+    left = jnp.where((rounds >= slots) | (cap == 0), slots * cap, left)
+
+    # Slots that weigh nothing share evenly, and only what the others cannot take.
+    overflow = positive <= rounds
+    even = overflow & (index >= positive)
+    weights = _select(even, _U64(jnp.uint32(0), jnp.uint32(1)), weights)
+
+    # Slot k is full if it would be with all slots before it full. The full slots come first, as
+    # filling one raises the share of all the rest.
+    sums = _suffix_sums(weights)
+    sums = _select((sums.hi | sums.lo) == 0, _U64(jnp.uint32(0), jnp.uint32(1)), sums)
+    rest = jnp.where(index <= rounds, left - jnp.minimum(index, rounds) * cap, 0)
+    share, _ = _multiply_divide(rest, weights, sums)
+    full = jnp.argmin(jnp.append((share >= cap) & (rest >= cap), False)).astype(jnp.int32)
+    full = jnp.where(overflow, jnp.maximum(full, positive), full)
+
+    rest = left - full * cap
+    total = _U64(*(jnp.append(word, jnp.uint32(1))[full] for word in sums))
+    open_ = index >= full
+    inside = _select(open_, weights, _U64(jnp.uint32(0), jnp.uint32(0)))
+    share, remainder = _multiply_divide(jnp.where(open_, rest, 0), inside, total)
+    granted = jnp.where(open_, share, cap)
+
+    # The top-k of the remainders, with k traced: sort them all, keep the first k places.
+    leftover = left - jnp.sum(granted, dtype=jnp.int32)
+    *_, ranked = lax.sort((~remainder.hi, ~remainder.lo, index), num_keys=2, is_stable=True)
+    granted = granted.at[ranked].add((index < leftover).astype(jnp.int32))
+    return jnp.zeros_like(order).at[order].set(min_updates + granted)

@@ -1,0 +1,319 @@
+"""What was spent on whom: a dict, a table, a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from priorityprop_jax.priority.slots import Slots
+from priorityprop_jax.priority.transform import PriorityPropState
+
+_VECTORS = ("update_counts", "priorities", "allocation", "nonfinite_counts")
+_COLUMNS = ("slot", "depth", "shape", "updates", "share", "priority", "granted", "non-finite")
+
+
+def find_state(opt_state: Any) -> PriorityPropState:
+    """The one `PriorityPropState` in any optimizer state.
+
+    Args:
+      opt_state: the state of `priorityprop`, or of anything that it is a part of (`optax.chain`,
+        `flax.nnx.Optimizer.opt_state`, ...).
+
+    Returns:
+      The state; its fields may be wrapped as the framework wraps them.
+
+    Raises:
+      ValueError: if there is none, or more than one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from priorityprop_jax import scale_by_priority
+      >>> from priorityprop_jax.priority.ledger import find_state
+      >>> tx = optax.chain(optax.sgd(0.1), scale_by_priority(10))
+      >>> find_state(tx.init({"w": jnp.ones(3)})).update_counts
+      Array([0], dtype=int32)
+    """
+    is_state = lambda x: isinstance(x, PriorityPropState)  # noqa: E731
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
+    if len(found) != 1:
+        raise ValueError(f"expected one PriorityPropState in the optimizer state, got {len(found)}")
+    return found[0]
+
+
+class Ledger:
+    """The account of a run: for every slot its updates, its share of the budget, its priority.
+
+    Args:
+      slots: the slots of the trained parameters, see `find_slots`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from priorityprop_jax import Ledger, find_slots, priorityprop
+      >>> params = {"Dense_0": jnp.ones((2, 3)), "Dense_1": jnp.ones((3, 1))}
+      >>> tx = priorityprop(optax.adam(1e-3), total_budget=2, recalc_every=1)
+      >>> state = tx.init(params)
+      >>> _, state = tx.update(params, state, params)
+      >>> ledger = Ledger(find_slots(params))
+      >>> ledger.record(state)
+      >>> print(ledger)
+      slot     depth  shape  updates  share  priority  granted  non-finite
+      Dense_0      1    2x3        1  50.0%       1.1        1           0
+      Dense_1      0    3x1        1  50.0%         1        1           0
+      total                        2 100.0%                  2           0
+      step 1, 2 slots, budget clamped in 0 cycles
+    """
+
+    def __init__(self, slots: Slots) -> None:
+        self.names: tuple[str, ...] = slots.names
+        self.depths: tuple[int, ...] = slots.depths
+        self.layers: tuple[str, ...] = slots.layers
+        self.shapes = ["+".join(map(_shape_text, shapes)) for shapes in slots.shapes]
+        self.steps: list[int] = []
+        self.history: list[list[int]] = []  # [records][slots], updates so far
+        self.clamped_cycles = 0
+        self.vectors: dict[str, list[Any]] = {name: [0] * len(slots) for name in _VECTORS}
+
+    def record(self, opt_state: Any) -> None:
+        """Enters the present state of an optimizer. Waits for the device.
+
+        Args:
+          opt_state: any optimizer state with one `PriorityPropState` in it.
+
+        Raises:
+          ValueError: if there is no such state, or it is of other slots.
+        """
+        state = find_state(opt_state)
+        fields = ("step", "clamped_cycles", *_VECTORS)
+        step, clamped, *vectors = (
+            np.asarray(jax.tree.leaves(getattr(state, name))[0]) for name in fields
+        )
+        if vectors[0].shape != (len(self.names),):
+            raise ValueError(
+                f"the state has update counts of shape {vectors[0].shape}, but the ledger has "
+                f"{len(self.names)} slots; give find_slots the options of the transformation"
+            )
+        if self.steps and self.steps[-1] == int(step):
+            self.steps.pop()
+            self.history.pop()
+        self.steps.append(int(step))
+        self.history.append([int(n) for n in vectors[0]])
+        self.clamped_cycles = int(clamped)
+        self.vectors = {
+            name: vector.tolist() for name, vector in zip(_VECTORS, vectors, strict=True)
+        }
+
+    @property
+    def total_updates(self) -> int:
+        """Updates spent on all slots together."""
+        return sum(self.vectors["update_counts"])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict a slot: slot, depth, layer, shape, updates, share, priority, granted, non-finite.
+
+        ``share`` is of the updates spent so far, from 0 to 1; ``granted`` the updates of the last
+        cycle's allocation; ``non-finite`` how often the magnitude was NaN or infinite.
+        """
+        total = max(self.total_updates, 1)
+        columns = zip(
+            self.names,
+            self.depths,
+            self.layers,
+            self.shapes,
+            *(self.vectors[name] for name in _VECTORS),
+            strict=True,
+        )
+        return [
+            {
+                "slot": name,
+                "depth": depth,
+                "layer": layer,
+                "shape": shape,
+                "updates": updates,
+                "share": updates / total,
+                "priority": priority,
+                "granted": granted,
+                "non-finite": nonfinite,
+            }
+            for name, depth, layer, shape, updates, priority, granted, nonfinite in columns
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON. `from_dict` is the inverse."""
+        return {
+            "step": self.steps[-1] if self.steps else 0,
+            "total_updates": self.total_updates,
+            "clamped_cycles": self.clamped_cycles,
+            "slots": self.rows(),
+            "history": {"steps": list(self.steps), "update_counts": [*map(list, self.history)]},
+        }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Ledger:
+        """Rebuilds a ledger from `as_dict`.
+
+        Raises:
+          ValueError: if the record is not one of `as_dict`'s.
+        """
+        ledger = cls(Slots((), (), (), (), (), ()))
+        try:
+            rows = record["slots"]
+            ledger.names = tuple(row["slot"] for row in rows)
+            ledger.depths = tuple(row["depth"] for row in rows)
+            ledger.layers = tuple(row["layer"] for row in rows)
+            ledger.shapes = [row["shape"] for row in rows]
+            ledger.steps = [int(step) for step in record["history"]["steps"]]
+            ledger.history = [[int(n) for n in counts] for counts in record["history"]["update_counts"]]
+            ledger.clamped_cycles = int(record["clamped_cycles"])
+            keys = ("updates", "priority", "granted", "non-finite")
+            ledger.vectors = {
+                name: [row[key] for row in rows] for name, key in zip(_VECTORS, keys, strict=True)
+            }
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a ledger: {error!r} is missing or of another type") from error
+        if any(len(counts) != len(ledger.names) for counts in ledger.history) or len(
+            ledger.history
+        ) != len(ledger.steps):
+            raise ValueError("not a ledger: its history does not fit its slots")
+        return ledger
+
+    def _table(self) -> list[tuple[str, ...]]:
+        body = [
+            (
+                row["slot"],
+                str(row["depth"]),
+                row["shape"],
+                str(row["updates"]),
+                f"{row['share']:.1%}",
+                f"{row['priority']:.3g}",
+                str(row["granted"]),
+                str(row["non-finite"]),
+            )
+            for row in self.rows()
+        ]
+        totals = {name: str(sum(self.vectors[name])) for name in _VECTORS}
+        share = "100.0%" if self.total_updates else "0.0%"
+        total = ("total", "", "", totals["update_counts"], share, "")
+        return [*body, (*total, totals["allocation"], totals["nonfinite_counts"])]
+
+    def _summary(self) -> str:
+        step = self.steps[-1] if self.steps else 0
+        cycles = "cycle" if self.clamped_cycles == 1 else "cycles"
+        slots = "slot" if len(self.names) == 1 else "slots"
+        return (
+            f"step {step}, {len(self.names)} {slots}, "
+            f"budget clamped in {self.clamped_cycles} {cycles}"
+        )
+
+    def __str__(self) -> str:
+        """The ledger as an aligned table."""
+        table = [_COLUMNS, *self._table()]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
+            row[0].ljust(widths[0])
+            + "  "
+            + " ".join(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+            for row in table
+        ]
+        return "\n".join([*(line.rstrip() for line in lines), self._summary()])
+
+    def to_markdown(self) -> str:
+        """The ledger as a Markdown table."""
+        cells = [_COLUMNS, ("---", *["---:"] * (len(_COLUMNS) - 1)), *self._table()]
+        lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in cells]
+        return "\n".join([*lines, "", self._summary()])
+
+    def plot(self, path: str | Path) -> Path:
+        """Draws which layers the updates of every cycle went to, over the run.
+
+        Layers are stacked from the input (bottom) to the output (top); a band's height is its share
+        of the updates spent between two records. Needs matplotlib (the extra ``demo``).
+
+        Args:
+          path: where the picture goes; the ending chooses the format.
+
+        Returns:
+          The path.
+
+        Raises:
+          ValueError: if nothing has been spent.
+        """
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        layers, steps, shares = self._shares()
+        figure = Figure(figsize=(9, 4.8), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        colors = _colors(len(layers))
+        # Steps, not slopes: a share belongs to the whole stretch between two records.
+        edges = np.repeat(steps, 2)[1:-1]
+        axes.stackplot(
+            edges, np.repeat(shares, 2, axis=0).T, colors=colors, edgecolor="white", linewidth=0.4
+        )
+        even = np.array([self.layers.count(layer) for layer in layers]) / len(self.names)
+        for line in np.cumsum(even)[:-1]:
+            axes.axhline(line, color="black", linewidth=0.7, linestyle=(0, (2, 3)), alpha=0.6)
+        axes.set_xlim(edges[0], edges[-1])
+        axes.set_ylim(0, 1)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.set_xlabel("step")
+        axes.set_ylabel("share of updates")
+        axes.set_title(
+            f"Where the budget went: {self.total_updates:,} updates over {len(self.names)} slots\n"
+            "(dashed: an even split)",
+            fontsize=11,
+        )
+        for label, y in _labels(layers, shares):
+            axes.annotate(
+                label, (1.01, y), xycoords="axes fraction", va="center", fontsize=8, clip_on=False
+            )
+        path = Path(path)
+        figure.savefig(path, dpi=130)
+        return path
+
+    def _shares(self) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """Layers from the input, ``[records + 1]`` steps and ``[records, layers]`` shares."""
+        depth = dict(zip(self.layers, self.depths, strict=True))
+        layers = sorted(depth, key=lambda layer: -depth[layer])
+        member = np.array([[own == layer for layer in layers] for own in self.layers], float)
+        counts = np.array(self.history, float).reshape(len(self.history), len(self.names))
+        steps = np.array(self.steps)
+        if not len(steps) or steps[0] != 0:
+            steps = np.insert(steps, 0, 0)
+            counts = np.insert(counts, 0, 0, axis=0)
+        spent = np.diff(counts, axis=0) @ member  # [records, layers]
+        keep = spent.sum(axis=1) > 0
+        if not keep.any():
+            raise ValueError("nothing has been spent yet: record a state after some steps first")
+        steps = np.concatenate([steps[:1], steps[1:][keep]])
+        return layers, steps, spent[keep] / spent[keep].sum(axis=1, keepdims=True)
+
+
+def _shape_text(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _colors(number: int) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](np.linspace(0.05, 0.95, number))
+
+
+def _labels(layers: Sequence[str], shares: np.ndarray) -> list[tuple[str, float]]:
+    """Layer names at the middles of their bands at the right edge, thinned until they fit."""
+    tops = np.cumsum(shares[-1])
+    middles = tops - shares[-1] / 2
+    every = max(1, math.ceil(len(layers) / 24))
+    labels: list[tuple[str, float]] = []
+    for i, (layer, middle) in enumerate(zip(layers, middles, strict=True)):
+        if i % every == 0:
+            below = labels[-1][1] if labels else -1.0
+            labels.append((layer, max(float(middle), below + 0.04)))
+    return labels

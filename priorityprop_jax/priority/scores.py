@@ -1,0 +1,215 @@
+"""Who deserves the budget: magnitude x count discount x depth factor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from priorityprop_jax.priority.slots import Slots
+
+Magnitude = str | Callable[[Any], jax.typing.ArrayLike]
+
+
+def _absolute(x: jax.Array) -> jax.Array:
+    return jnp.abs(x).astype(jnp.float32)
+
+
+def _sum(grads: Sequence[jax.Array]) -> jax.Array:
+    return sum((jnp.sum(_absolute(g)) for g in grads), start=jnp.float32(0))
+
+
+def _square_sum(grads: Sequence[jax.Array]) -> jax.Array:
+    return sum((jnp.sum(jnp.square(_absolute(g))) for g in grads), start=jnp.float32(0))
+
+
+def _elements(grads: Sequence[jax.Array]) -> int:
+    return max(sum(g.size for g in grads), 1)  # an empty slot has the magnitude 0, not 0 / 0
+
+
+MAGNITUDES: Mapping[str, Callable[[Sequence[jax.Array]], jax.Array]] = {
+    "mean": lambda grads: _sum(grads) / _elements(grads),
+    "sum": _sum,
+    "rms": lambda grads: jnp.sqrt(_square_sum(grads) / _elements(grads)),
+    "norm": lambda grads: jnp.sqrt(_square_sum(grads)),
+}
+
+
+def magnitude(grads: Any, kind: Magnitude = "mean") -> jax.Array:
+    r"""The magnitude of one slot's gradient, accumulated in float32.
+
+    Args:
+      grads: pytree of the slot's gradients, real or complex.
+      kind: ``"mean"`` of ``|g|`` (PriorityProp's), ``"sum"`` of ``|g|``, ``"rms"``, ``"norm"``
+        (Euclidean), or a function of the list of the slot's gradients that returns a scalar, such
+        as `optax.tree.norm`.
+
+    Returns:
+      ``float32[]``, not negative. NaN and infinite values are passed on.
+
+    Raises:
+      ValueError: if ``kind`` is an unknown name.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from priorityprop_jax.priority.scores import magnitude
+      >>> float(magnitude(jnp.array([3.0, -4.0])))
+      3.5
+      >>> float(magnitude(jnp.array([3.0, -4.0]), "norm"))
+      5.0
+    """
+    leaves = jax.tree.leaves(grads)
+    if isinstance(kind, str):
+        check_magnitude(kind)
+        return MAGNITUDES[kind](leaves)
+    return jnp.abs(jnp.asarray(kind(leaves), jnp.float32)).reshape(())
+
+
+def gain(grads: Any, updates: Any) -> jax.Array:
+    r"""The first-order decrease of the loss that an update promises, ``|<g, u>|``.
+
+    Args:
+      grads: pytree of one slot's gradients.
+      updates: pytree of the inner optimizer's updates for them.
+
+    Returns:
+      ``float32[]``. For complex leaves the real part of the inner product counts.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from priorityprop_jax.priority.scores import gain
+      >>> float(gain(jnp.array([1.0, 2.0]), jnp.array([-0.1, -0.2])))
+      0.5
+    """
+    wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))  # noqa: E731
+    products = jax.tree.map(
+        lambda g, u: jnp.sum(jnp.real(jnp.conj(wide(g)) * wide(u))).astype(jnp.float32),
+        grads,
+        updates,
+    )
+    return jnp.abs(sum(jax.tree.leaves(products), start=jnp.float32(0)))
+
+
+def priority(
+    magnitudes: jax.typing.ArrayLike,
+    update_counts: jax.typing.ArrayLike,
+    depth_factors: jax.typing.ArrayLike,
+    costs: jax.typing.ArrayLike = 1.0,
+) -> jax.Array:
+    r"""The priority of every slot.
+
+    .. math:: s_i = m_i \cdot \frac{1}{c_i} \cdot d_i \,/\, \text{cost}_i
+
+    Args:
+      magnitudes: ``float32[slots]``; NaN and infinite ones count as 0.
+      update_counts: ``int32[slots]``, updates that each slot has had so far. The count ``c_i`` is
+        from 1: a slot without an update has ``c_i = 1``.
+      depth_factors: ``float32[slots]``.
+      costs: ``float32[slots]`` or a scalar, the relative price of one update.
+
+    Returns:
+      ``float32[slots]``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from priorityprop_jax.priority.scores import priority
+      >>> priority(jnp.array([1.0, 1.0]), jnp.array([0, 3]), jnp.array([1.0, 2.0])).tolist()
+      [1.0, 0.5]
+
+    References:
+      PriorityProp 0.1.0 (Omur Bera Isik): ``|gradient| x (1 / update_count) x depth_factor``.
+    """
+    magnitudes = jnp.asarray(magnitudes, jnp.float32)
+    usable = jnp.where(jnp.isfinite(magnitudes), magnitudes, 0.0)
+    counts = jnp.maximum(jnp.asarray(update_counts).astype(jnp.float32) + 1.0, 1.0)
+    factors = jnp.asarray(depth_factors, jnp.float32) / jnp.asarray(costs, jnp.float32)
+    return usable * (1.0 / counts) * factors
+
+
+def depth_factors(
+    slots: Slots,
+    depth_base: float = 1.1,
+    depth_factor: Callable[[str], float] | None = None,
+) -> np.ndarray:
+    """The depth factor ``d_i = depth_base ** depth_i`` of every slot, or the user's own.
+
+    Args:
+      slots: the slots.
+      depth_base: above 1 boosts layers that are far from the loss, 1 switches the factor off.
+      depth_factor: given a slot's name, its factor; replaces ``depth_base``.
+
+    Returns:
+      ``float32[slots]``, a NumPy array: it is static.
+
+    Raises:
+      ValueError: if a factor is not a finite number above 0 in float32.
+
+    Example:
+      >>> from priorityprop_jax import find_slots
+      >>> from priorityprop_jax.priority.scores import depth_factors
+      >>> slots = find_slots({"Dense_0": 1.0, "Dense_1": 1.0, "Dense_2": 1.0})
+      >>> depth_factors(slots, depth_base=2.0).tolist()
+      [4.0, 2.0, 1.0]
+    """
+    if depth_factor is None:
+        names = [f"depth_base={depth_base} at depth {depth}" for depth in slots.depths]
+        values = [_power(depth_base, depth) for depth in slots.depths]
+    else:
+        names = [f"depth_factor({name!r})" for name in slots.names]
+        values = [float(depth_factor(name)) for name in slots.names]
+    return _positive(values, names)
+
+
+def cost_vector(slots: Slots, costs: Mapping[str, float]) -> np.ndarray:
+    """The costs of all slots as a vector.
+
+    Args:
+      slots: the slots.
+      costs: relative price of one update, by slot name.
+
+    Returns:
+      ``float32[slots]``.
+
+    Raises:
+      ValueError: if a slot has no cost, a cost has no slot, or a cost is not finite and above 0.
+
+    Example:
+      >>> from priorityprop_jax import find_slots
+      >>> from priorityprop_jax.priority.scores import cost_vector
+      >>> cost_vector(find_slots({"a": 1.0, "b": 1.0}), {"b": 3.0, "a": 2.0}).tolist()
+      [2.0, 3.0]
+    """
+    if set(costs) != set(slots.names):
+        odd = sorted(set(costs) ^ set(slots.names))
+        raise ValueError(f"costs must name every slot and no other; look at {odd[0]!r}")
+    return _positive(
+        [float(costs[name]) for name in slots.names], [f"costs[{name!r}]" for name in slots.names]
+    )
+
+
+def _power(base: float, exponent: int) -> float:
+    try:
+        return float(base) ** exponent
+    except OverflowError:
+        return math.inf
+
+
+def _positive(values: Sequence[float], names: Sequence[str]) -> np.ndarray:
+    with np.errstate(over="ignore", under="ignore"):
+        vector = np.asarray(values, np.float32).reshape(-1)
+    for value, given, name in zip(vector, values, names, strict=True):
+        if not (np.isfinite(value) and value > 0):
+            raise ValueError(f"{name} is {given}, but must be a finite float32 above 0")
+    return vector
+
+
+def check_magnitude(kind: Magnitude, extra: Sequence[str] = ()) -> None:
+    """Raises a ValueError if ``kind`` is neither a known magnitude nor a function."""
+    if not callable(kind) and kind not in (*MAGNITUDES, *extra):
+        raise ValueError(
+            f"magnitude must be one of {(*MAGNITUDES, *extra)} or a function, got {kind!r}"
+        )

@@ -1,0 +1,259 @@
+"""What a budget can address: names, sizes and depths of the slots of a parameter pytree.
+
+Everything here is static: it is worked out from paths and shapes while tracing, never from values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+Path = tuple[Any, ...]
+
+
+def path_name(path: Path) -> str:
+    """Joins a key path of `jax.tree_util` by ``/``.
+
+    The trailing ``.value`` that `flax.nnx` variables add is left out, as it is there when an
+    optimizer is initialised and gone when it updates.
+
+    Args:
+      path: a key path, as `jax.tree_util.tree_flatten_with_path` gives it.
+
+    Returns:
+      The name; ``"params"`` for the empty path of a tree that is a single array.
+
+    Example:
+      >>> import jax
+      >>> from priorityprop_jax.priority.slots import path_name
+      >>> paths, _ = jax.tree_util.tree_flatten_with_path({"encoder": [{"kernel": 0.0}]})
+      >>> path_name(paths[0][0])
+      'encoder/0/kernel'
+    """
+    if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
+        path = path[:-1]
+    return "/".join(str(_key(entry)) for entry in path) or "params"
+
+
+def _key(entry: Any) -> Any:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(entry, attribute):
+            return getattr(entry, attribute)
+    return entry
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """Leaves that share their slots: one slot, or one a layer where they are stacked.
+
+    Attributes:
+      name: the name of its slot, without the layer.
+      leaves: indices into the flattened parameters.
+      axes: for every leaf the axis of its layers, or None where it is not stacked.
+      layers: how many layers are stacked, or None.
+      start: the index of its first slot.
+    """
+
+    name: str
+    leaves: tuple[int, ...]
+    axes: tuple[int | None, ...]
+    layers: int | None
+    start: int
+
+    @property
+    def slots(self) -> int:
+        """How many slots it has."""
+        return 1 if self.layers is None else self.layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """The slots of a parameter pytree, in the order of the vectors over slots.
+
+    Attributes:
+      names: one a slot: ``"encoder/0/kernel"``, ``"decoder/kernel[3]"`` for layer 3 of a stack.
+      shapes: the shapes of the arrays in each slot.
+      sizes: elements in each slot.
+      depths: distance of each slot's layer from the loss, 0 at the output layer.
+      layers: the name of the layer that each slot belongs to (what shares a depth).
+      bundles: the leaves behind the slots.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[tuple[int, ...], ...], ...]
+    sizes: tuple[int, ...]
+    depths: tuple[int, ...]
+    layers: tuple[str, ...]
+    bundles: tuple[Bundle, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def find_slots(
+    params: Any,
+    *,
+    stacked_axis: Callable[[str], int | None] | None = None,
+    group: Callable[[str], str | None] | None = None,
+) -> Slots:
+    """Finds the slots of a parameter pytree.
+
+    Depths are read from the paths: numbers count (``Dense_2`` comes before ``Dense_10``), layers of
+    a stack follow one another, words such as ``embed`` mean the input and ``head`` or ``logits``
+    the output. The order in which a pytree flattens means nothing. Where paths do not tell, give
+    the transformation a ``depth_factor`` of your own.
+
+    Args:
+      params: pytree of arrays or `jax.ShapeDtypeStruct`.
+      stacked_axis: given the path of a leaf, the axis along which it stacks layers (as scanned
+        modules do, usually 0), or None for a leaf of one layer. Each layer becomes a slot.
+      group: given the path of a leaf, the name of the slot that it shares with all leaves of the
+        same name, or None for a slot of its own. Stacked leaves of a group share layer by layer.
+
+    Returns:
+      The slots.
+
+    Raises:
+      ValueError: if two slots have one name, if a stacked axis does not exist, or if a group mixes
+        stacked leaves of different lengths, or stacked leaves with others.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from priorityprop_jax import find_slots
+      >>> params = {"blocks": {"kernel": jnp.ones((2, 3, 3))}, "head": {"kernel": jnp.ones((3, 1))}}
+      >>> slots = find_slots(params, stacked_axis=lambda path: 0 if "blocks" in path else None)
+      >>> slots.names
+      ('blocks/kernel[0]', 'blocks/kernel[1]', 'head/kernel')
+      >>> slots.depths
+      (2, 1, 0)
+    """
+    with_paths, _ = jax.tree_util.tree_flatten_with_path(params)
+    names = [path_name(path) for path, _ in with_paths]
+    shapes = [tuple(np.shape(leaf)) for _, leaf in with_paths]
+    axes = [_axis(stacked_axis, name, shape) for name, shape in zip(names, shapes, strict=True)]
+
+    members: dict[str, list[int]] = {}
+    grouped: set[str] = set()
+    for i, name in enumerate(names):
+        shared = group(name) if group is not None else None
+        if shared is not None:
+            grouped.add(shared)
+        elif name in members:
+            raise ValueError(f"two leaves have the path {name!r}; rename a key of the parameters")
+        members.setdefault(name if shared is None else shared, []).append(i)
+
+    stacks = _stack_roots(names, [axis is not None for axis in axes])
+    keys: list[str] = []
+    slot_names: list[str] = []
+    slot_shapes: list[tuple[tuple[int, ...], ...]] = []
+    bundles: list[Bundle] = []
+    for name, leaves in members.items():
+        if name in grouped and any(names[i] == name for i in leaves) and len(leaves) > 1:
+            raise ValueError(f"the group {name!r} has the name of a leaf; choose another name")
+        lengths = {None if axes[i] is None else shapes[i][axes[i] or 0] for i in leaves}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"group {name!r} mixes leaves with stacks of {sorted(map(str, lengths))} layers; "
+                "all leaves of a group must be stacked alike"
+            )
+        layers = lengths.pop()
+        bundle = Bundle(
+            name, tuple(leaves), tuple(axes[i] for i in leaves), layers, len(slot_names)
+        )
+        bundles.append(bundle)
+        inside = tuple(
+            shapes[i] if axes[i] is None else np.delete(shapes[i], axes[i] or 0).tolist()
+            for i in leaves
+        )
+        for layer in range(bundle.slots):
+            slot_names.append(name if layers is None else f"{name}[{layer}]")
+            slot_shapes.append(tuple(tuple(shape) for shape in inside))
+            keys.append(_layer_name(names[leaves[-1]], layer if layers is not None else None, stacks))
+    if len(set(slot_names)) < len(slot_names):
+        twice = sorted({name for name in slot_names if slot_names.count(name) > 1})
+        raise ValueError(f"two slots have the name {twice[0]!r}; rename a group or a key")
+
+    in_order = sorted(set(keys), key=forward_key)
+    depth = {key: len(in_order) - 1 - place for place, key in enumerate(in_order)}
+    return Slots(
+        names=tuple(slot_names),
+        shapes=tuple(slot_shapes),
+        sizes=tuple(sum(math.prod(shape) for shape in shapes) for shapes in slot_shapes),
+        depths=tuple(depth[key] for key in keys),
+        layers=tuple(keys),
+        bundles=tuple(bundles),
+    )
+
+
+def _axis(
+    stacked_axis: Callable[[str], int | None] | None, name: str, shape: tuple[int, ...]
+) -> int | None:
+    axis = stacked_axis(name) if stacked_axis is not None else None
+    if axis is None:
+        return None
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(f"stacked_axis({name!r}) is {axis}, but the leaf has shape {shape}")
+    return axis % len(shape)
+
+
+def _stack_roots(names: Sequence[str], stacked: Sequence[bool]) -> frozenset[str]:
+    """The shortest prefixes below which every leaf is stacked: the scanned modules."""
+    mixed = {"/".join(parts[:n]) for name, is_stacked in zip(names, stacked, strict=True)
+             if not is_stacked for parts in [name.split("/")] for n in range(len(parts))}
+    roots = set()
+    for name, is_stacked in zip(names, stacked, strict=True):
+        if is_stacked:
+            parts = name.split("/")
+            cuts = ("/".join(parts[:n]) for n in range(len(parts) + 1))
+            roots.add(next(cut for cut in cuts if cut not in mixed))
+    return frozenset(roots)
+
+
+def _layer_name(path: str, layer: int | None, stacks: frozenset[str]) -> str:
+    """The part of a path that names its layer: up to the first number, else the parent module."""
+    parts = path.split("/")
+    if layer is not None:
+        cuts = ("/".join(parts[:n]) for n in range(len(parts) + 1))
+        root = next((cut for cut in cuts if cut in stacks), "")
+        return f"{root}[{layer}]"
+    for n, part in enumerate(parts):
+        if re.search(r"\d+$", part):
+            return "/".join(parts[: n + 1])
+    return "/".join(parts[:-1]) or path
+
+
+_INPUT = re.compile(r"^(embed|wte|wpe|tok|pos|patch|stem|input)|embedding", re.IGNORECASE)
+_OUTPUT = re.compile(r"^(lm_?head|head|output|out|logits?|classifier|readout)", re.IGNORECASE)
+_LAST_NORM = re.compile(r"^(final|last|ln_?f|norm_?f|pooler)|^(layer_?norm|norm|ln|rms_?norm)$", re.I)
+_ENCODER = re.compile(r"^encoder$", re.IGNORECASE)
+_DECODER = re.compile(r"^decoder$", re.IGNORECASE)
+
+
+def forward_key(name: str) -> tuple[tuple[int, str, int], ...]:
+    """A sort key that puts layer names in forward order, input first.
+
+    Args:
+      name: a layer's name, parts joined by ``/``, the layer of a stack in brackets.
+
+    Returns:
+      A tuple to sort by: for every part its kind (input, encoder, ordinary, decoder, last norm,
+      output), then its word, then its number.
+
+    Example:
+      >>> from priorityprop_jax.priority.slots import forward_key
+      >>> sorted(["Dense_10", "head", "Dense_2", "embed"], key=forward_key)
+      ['embed', 'Dense_2', 'Dense_10', 'head']
+    """
+    key = []
+    for part in re.sub(r"\[(\d+)\]$", r"/\1", name).split("/"):
+        word, number = re.fullmatch(r"(.*?)_?(\d*)", part, re.DOTALL).groups()  # type: ignore[union-attr]
+        kinds = (_INPUT, _ENCODER, None, _DECODER, _LAST_NORM, _OUTPUT)
+        kind = next((i for i, rule in enumerate(kinds) if rule and rule.search(word)), 2)
+        key.append((kind, word, int(number or 0)))
+    return tuple(key)

@@ -1,0 +1,502 @@
+"""The Optax transformations that spend a budget of updates by priority, and their state."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from priorityprop_jax.priority.allocation import allocate
+from priorityprop_jax.priority.per_slot import PerSlot
+from priorityprop_jax.priority.schedule import check_spread, repeats
+from priorityprop_jax.priority.scores import (
+    Magnitude,
+    check_magnitude,
+    cost_vector,
+    depth_factors,
+    magnitude,
+    priority,
+)
+from priorityprop_jax.priority.slots import Slots, find_slots
+
+Budget = int | float | jax.Array | Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike] | None
+
+
+class PriorityPropState(NamedTuple):
+    """State of `priorityprop` and `scale_by_priority`. All vectors are over slots.
+
+    What is learnt about a slot lives in vectors rather than in a tree shaped like the parameters:
+    a tree of scalars would inherit each parameter's sharding in `flax.nnx`.
+    """
+
+    step: jax.Array  # int32[], steps taken.
+    cycle_step: jax.Array  # int32[], the place in the cycle; 0 scores and allocates.
+    inner_state: optax.OptState  # as the inner optimizer's, its counts one a slot.
+    update_counts: jax.Array  # int32[slots], updates that each slot has had.
+    magnitudes: jax.Array  # float32[slots], average before bias correction.
+    score_counts: jax.Array  # int32[slots], how often each slot has been scored.
+    priorities: jax.Array  # float32[slots], of this cycle.
+    allocation: jax.Array  # int32[slots], updates granted for this cycle.
+    nonfinite_counts: jax.Array  # int32[slots], NaN or infinite magnitudes seen.
+    clamped_cycles: jax.Array  # int32[], cycles whose budget was infeasible and was clamped.
+
+
+def priorityprop(
+    inner: optax.GradientTransformation,
+    total_budget: Budget = 100,
+    min_updates: jax.typing.ArrayLike = 1,
+    max_updates: jax.typing.ArrayLike = 20,
+    recalc_every: jax.typing.ArrayLike = 10,
+    *,
+    spread: str = "even",
+    magnitude: Magnitude = "mean",
+    magnitude_decay: jax.typing.ArrayLike = 0.0,
+    depth_base: float = 1.1,
+    depth_factor: Callable[[str], float] | None = None,
+    costs: Mapping[str, float] | None = None,
+    stacked_axis: Callable[[str], int | None] | None = None,
+    group: Callable[[str], str | None] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Wraps an optimizer so that each slot gets updates in proportion to its priority.
+
+    Every ``recalc_every`` steps (a cycle) each slot, by default a leaf, is scored,
+
+    .. math:: s_i = m_i \cdot \frac{1}{c_i} \cdot d_i,
+
+    with ``m_i`` the magnitude of its gradient, ``c_i`` the updates that it has had (from 1) and
+    ``d_i`` its depth factor, and ``total_budget`` whole updates are handed out in proportion
+    (see `allocate`) and spread over the steps of the cycle (see `repeats`).
+
+    A slot that gets several updates at a step has the inner optimizer run that often on the same
+    gradient, each time from the parameters and the state that the last one left. A slot that gets
+    none keeps its parameters **and its inner state** bit for bit, which zeroing its gradient would
+    not do: momentum would go on moving it. The inner state has the inner optimizer's own structure,
+    but with a step count for every slot, so that bias correction is right for each. Learning-rate
+    schedules inside ``inner`` therefore run on the slot's own count; to have one on the clock of
+    steps, chain `optax.scale_by_learning_rate` behind this transformation. The inner optimizer
+    sees one slot at a time: put what must see all gradients, such as
+    `optax.clip_by_global_norm`, in front.
+
+    With ``min_updates = max_updates = recalc_every`` and the full budget it is the inner optimizer.
+
+    Gradients may be absent: ``update`` takes ``None`` for a leaf, returns ``None`` in its place,
+    keeps the slot's last magnitude and touches neither its state nor its count.
+
+    Args:
+      inner: any Optax optimizer.
+      total_budget: updates to hand out in one cycle. An int; or a float, as a fraction of the full
+        budget (``recalc_every`` times the number of slots); or a schedule, a function of the step
+        that returns either; or None, the full budget. Traceable.
+      min_updates: the least updates of a slot in a cycle; 0 is allowed. Traceable.
+      max_updates: the most updates of a slot in a cycle. Traceable; no slot is ever updated twice
+        at one step where it is a Python int of at most ``recalc_every``, which compiles to less.
+      recalc_every: steps in a cycle, at most 46,340. Traceable.
+      spread: ``"even"`` or ``"nested"``, see `repeats`.
+      magnitude: ``"mean"`` of ``|g|``, ``"sum"``, ``"rms"``, ``"norm"``, or ``"gain"``: the
+        first-order decrease ``|<g, u>|`` that the inner update promises (one more inner update a
+        cycle); or a function of the list of a slot's gradients that returns a scalar.
+      magnitude_decay: decay of an exponential moving average of the magnitude over cycles, with
+        bias correction; 0 keeps the last magnitude only. Traceable.
+      depth_base: ``d_i = depth_base ** depth_i`` with depth 0 at the output layer, see
+        `find_slots`; 1 switches the factor off.
+      depth_factor: given a slot's name, its ``d_i``; replaces ``depth_base``.
+      costs: relative price of one update by slot name; turns priority into priority per cost.
+      stacked_axis: see `find_slots`.
+      group: see `find_slots`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` with the state `PriorityPropState`. Extra
+      arguments of ``update`` are handed on to ``inner``.
+
+    Raises:
+      ValueError: for options that make no sense, at once; for a budget that the number of slots
+        makes infeasible, when the transformation is initialised. Traced budgets are clamped
+        instead, and counted in ``clamped_cycles``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from priorityprop_jax import priorityprop
+      >>> params = {"Dense_0": jnp.ones((2, 3)), "Dense_1": jnp.ones((3, 1))}
+      >>> tx = priorityprop(optax.adam(1e-3), total_budget=0.5)
+      >>> state = tx.init(params)
+      >>> grads = {"Dense_0": jnp.full((2, 3), 0.2), "Dense_1": jnp.full((3, 1), 0.1)}
+      >>> updates, state = tx.update(grads, state, params)
+      >>> state.allocation  # 10 of 20 updates: the larger gradient gets the most
+      Array([7, 3], dtype=int32)
+
+    References:
+      PriorityProp 0.1.0 by Omur Bera Isik, https://pypi.org/project/priorityprop/
+    """
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(f"inner must be an optax.GradientTransformation, got {inner!r}")
+    inner = optax.with_extra_args_support(inner)
+    options = _Options(
+        total_budget, min_updates, max_updates, recalc_every, spread, magnitude, magnitude_decay,
+        depth_base, depth_factor, costs, stacked_axis, group,
+    )  # fmt: skip
+    options.check(extra_magnitudes=("gain",))
+
+    def init_fn(params):
+        slots = options.slots(params)
+        options.check_feasible(slots)
+        return _new_state(slots, PerSlot(inner, params, slots).init(params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        tree = updates if params is None else params
+        slots = options.slots(tree)
+        _check_slots(slots, state)
+        per_slot = PerSlot(inner, tree, slots)
+        grads = per_slot.flatten(updates)
+        parameters = None if params is None else per_slot.flatten(params)
+        present = _present(slots, grads)
+        work = per_slot.begin(grads, state.inner_state, parameters, extra_args)
+
+        def magnitudes():
+            if options.magnitude == "gain":
+                return work.gains()
+            return _magnitudes(slots, grads, options.magnitude)
+
+        state, counts = _plan(options, slots, state, magnitudes, present)
+        if options.is_plain(slots, present):
+            new_updates, inner_state = work.apply_plain(updates, counts)
+            return new_updates, _advance(options, state, counts)._replace(inner_state=inner_state)
+        max_one = _is_static(max_updates, recalc_every) and max_updates <= recalc_every
+        new_updates, inner_state = work.apply(counts, at_most_one=max_one)
+        return new_updates, _advance(options, state, counts)._replace(inner_state=inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def scale_by_priority(
+    total_budget: Budget = 100,
+    min_updates: jax.typing.ArrayLike = 1,
+    max_updates: jax.typing.ArrayLike = 20,
+    recalc_every: jax.typing.ArrayLike = 10,
+    *,
+    spread: str = "even",
+    magnitude: Magnitude = "mean",
+    magnitude_decay: jax.typing.ArrayLike = 0.0,
+    depth_base: float = 1.1,
+    depth_factor: Callable[[str], float] | None = None,
+    costs: Mapping[str, float] | None = None,
+    stacked_axis: Callable[[str], int | None] | None = None,
+    group: Callable[[str], str | None] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Multiplies each slot's update by the number of updates that its priority earns at this step.
+
+    The chainable piece of `priorityprop`: the same scores, allocation and schedule, and
+    ``u_i * r_i(t)`` in place of ``r_i(t)`` runs of an optimizer.
+
+    Put it **after** an optimizer: it then scales what the optimizer made. Put before one it scales
+    the gradient, which an optimizer that is invariant to the gradient's scale, such as Adam, mostly
+    cancels. Either way an optimizer in the chain goes on updating its own state for every slot at
+    every step; `priorityprop` does not.
+
+    Args:
+      total_budget: see `priorityprop`, as for all that follow.
+      min_updates: the least updates of a slot in a cycle.
+      max_updates: the most updates of a slot in a cycle.
+      recalc_every: steps in a cycle.
+      spread: ``"even"`` or ``"nested"``.
+      magnitude: of the incoming updates; ``"gain"`` needs an inner optimizer and is refused.
+      magnitude_decay: decay of the moving average of the magnitude.
+      depth_base: base of the depth factor.
+      depth_factor: the user's own depth factor.
+      costs: relative price of one update by slot name.
+      stacked_axis: see `find_slots`.
+      group: see `find_slots`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` with the state `PriorityPropState`.
+
+    Raises:
+      ValueError: as `priorityprop`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from priorityprop_jax import scale_by_priority
+      >>> params = {"Dense_0": jnp.ones(2), "Dense_1": jnp.ones(2)}
+      >>> tx = optax.chain(optax.sgd(1.0), scale_by_priority(40, max_updates=30))
+      >>> state = tx.init(params)
+      >>> grads = {"Dense_0": jnp.full(2, 3.0), "Dense_1": jnp.full(2, 2.0)}
+      >>> updates, state = tx.update(grads, state, params)
+      >>> updates["Dense_0"].tolist(), state[1].allocation.tolist()
+      ([-6.0, -6.0], [25, 15])
+    """
+    options = _Options(
+        total_budget, min_updates, max_updates, recalc_every, spread, magnitude, magnitude_decay,
+        depth_base, depth_factor, costs, stacked_axis, group,
+    )  # fmt: skip
+    options.check()
+
+    def init_fn(params):
+        slots = options.slots(params)
+        options.check_feasible(slots)
+        return _new_state(slots, optax.EmptyState())
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        slots = options.slots(updates if params is None else params)
+        _check_slots(slots, state)
+        treedef = jax.tree.structure(updates if params is None else params)
+        leaves = treedef.flatten_up_to(updates)
+        present = _present(slots, leaves)
+        state, counts = _plan(
+            options,
+            slots,
+            state,
+            lambda: _magnitudes(slots, leaves, options.magnitude),
+            present,
+        )
+        if options.is_plain(slots, present):
+            return updates, _advance(options, state, counts)
+        scaled = list(leaves)
+        for bundle in slots.bundles:
+            times = counts[bundle.start : bundle.start + bundle.slots]
+            for leaf, axis in zip(bundle.leaves, bundle.axes, strict=True):
+                if leaves[leaf] is not None:
+                    scaled[leaf] = _times(leaves[leaf], times, axis)
+        return treedef.unflatten(scaled), _advance(options, state, counts)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _times(update: jax.Array, times: jax.Array, axis: int | None) -> jax.Array:
+    update = jnp.asarray(update)
+    shape = [1] * update.ndim
+    if axis is not None:
+        shape[axis] = times.size
+    times = times.reshape(shape)
+    # A slot without an update gets zeros even where its update is NaN.
+    return jnp.where(times == 0, jnp.zeros_like(update), update * times.astype(update.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What both transformations are made with; documented at `priorityprop`."""
+
+    total_budget: Any
+    min_updates: Any
+    max_updates: Any
+    recalc_every: Any
+    spread: str
+    magnitude: Magnitude
+    magnitude_decay: Any
+    depth_base: float
+    depth_factor: Callable[[str], float] | None
+    costs: Mapping[str, float] | None
+    stacked_axis: Callable[[str], int | None] | None
+    group: Callable[[str], str | None] | None
+
+    def check(self, extra_magnitudes: Sequence[str] = ()) -> None:
+        """Raises for what is wrong whatever the parameters are."""
+        check_spread(self.spread)
+        check_magnitude(self.magnitude, extra_magnitudes)
+        for name, least in (("min_updates", 0), ("max_updates", 1), ("recalc_every", 1)):
+            value = getattr(self, name)
+            if isinstance(value, float | bool):
+                raise TypeError(f"{name} must be a whole number, got {value!r}")
+            if _is_static(value) and not least <= value < 2**31:
+                raise ValueError(f"{name} must be at least {least} and below 2**31, got {value}")
+        if _is_static(self.recalc_every) and self.recalc_every > 46_340:
+            raise ValueError(f"recalc_every must be at most 46,340, got {self.recalc_every}")
+        if _is_static(self.min_updates, self.max_updates) and self.min_updates > self.max_updates:
+            raise ValueError(
+                f"min_updates={self.min_updates} is more than max_updates={self.max_updates}"
+            )
+        if _is_static(self.magnitude_decay) and not 0 <= self.magnitude_decay < 1:
+            raise ValueError(f"magnitude_decay must be in [0, 1), got {self.magnitude_decay}")
+        if _is_static(self.depth_base) and not 0 < self.depth_base < float("inf"):
+            raise ValueError(f"depth_base must be finite and above 0, got {self.depth_base}")
+        budget = self.total_budget
+        if isinstance(budget, bool | str):
+            raise TypeError(f"total_budget must be an int, a float or a schedule, got {budget!r}")
+        if _is_static(budget) and not 0 <= budget < 2**31:
+            raise ValueError(f"total_budget must be at least 0 and below 2**31, got {budget}")
+        if budget is None and _is_static(self.max_updates, self.recalc_every):
+            if not self.min_updates <= self.recalc_every <= self.max_updates:
+                raise ValueError(
+                    f"the full budget gives every slot recalc_every={self.recalc_every} updates on "
+                    f"average, outside min_updates={self.min_updates} to "
+                    f"max_updates={self.max_updates}"
+                )
+
+    def slots(self, params: Any) -> Slots:
+        return find_slots(params, stacked_axis=self.stacked_axis, group=self.group)
+
+    def is_plain(self, slots: Slots, present: np.ndarray) -> bool:
+        """Whether every slot is known to get one update at every step: ordinary training.
+
+        Raises:
+          ValueError: if so, and gradients are absent.
+        """
+        numbers = (self.min_updates, self.max_updates, self.recalc_every)
+        if not (_is_static(*numbers) and len(set(numbers)) == 1):
+            return False
+        if not present.all():
+            absent = slots.names[int(np.argmin(present))]
+            raise ValueError(
+                f"min_updates = max_updates = recalc_every = {self.recalc_every} updates every "
+                f"slot at every step, but the gradient of {absent!r} is absent; lower min_updates"
+            )
+        return len(slots) > 0 and all(bundle.layers is None for bundle in slots.bundles)
+
+    def check_feasible(self, slots: Slots) -> None:
+        """Raises a ValueError where the number of slots makes a static budget infeasible."""
+        numbers = (self.min_updates, self.max_updates, self.recalc_every)
+        known = self.total_budget is None or _is_static(self.total_budget)
+        if not (known and _is_static(*numbers) and len(slots)):
+            return
+        budget = _whole_budget(self.total_budget, self.recalc_every, len(slots))
+        least, most = len(slots) * self.min_updates, len(slots) * self.max_updates
+        if max(budget, least) >= 2**31:
+            raise ValueError(f"a cycle can hand out less than 2**31 updates, not {budget}")
+        if budget < least:
+            raise ValueError(
+                f"total_budget={self.total_budget} is {budget} updates a cycle, but {len(slots)} "
+                f"slots with min_updates={self.min_updates} need {least}: raise total_budget, "
+                "lower min_updates (0 is allowed), or give the budget as a fraction, such as 0.5"
+            )
+        if budget > most:
+            raise ValueError(
+                f"total_budget={self.total_budget} is {budget} updates a cycle, but {len(slots)} "
+                f"slots with max_updates={self.max_updates} can take {most}: lower total_budget, "
+                "raise max_updates, or give the budget as a fraction, such as 0.5"
+            )
+
+
+def _is_static(*values: Any) -> bool:
+    return all(isinstance(value, int | float | np.integer | np.floating) for value in values)
+
+
+def _whole_budget(budget: Any, recalc_every: Any, slots: int) -> Any:
+    """The budget in updates a cycle: a Python int where all is static, else an int32 scalar."""
+    if budget is None:
+        return recalc_every * slots
+    if _is_static(budget, recalc_every):
+        if isinstance(budget, int | np.integer):
+            return int(budget)
+        return int(np.floor(budget * recalc_every * slots + 0.5))
+    budget = jnp.asarray(budget)
+    if jnp.issubdtype(budget.dtype, jnp.floating):
+        budget = jnp.floor(budget * (recalc_every * slots) + 0.5)
+        budget = jnp.where(jnp.isnan(budget), 0, jnp.clip(budget, 0, 2**30))
+    return budget.astype(jnp.int32)
+
+
+def _new_state(slots: Slots, inner_state: Any) -> PriorityPropState:
+    def zeros(dtype, shape=(len(slots),)):
+        return jnp.zeros(shape, dtype)
+
+    return PriorityPropState(
+        step=zeros(jnp.int32, ()),
+        cycle_step=zeros(jnp.int32, ()),
+        inner_state=inner_state,
+        update_counts=zeros(jnp.int32),
+        magnitudes=zeros(jnp.float32),
+        score_counts=zeros(jnp.int32),
+        priorities=zeros(jnp.float32),
+        allocation=zeros(jnp.int32),
+        nonfinite_counts=zeros(jnp.int32),
+        clamped_cycles=zeros(jnp.int32, ()),
+    )
+
+
+def _check_slots(slots: Slots, state: PriorityPropState) -> None:
+    if state.update_counts.shape != (len(slots),):
+        raise ValueError(
+            f"the state was made for {state.update_counts.shape[0]} slots, but these parameters "
+            f"have {len(slots)}; gradients that are absent need params to be given to update"
+        )
+
+
+def _present(slots: Slots, leaves: Sequence[Any]) -> np.ndarray:
+    """Which slots have a gradient. Static: ``bool[slots]``."""
+    present = np.zeros(len(slots), bool)
+    for bundle in slots.bundles:
+        absent = [leaves[leaf] is None for leaf in bundle.leaves]
+        if any(absent) and not all(absent):
+            raise ValueError(
+                f"some leaves of slot {bundle.name!r} have gradients and some have none; "
+                "a slot's gradients are present or absent together"
+            )
+        present[bundle.start : bundle.start + bundle.slots] = not all(absent)
+    return present
+
+
+def _magnitudes(slots: Slots, leaves: Sequence[Any], kind: Magnitude) -> jax.Array:
+    """``float32[slots]``; 0 where gradients are absent."""
+    values = []
+    for bundle in slots.bundles:
+        grads = [leaves[leaf] for leaf in bundle.leaves]
+        if grads[0] is None:
+            values.append(jnp.zeros((bundle.slots,), jnp.float32))
+        elif bundle.layers is None:
+            values.append(magnitude(grads, kind)[None])
+        else:
+            values.append(
+                jax.vmap(lambda *layer: magnitude(layer, kind), in_axes=bundle.axes)(*grads)
+            )
+    return jnp.concatenate(values) if values else jnp.zeros((0,), jnp.float32)
+
+
+def _plan(
+    options: _Options,
+    slots: Slots,
+    state: PriorityPropState,
+    magnitudes: Callable[[], jax.Array],
+    present: np.ndarray,
+) -> tuple[PriorityPropState, jax.Array]:
+    """Scores and allocates at the start of a cycle; returns the state and ``r(t)``, int32[slots]."""
+    factors = depth_factors(slots, options.depth_base, options.depth_factor)
+    costs = 1.0 if options.costs is None else cost_vector(slots, options.costs)
+    decay = jnp.asarray(options.magnitude_decay, jnp.float32)
+
+    def recalculate(state):
+        fresh = magnitudes()
+        finite = jnp.isfinite(fresh)
+        mean = decay * state.magnitudes + (1 - decay) * jnp.where(finite, fresh, 0.0)
+        mean = jnp.where(present, mean, state.magnitudes)
+        score_counts = state.score_counts + present.astype(np.int32)
+        weight = 1 - decay ** score_counts.astype(jnp.float32)
+        unbiased = jnp.where(score_counts > 0, mean / jnp.where(weight > 0, weight, 1), 0.0)
+        priorities = priority(unbiased, state.update_counts, factors, costs)
+
+        budget = options.total_budget
+        if callable(budget):
+            budget = jnp.asarray(budget(state.step))
+        budget = jnp.asarray(_whole_budget(budget, options.recalc_every, len(slots)), jnp.int32)
+        least = jnp.asarray(len(slots) * options.min_updates, jnp.int32)
+        allocation = allocate(priorities, budget, options.min_updates, options.max_updates)
+        clamped = (budget < least) | (jnp.sum(allocation) < budget)
+        return state._replace(
+            magnitudes=mean,
+            score_counts=score_counts,
+            priorities=priorities,
+            allocation=allocation,
+            nonfinite_counts=state.nonfinite_counts + (present & ~finite).astype(jnp.int32),
+            clamped_cycles=state.clamped_cycles + clamped.astype(jnp.int32),
+        )
+
+    # The inner state has no part in this; keep it out, lest the branch copy it.
+    light = state._replace(inner_state=())
+    light = lax.cond(state.cycle_step == 0, recalculate, lambda state: state, light)
+    counts = repeats(light.allocation, light.cycle_step, options.recalc_every, options.spread)
+    return light._replace(inner_state=state.inner_state), counts * present.astype(np.int32)
+
+
+def _advance(options: _Options, state: PriorityPropState, counts: jax.Array) -> PriorityPropState:
+    following = state.cycle_step + 1
+    return state._replace(
+        step=optax.safe_increment(state.step),
+        cycle_step=jnp.where(following >= options.recalc_every, 0, following).astype(jnp.int32),
+        update_counts=state.update_counts + counts,
+    )

@@ -1,0 +1,1 @@
+"""RUN: the trainer, the command line, and the real tasks that they train on."""

@@ -1,0 +1,475 @@
+"""The command `priorityprop`: train a task twice, at the same budget, and show the ledger."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from priorityprop_jax.priority.ledger import Ledger
+    from priorityprop_jax.training.tasks import Task
+    from priorityprop_jax.training.trainer import History, PriorityPropTrainer
+
+TASKS = ("digits", "mnist-mlp", "char-lm")
+OPTIMIZERS = ("adam", "adamw", "lion", "momentum", "rmsprop", "sgd")
+RUNS = Path("runs")
+
+
+class _Failure(Exception):
+    """What a user can mend: one line, and the exit code."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+      argv: arguments without the program's name; those of the process by default.
+
+    Returns:
+      The exit code: 0; 1 where something failed; 2 for wrong arguments; 130 after Ctrl-C.
+    """
+    # argparse exits by itself, with 2, where an argument is wrong
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except _Failure as failure:
+        return _fail(str(failure), failure.code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except FloatingPointError as error:
+        return _fail(str(error))
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        return _fail(f"{error.strerror or error}{where}")
+    except ImportError as error:
+        name = f"{error.name} is not installed: " if error.name else ""
+        return _fail(f'{name}pip install "priorityprop-jax[demo]" ({error})')
+
+
+def _fail(message: str, code: int = 1) -> int:
+    print(f"priorityprop: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="priorityprop", description="Spend backprop where it matters: budgeted training."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train a task, plainly and by priority, at the same budget of updates",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    train.set_defaults(run=_train)
+    train.add_argument("--task", choices=TASKS, default="digits")
+    train.add_argument(
+        "--data-dir",
+        type=Path,
+        help="folder with the data files (default: $PRIORITYPROP_DATA, the cache, a download)",
+    )
+    train.add_argument(
+        "--budget",
+        type=_budget,
+        default="full",
+        help="updates a cycle: a whole number, a fraction of the full budget such as 0.5, or full",
+    )
+    train.add_argument("--min-updates", type=_whole(0), default=1, help="least updates a cycle")
+    train.add_argument("--max-updates", type=_whole(1), default=20, help="most updates a cycle")
+    train.add_argument("--recalc-every", type=_whole(1), default=10, help="steps in a cycle")
+    train.add_argument("--optimizer", choices=OPTIMIZERS, default="adam")
+    train.add_argument("--learning-rate", type=_rate, help="default: the task's")
+    train.add_argument("--epochs", type=_whole(1), help="default: the task's")
+    train.add_argument("--seed", type=_whole(0), default=0)
+    train.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="go on with an interrupted run, with its own options; all others are ignored",
+    )
+
+    report = commands.add_parser("report", help="print a finished run again")
+    report.set_defaults(run=_report)
+    report.add_argument("directory", metavar="RUN", type=Path, help="a folder that train has made")
+    return parser
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value < 2**31:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
+        return value
+
+    return parse
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def _budget(text: str) -> int | float | str:
+    if text == "full":
+        return text
+    try:
+        return int(text) if text.isdecimal() else _rate(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is neither a number of updates, nor a fraction such as 0.5, nor "full"'
+        ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config:
+    """What a run was asked for: the contents of its config.json."""
+
+    task: str
+    data_dir: str | None
+    budget: int | float | str
+    min_updates: int
+    max_updates: int
+    recalc_every: int
+    optimizer: str
+    learning_rate: float | None
+    epochs: int | None
+    seed: int
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    if arguments.resume is None:
+        config = _Config(
+            **{
+                field.name: getattr(arguments, field.name)
+                for field in dataclasses.fields(_Config)
+                if field.name != "data_dir"
+            },
+            data_dir=None if arguments.data_dir is None else str(arguments.data_dir.absolute()),
+        )
+        directory = None
+    else:
+        directory = arguments.resume
+        config = _read_config(directory)
+        if (directory / "report.json").exists():
+            raise _Failure(f"{directory} is finished: priorityprop report {directory}")
+
+    # Imported here, so that --help and wrong arguments answer at once
+    from priorityprop_jax.training.tasks import load_task
+
+    def load() -> Task:
+        try:
+            return load_task(config.task, data_dir=config.data_dir, seed=config.seed)
+        except ValueError as error:
+            raise _Failure(str(error)) from error
+
+    # Everything that can be wrong with the options shows here, before a run's folder is made
+    arms = {config.optimizer: _trainer(config, load(), plain=True)}
+    arms["priorityprop"] = _trainer(config, load(), plain=False)
+    task = load()
+
+    if directory is None:
+        directory = _new_directory(f"{config.task}-{config.optimizer}")
+        _write(directory / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    return _run(directory, config, task, arms)
+
+
+def _trainer(config: _Config, task: Task, *, plain: bool) -> PriorityPropTrainer:
+    import optax
+
+    from priorityprop_jax.training.trainer import PriorityPropTrainer
+
+    rate = task.learning_rate if config.learning_rate is None else config.learning_rate
+    optimizers: dict[str, Callable[[], optax.GradientTransformation]] = {
+        "adam": lambda: optax.adam(rate),
+        "adamw": lambda: optax.adamw(rate),
+        "lion": lambda: optax.lion(rate),
+        "momentum": lambda: optax.sgd(rate, momentum=0.9),
+        "rmsprop": lambda: optax.rmsprop(rate),
+        "sgd": lambda: optax.sgd(rate),
+    }
+    cycle = config.recalc_every
+    budget = None if config.budget == "full" else config.budget
+    numbers = (None, cycle, cycle) if plain else (budget, config.min_updates, config.max_updates)
+    try:
+        return PriorityPropTrainer(
+            task.model, optimizers[config.optimizer](), task.loss_fn, *numbers, cycle
+        )
+    except (ValueError, TypeError) as error:
+        raise _Failure(str(error), 2) from error
+
+
+class _Limited:
+    """The batches of a loader, but only so many over all epochs.
+
+    The plain optimizer spends an update on every slot at every step, so at a smaller budget it is
+    given fewer steps: its arm then costs as many updates as the other.
+    """
+
+    def __init__(self, loader: Any, batches: int) -> None:
+        self.loader = loader
+        self.batches = batches
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.loader.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return max(0, min(len(self.loader), self.batches - self.epoch * len(self.loader)))
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(iter(self.loader), len(self))
+
+
+def _run(
+    directory: Path, config: _Config, task: Task, arms: dict[str, PriorityPropTrainer]
+) -> int:
+    epochs = task.epochs if config.epochs is None else config.epochs
+    steps = epochs * len(task.train_data)
+    slots = len(arms["priorityprop"].get_priority_report().names)
+    fraction = _fraction(config.budget, config.recalc_every * slots)
+    plain_steps = max(1, round(steps * min(fraction, 1.0)))
+    print(
+        f"{config.task}: {slots} slots, {steps} steps, budget {fraction:.0%} of the full one\n"
+        f"writing to {directory}/"
+    )
+    results: dict[str, dict[str, Any]] = {}
+    for name, trainer in arms.items():
+        plain = name != "priorityprop"
+        data: Any = _Limited(task.train_data, plain_steps) if plain else task.train_data
+        own_epochs = math.ceil(plain_steps / len(task.train_data)) if plain else epochs
+        history = _train_arm(directory, name, trainer, data, own_epochs, task)
+        if history.interrupted:
+            print(f"interrupted; go on with: priorityprop train --resume {directory}")
+            return 130
+        results[name] = _result(trainer, history, task)
+
+    ledger = arms["priorityprop"].get_priority_report()
+    record = {
+        "config": dataclasses.asdict(config),
+        "steps": steps,
+        "metric": task.metric,
+        "results": results,
+        "ledger": ledger.as_dict(),
+    }
+    ledger.plot(directory / "priorities.tmp.png").replace(directory / "priorities.png")
+    _write(directory / "report.md", _markdown(record, ledger))
+    # Last, as it tells that the run is finished
+    _write(directory / "report.json", json.dumps(record, indent=1) + "\n")
+    print(_text(record, ledger))
+    print(f"\nsaved {directory}/: report.md, priorities.png, metrics.jsonl, checkpoint/")
+    return 0
+
+
+def _fraction(budget: int | float | str, full: int) -> float:
+    if isinstance(budget, str):
+        return 1.0
+    return budget / full if isinstance(budget, int) else budget
+
+
+def _train_arm(
+    directory: Path,
+    name: str,
+    trainer: PriorityPropTrainer,
+    loader: Iterable[Any],
+    epochs: int,
+    task: Task,
+) -> History:
+    checkpoints = directory / "checkpoint" / name
+    trainer.checkpoint_dir = checkpoints
+    resume = checkpoints.is_dir() and any(p.name.isdecimal() for p in checkpoints.iterdir())
+    print(f"\n{name}" if name == "priorityprop" else f"\n{name} (plain)")
+    with _Metrics(directory / "metrics.jsonl", name) as metrics:
+        try:
+            history = trainer.train(
+                loader,
+                epochs,
+                eval_data=task.eval_data,
+                resume_from=checkpoints if resume else None,
+                log=metrics.write,
+            )
+        except ValueError as error:
+            raise _Failure(str(error)) from error
+    if history.evals:
+        last = history.evals[-1]
+        print(f"  validation {task.metric} {last[task.metric]:.2%}, loss {last['loss']:.4f}")
+    return history
+
+
+class _Metrics:
+    """metrics.jsonl, one record a line; what a resumed run does again replaces the old lines."""
+
+    def __init__(self, path: Path, arm: str) -> None:
+        self.path = path
+        self.arm = arm
+        self.file: Any = None
+
+    def __enter__(self) -> _Metrics:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def write(self, record: dict[str, Any]) -> None:
+        if self.file is None:
+            self._drop_from(record["step"])
+            self.file = self.path.open("a", encoding="utf-8")
+        self.file.write(json.dumps({"arm": self.arm, **record}) + "\n")
+        self.file.flush()
+
+    def _drop_from(self, step: int) -> None:
+        kept = []
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+                try:
+                    old = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # the last line of a run that was killed
+                if old["arm"] != self.arm or old["step"] < step:
+                    kept.append(line)
+        _write(self.path, "".join(kept))
+
+
+def _result(trainer: PriorityPropTrainer, history: History, task: Task) -> dict[str, Any]:
+    best = max(history.evals, key=lambda record: record[task.metric])
+    test = {} if task.test_data is None else trainer.evaluate(task.test_data)
+    return {
+        "steps": len(history.steps),
+        "updates": trainer.get_priority_report().total_updates,
+        "train_loss": history.steps[-1]["loss"],
+        "validation_loss": history.evals[-1]["loss"],
+        "validation": history.evals[-1][task.metric],
+        "best_validation": best[task.metric],
+        "best_epoch": best["epoch"],
+        "test": test.get(task.metric),
+        "seconds": sum(record["seconds"] for record in history.steps),
+        "compile_seconds": history.compile_seconds,
+    }
+
+
+_HEADER = ("", "validation", "best", "test", "val. loss", "steps", "updates", "train s", "compile s")
+
+
+def _rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (
+            name if name != "priorityprop" else f"priorityprop({record['config']['optimizer']})",
+            f"{result['validation']:.2%}",
+            f"{result['best_validation']:.2%}",
+            "-" if result["test"] is None else f"{result['test']:.2%}",
+            f"{result['validation_loss']:.4f}",
+            f"{result['steps']:,}",
+            f"{result['updates']:,}",
+            f"{result['seconds']:.1f}",
+            f"{result['compile_seconds']:.1f}",
+        )
+        for name, result in record["results"].items()
+    ]
+
+
+def _text(record: dict[str, Any], ledger: Ledger) -> str:
+    table = [_HEADER, *_rows(record)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table
+    ]
+    title = f"\n{record['config']['task']}: {record['metric']}, one seed ({record['config']['seed']})"
+    return "\n".join([title, *lines, "", "where the budget went:", str(ledger)])
+
+
+def _markdown(record: dict[str, Any], ledger: Ledger) -> str:
+    rows = [_HEADER, ("---", *["---:"] * (len(_HEADER) - 1)), *_rows(record)]
+    options = ", ".join(f"{key}={value}" for key, value in record["config"].items())
+    return "\n".join(
+        [
+            f"# {record['config']['task']}: plain and by priority, at the same budget of updates",
+            "",
+            f"{record['metric'].capitalize()} of one seed. {options}",
+            "",
+            *("| " + " | ".join(row) + " |" for row in rows),
+            "",
+            "## Where the budget went",
+            "",
+            "![share of updates by layer](priorities.png)",
+            "",
+            ledger.to_markdown(),
+            "",
+        ]
+    )
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from priorityprop_jax.priority.ledger import Ledger
+
+    directory = arguments.directory
+    path = directory / "report.json"
+    if not path.exists():
+        if (directory / "config.json").exists():
+            raise _Failure(
+                f"{directory} is not finished: priorityprop train --resume {directory}"
+            )
+        raise _Failure(f"{directory} is not a run: it has no report.json")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        print(_text(record, Ledger.from_dict(record["ledger"])))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _Failure(f"{path} is damaged ({error!r}); train again") from error
+    return 0
+
+
+def _read_config(directory: Path) -> _Config:
+    path = directory / "config.json"
+    if not path.exists():
+        raise _Failure(f"{directory} is not a run: it has no config.json")
+    try:
+        return _Config(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise _Failure(f"{path} is damaged ({error}); start a new run") from error
+
+
+def _new_directory(name: str) -> Path:
+    for number in itertools.count(1):
+        directory = RUNS / f"{name}-{number}"
+        try:
+            directory.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return directory
+    raise AssertionError("unreachable")
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes all or nothing: to a temporary name in the same folder, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())

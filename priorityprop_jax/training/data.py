@@ -1,0 +1,196 @@
+"""Finds the data files of the real tasks, and proves that they are whole.
+
+A file is looked for in the folder that the caller names, in the folder of the environment variable
+`PRIORITYPROP_DATA`, and in the cache folder; what is in none of them is downloaded into the cache
+from its public home. Every file is checked against a SHA-256 checksum, wherever it came from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import math
+import os
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+ENV_VAR = "PRIORITYPROP_DATA"
+
+
+class DataError(OSError):
+    """A data file is missing, damaged or out of reach; the message says what to do about it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFile:
+    """One file with a public home.
+
+    Attributes:
+      names: file names under which it may lie in a local folder. A download gets the first one.
+      urls: public homes that serve the same bytes, best first.
+      sha256: checksum of the bytes at the public home, in hexadecimal.
+    """
+
+    names: tuple[str, ...]
+    urls: tuple[str, ...]
+    sha256: str
+
+
+def cache_folder() -> Path:
+    """The folder that downloads go to: `$XDG_CACHE_HOME/priorityprop_jax`, or under `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "priorityprop_jax"
+
+
+def read_file(file: DataFile, *, data_dir: str | os.PathLike[str] | None = None) -> bytes:
+    """Returns the verified bytes of `file`, downloading it only where no folder holds it.
+
+    Args:
+      file: what to find. A local `NAME.gz` of a home that serves plain `NAME` is decompressed
+        before its checksum is taken.
+      data_dir: the only folder to look in. By default the folder of `PRIORITYPROP_DATA` (if it is
+        set), then the cache folder, then the public homes. A damaged file in the cache is
+        downloaded anew; a damaged file in a folder of the user's is an error.
+
+    Returns:
+      The bytes that the public home serves.
+
+    Raises:
+      DataError: the file is missing or damaged in `data_dir`, damaged in the folder of
+        `PRIORITYPROP_DATA`, or no public home gave it whole.
+    """
+    if data_dir is not None:
+        paths = _find(file, Path(data_dir).expanduser())
+        if not paths:
+            raise DataError(
+                f"no {' or '.join(file.names)} in {os.fspath(data_dir)!r}; get the file from "
+                f"{file.urls[0]} and put it there, or leave data_dir out to download it"
+            )
+        return _verified(paths[0], file)
+
+    env = os.environ.get(ENV_VAR)
+    if env:
+        folder = Path(env).expanduser()
+        if not folder.is_dir():
+            raise DataError(f"{ENV_VAR}={env!r} is not a folder; correct it or unset it")
+        paths = _find(file, folder)
+        if paths:
+            return _verified(paths[0], file)
+
+    for path in _find(file, cache_folder()):
+        try:
+            return _verified(path, file)
+        except DataError:
+            pass  # The cache is ours: a damaged copy there is worth no more than none.
+    return _verified(_download(file, cache_folder()), file)
+
+
+def gunzip(raw: bytes, *, source: str) -> bytes:
+    """Decompresses `raw`; a `DataError` that names `source` where it is no whole gzip stream."""
+    try:
+        return gzip.decompress(raw)
+    except (EOFError, zlib.error, gzip.BadGzipFile, struct.error) as error:
+        raise DataError(f"{source} is damaged: not a whole gzip file ({error})") from error
+
+
+def parse_idx(raw: bytes, *, source: str) -> np.ndarray:
+    """Reads an array of bytes in the IDX format, the format of the MNIST files.
+
+    Args:
+      raw: two zero bytes, the type code `0x08`, the number of dimensions, each dimension as a
+        big-endian uint32, then the values.
+      source: what to call the data in an error.
+
+    Returns:
+      A uint8 array of the shape that the header gives.
+
+    Raises:
+      DataError: the magic number, the header or the length is wrong.
+    """
+    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or raw[3] == 0:
+        raise DataError(
+            f"{source} is not an IDX file of bytes: it starts with 0x{raw[:4].hex()}, not 0x000008 "
+            "and the number of dimensions"
+        )
+    ndim = raw[3]
+    start = 4 + 4 * ndim
+    if len(raw) < start:
+        raise DataError(f"{source} is damaged: it ends inside its header of {start} bytes")
+    shape = struct.unpack(f">{ndim}I", raw[4:start])
+    if len(raw) - start != math.prod(shape):
+        raise DataError(
+            f"{source} is damaged: its header says {shape}, that is {math.prod(shape)} values, and "
+            f"{len(raw) - start} follow"
+        )
+    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
+
+
+def _find(file: DataFile, folder: Path) -> list[Path]:
+    return [folder / name for name in file.names if (folder / name).is_file()]
+
+
+def _verified(path: Path, file: DataFile) -> bytes:
+    advice = f"delete it, then get it again from {file.urls[0]}"
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    if path.suffix == ".gz" and not file.urls[0].endswith(".gz"):
+        try:
+            raw = gunzip(raw, source=str(path))
+        except DataError as error:
+            raise DataError(f"{error}; {advice}") from error
+    found = hashlib.sha256(raw).hexdigest()
+    if found != file.sha256:
+        raise DataError(
+            f"{path} is damaged or not the expected file: {len(raw)} bytes with SHA-256 {found}, "
+            f"expected {file.sha256}; {advice}"
+        )
+    return raw
+
+
+def _download(file: DataFile, folder: Path) -> Path:
+    """Downloads `file` into `folder` from the first public home that serves it whole."""
+    try:
+        import pooch
+    except ImportError as error:
+        raise ImportError(
+            f"downloading {file.names[0]} needs pooch: pip install 'priorityprop-jax[demo]', or"
+            " name a folder that holds the file"
+        ) from error
+
+    downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=1 << 16)
+    failures = []
+    for url in file.urls:
+        try:
+            # pooch writes to a temporary name in `folder`, and renames it once the checksum fits.
+            path = pooch.retrieve(
+                url,
+                known_hash=f"sha256:{file.sha256}",
+                fname=file.names[0],
+                path=folder,
+                downloader=downloader,  # pyright: ignore[reportArgumentType]: pooch's own
+            )
+            return Path(path)
+        except (OSError, ValueError) as error:
+            failures.append(f"{url}: {_reason(error)}")
+    raise DataError(
+        f"could not download {file.names[0]} ({'; '.join(failures)}); fetch it on a machine that "
+        f"can, and put it at {folder / file.names[0]}, or in a folder that data_dir or {ENV_VAR} "
+        "names"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """A few words for what a download raised; the network's own messages run over many lines."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return f"HTTP status {response.status_code}"
+    if isinstance(error, ValueError):
+        return "the checksum does not match"
+    return getattr(error, "strerror", None) or type(error).__name__

@@ -1,0 +1,408 @@
+"""The real tasks that the command line and the benchmarks train on: data, model, loss, defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from priorityprop_jax.training import data
+
+TASKS = ("digits", "mnist-mlp", "char-lm")
+
+Batch = dict[str, np.ndarray]
+
+_MNIST_HOMES = (
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+)
+# The 10,000 images that MNIST publishes as its test set.
+_MNIST_IMAGES = data.DataFile(
+    names=("mnist10k-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz"),
+    urls=tuple(home + "t10k-images-idx3-ubyte.gz" for home in _MNIST_HOMES),
+    sha256="8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+)
+_MNIST_LABELS = data.DataFile(
+    names=("mnist10k-labels-idx1-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
+    urls=tuple(home + "t10k-labels-idx1-ubyte.gz" for home in _MNIST_HOMES),
+    sha256="f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+)
+_SHAKESPEARE = data.DataFile(
+    names=("tinyshakespeare.txt", "tinyshakespeare.txt.gz", "input.txt"),
+    urls=(
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    ),
+    sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+)
+
+
+class ArrayLoader:
+    """Batches of arrays that share their first axis, the same each time for a seed and an epoch.
+
+    The order of the rows is a pure function of `seed` and the epoch, so a run that resumes at epoch
+    3 with `set_epoch(3)` sees the batches that the unbroken run saw.
+
+    Args:
+      arrays: arrays of shape `[rows, ...]` by name, or a pair `(x, y)`.
+      batch_size: rows in a batch.
+      shuffle: whether the order of the rows changes from epoch to epoch; otherwise it is the
+        arrays' own.
+      seed: of the order.
+      drop_last: whether to leave out a last batch that is not full.
+      max_batches: at most so many batches in an epoch; `None` for all of them.
+
+    Raises:
+      ValueError: there is no array, no row or no full batch, the arrays differ in length, or
+        `batch_size`, `max_batches` or `seed` is too small.
+
+    Example:
+      >>> loader = ArrayLoader((np.zeros((10, 4)), np.arange(10)), batch_size=4)
+      >>> [batch["y"].tolist() for batch in loader]
+      [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+      >>> len(loader)
+      3
+    """
+
+    def __init__(
+        self,
+        arrays: tuple[np.ndarray, np.ndarray] | Mapping[str, np.ndarray],
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        drop_last: bool = False,
+        max_batches: int | None = None,
+    ):
+        if isinstance(arrays, tuple):
+            if len(arrays) != 2:
+                raise ValueError(
+                    f"a tuple of arrays is a pair (x, y), got {len(arrays)}; use a dict otherwise"
+                )
+            arrays = {"x": arrays[0], "y": arrays[1]}
+        if not arrays:
+            raise ValueError("arrays is empty: nothing to make batches of")
+        self.arrays = {name: np.asarray(array) for name, array in arrays.items()}
+        if any(array.ndim == 0 for array in self.arrays.values()):
+            raise ValueError("every array needs a first axis of rows, got a scalar")
+        lengths = {name: len(array) for name, array in self.arrays.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"arrays differ in length: {lengths}")
+        self.rows = next(iter(lengths.values()))
+        if self.rows == 0:
+            raise ValueError("the arrays have no rows: nothing to make batches of")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, at least 1 is needed")
+        if drop_last and self.rows < batch_size:
+            raise ValueError(
+                f"drop_last leaves no batch of {batch_size} out of {self.rows} rows; "
+                "lower batch_size or set drop_last=False"
+            )
+        if max_batches is not None and max_batches < 1:
+            raise ValueError(f"max_batches is {max_batches}, at least 1 (or None) is needed")
+        if seed < 0:
+            raise ValueError(f"seed is {seed}, at least 0 is needed")
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.drop_last = drop_last
+        self.max_batches = max_batches
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch whose order the next iteration follows; 0 at first."""
+        if epoch < 0:
+            raise ValueError(f"epoch is {epoch}, at least 0 is needed")
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        full = self.rows // self.batch_size
+        batches = full if self.drop_last else math.ceil(self.rows / self.batch_size)
+        return batches if self.max_batches is None else min(batches, self.max_batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields dicts of arrays, each `[batch, ...]`."""
+        order = np.arange(self.rows)
+        if self.shuffle:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.rows)
+        for i in range(len(self)):
+            rows = order[i * self.batch_size : (i + 1) * self.batch_size]  # [batch]
+            yield {name: array[rows] for name, array in self.arrays.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A model with the data, the loss and the defaults to train it.
+
+    Attributes:
+      name: as given to `load_task`.
+      model: untrained; its weights are a function of the seed.
+      loss_fn: `(model, batch) -> (loss, {"accuracy": accuracy})`, both means over the batch. To
+        average them over batches, weigh each by its rows: a last batch may be smaller.
+      train_data: full batches only, shuffled anew each epoch.
+      eval_data: every validation row once, in order.
+      test_data: the same for the test rows.
+      batch_size: rows in a batch of all three.
+      learning_rate: a good one for Adam.
+      epochs: enough of them to see the task learned.
+      metric: the name in `loss_fn`'s second result that tells how good the model is: more is
+        better.
+    """
+
+    name: str
+    model: nnx.Module
+    loss_fn: Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
+    train_data: ArrayLoader
+    eval_data: ArrayLoader
+    test_data: ArrayLoader | None
+    batch_size: int
+    learning_rate: float
+    epochs: int
+    metric: str = "accuracy"
+
+
+def load_task(name: str, *, data_dir: str | os.PathLike[str] | None = None, seed: int = 0) -> Task:
+    """Loads a task: verified data, a fresh model, and defaults that train it.
+
+    | name | data (train / validation / test) | model |
+    |---|---|---|
+    | `digits` | scikit-learn's digits, 1,297 / 250 / 250 images of 8 x 8 | MLP 64-128-128-10 |
+    | `mnist-mlp` | MNIST's test images, 8,000 / 1,000 / 1,000 of 28 x 28 | MLP 784-500-500-10 |
+    | `char-lm` | Tiny Shakespeare, 90 / 5 / 5 % of 1,115,394 characters | transformer, 4 blocks |
+
+    The split never depends on the seed.
+
+    Args:
+      name: one of `TASKS`.
+      data_dir: the folder that holds the data. By default the folder of the environment variable
+        `PRIORITYPROP_DATA`, then the cache folder, then a download into it. `digits` needs none of
+        them: its data come with scikit-learn.
+      seed: of the model's weights and of the order of the training data.
+
+    Returns:
+      The task.
+
+    Raises:
+      ValueError: there is no task of that name.
+      DataError: its data are missing, damaged or out of reach.
+      ImportError: a package that the data come from or with is not installed.
+    """
+    loaders = {"digits": _digits, "mnist-mlp": _mnist_mlp, "char-lm": _char_lm}
+    if name not in loaders:
+        raise ValueError(f"no task {name!r}; the tasks are {', '.join(TASKS)}")
+    return loaders[name](data_dir, seed)
+
+
+def cross_entropy(model: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean cross-entropy of `model(batch["x"])` in nats, and the share of right answers.
+
+    Args:
+      model: maps `batch["x"]` to logits `[..., classes]`.
+      batch: `x`, and `y`: class numbers of shape `[...]`.
+
+    Returns:
+      The loss and `{"accuracy": accuracy}`, float32 scalars.
+    """
+    logits = model(batch["x"])  # [..., classes]
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+    right = jnp.argmax(logits, axis=-1) == batch["y"]  # [...]
+    return loss, {"accuracy": right.astype(jnp.float32).mean()}
+
+
+class MLP(nnx.Module):
+    """Linear layers with ReLU between them.
+
+    Args:
+      widths: of the input, of each hidden layer, and of the output.
+      rngs: of the weights.
+    """
+
+    def __init__(self, widths: tuple[int, ...], *, rngs: nnx.Rngs):
+        self.layers = nnx.List(
+            nnx.Linear(din, dout, rngs=rngs)
+            for din, dout in zip(widths[:-1], widths[1:], strict=True)
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[batch, features]` to logits `[batch, classes]`."""
+        for layer in self.layers[:-1]:
+            x = nnx.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class Block(nnx.Module):
+    """A pre-norm transformer block: causal self-attention, then an MLP, each added to its input.
+
+    Args:
+      width: features of a position.
+      heads: attention heads; they divide `width`.
+      rngs: of the weights.
+    """
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+        self.heads = heads
+        self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
+        self.qkv = nnx.Linear(width, 3 * width, rngs=rngs)
+        self.attention_out = nnx.Linear(width, width, rngs=rngs)
+        self.mlp_norm = nnx.LayerNorm(width, rngs=rngs)
+        self.mlp_in = nnx.Linear(width, 4 * width, rngs=rngs)
+        self.mlp_out = nnx.Linear(4 * width, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[batch, time, width]` to the same shape."""
+        qkv = self.qkv(self.attention_norm(x))  # [batch, time, 3 * width]
+        qkv = qkv.reshape(*x.shape[:2], 3, self.heads, -1)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [batch, time, heads, features]
+        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.attention_out(attended.reshape(x.shape))
+        return x + self.mlp_out(nnx.gelu(self.mlp_in(self.mlp_norm(x))))
+
+
+class CharTransformer(nnx.Module):
+    """A causal transformer that predicts the next character at each position.
+
+    Args:
+      vocabulary: number of characters.
+      context: the longest input, in characters.
+      width: features of a position.
+      depth: number of blocks.
+      heads: attention heads; they divide `width`.
+      rngs: of the weights.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        *,
+        context: int = 128,
+        width: int = 128,
+        depth: int = 4,
+        heads: int = 4,
+        rngs: nnx.Rngs,
+    ):
+        self.embed = nnx.Embed(vocabulary, width, rngs=rngs)
+        self.position = nnx.Embed(context, width, rngs=rngs)
+        self.blocks = nnx.List(Block(width, heads, rngs=rngs) for _ in range(depth))
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.head = nnx.Linear(width, vocabulary, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Maps tokens `[batch, time]` to logits `[batch, time, vocabulary]`."""
+        x = self.embed(tokens) + self.position(jnp.arange(tokens.shape[1]))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def _digits(data_dir: str | os.PathLike[str] | None, seed: int) -> Task:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            "the digits come with scikit-learn: pip install 'priorityprop-jax[demo]'"
+        ) from error
+    x, y = load_digits(return_X_y=True)
+    # The rows are in the order of their writers, and RandomState's stream is frozen for ever.
+    order = np.random.RandomState(0).permutation(len(y))
+    return _image_task(
+        "digits",
+        (x[order] / 16).astype(np.float32),  # [1797, 64], in [0, 1]
+        y[order].astype(np.int32),
+        held_out=250,
+        hidden=(128, 128),
+        seed=seed,
+        batch_size=32,
+        learning_rate=1e-3,
+        epochs=20,
+    )
+
+
+def _mnist_mlp(data_dir: str | os.PathLike[str] | None, seed: int) -> Task:
+    images, labels = (
+        data.parse_idx(
+            data.gunzip(data.read_file(file, data_dir=data_dir), source=file.names[0]),
+            source=file.names[0],
+        )
+        for file in (_MNIST_IMAGES, _MNIST_LABELS)
+    )
+    return _image_task(
+        "mnist-mlp",
+        images.reshape(len(images), -1).astype(np.float32) / 255,  # [10000, 784], in [0, 1]
+        labels.astype(np.int32),
+        held_out=1000,
+        hidden=(500, 500),
+        seed=seed,
+        batch_size=128,
+        learning_rate=1e-3,
+        epochs=10,
+    )
+
+
+def _image_task(
+    name: str,
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    held_out: int,
+    hidden: tuple[int, ...],
+    seed: int,
+    batch_size: int,
+    learning_rate: float,
+    epochs: int,
+) -> Task:
+    """Ten classes; the last `held_out` rows are for the test, those before them for validation."""
+    validation, test = len(y) - 2 * held_out, len(y) - held_out
+    return Task(
+        name=name,
+        model=MLP((x.shape[1], *hidden, 10), rngs=nnx.Rngs(seed)),
+        loss_fn=cross_entropy,
+        train_data=ArrayLoader(
+            (x[:validation], y[:validation]), batch_size, shuffle=True, seed=seed, drop_last=True
+        ),
+        eval_data=ArrayLoader((x[validation:test], y[validation:test]), batch_size),
+        test_data=ArrayLoader((x[test:], y[test:]), batch_size),
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        epochs=epochs,
+    )
+
+
+def _char_lm(data_dir: str | os.PathLike[str] | None, seed: int) -> Task:
+    context, batch_size = 128, 16
+    text = np.frombuffer(data.read_file(_SHAKESPEARE, data_dir=data_dir), np.uint8)
+    alphabet, tokens = np.unique(text, return_inverse=True)
+    tokens = tokens.astype(np.int32)  # [characters]
+    n = len(tokens)
+
+    def windows(part: np.ndarray, stride: int) -> Batch:
+        # A view: the million overlapping windows of the training text take no memory.
+        view = np.lib.stride_tricks.sliding_window_view(part, context + 1)[::stride]
+        return {"x": view[:, :-1], "y": view[:, 1:]}  # [windows, context] each
+
+    return Task(
+        name="char-lm",
+        model=CharTransformer(len(alphabet), context=context, rngs=nnx.Rngs(seed)),
+        loss_fn=cross_entropy,
+        # Windows start anywhere, so an epoch over all of them would show each character 128 times.
+        train_data=ArrayLoader(
+            windows(tokens[: n * 90 // 100], 1),
+            batch_size,
+            shuffle=True,
+            seed=seed,
+            drop_last=True,
+            max_batches=100,
+        ),
+        eval_data=ArrayLoader(windows(tokens[n * 90 // 100 : n * 95 // 100], context), batch_size),
+        test_data=ArrayLoader(windows(tokens[n * 95 // 100 :], context), batch_size),
+        batch_size=batch_size,
+        learning_rate=2e-3,
+        epochs=10,
+    )

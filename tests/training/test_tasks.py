@@ -1,0 +1,369 @@
+"""Tests of `priorityprop_jax.training.tasks`; some need the files of real data, or are skipped."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from priorityprop_jax.training import data, tasks
+
+FOLDER = Path(
+    os.environ.get(data.ENV_VAR) or Path(__file__).resolve().parents[2].parent / "shared" / "data"
+)
+MNIST = ("mnist10k-images-idx3-ubyte.gz", "mnist10k-labels-idx1-ubyte.gz")
+SHAKESPEARE = "tinyshakespeare.txt.gz"
+
+
+def needs(*names: str) -> pytest.MarkDecorator:
+    missing = [name for name in names if not (FOLDER / name).is_file()]
+    return pytest.mark.skipif(bool(missing), reason=f"{FOLDER} has no {', '.join(missing)}")
+
+
+ALL = [
+    "digits",
+    pytest.param("mnist-mlp", marks=needs(*MNIST)),
+    pytest.param("char-lm", marks=needs(SHAKESPEARE)),
+]
+
+
+def _rows(loader: tasks.ArrayLoader, name: str = "y") -> np.ndarray:
+    return np.concatenate([batch[name] for batch in loader])
+
+
+class TestArrayLoader:
+    @settings(deadline=None, max_examples=60, derandomize=True)
+    @given(
+        rows=st.integers(1, 30),
+        batch_size=st.integers(1, 35),
+        shuffle=st.booleans(),
+        drop_last=st.booleans(),
+        max_batches=st.one_of(st.none(), st.integers(1, 5)),
+        seed=st.integers(0, 2**32),
+        epoch=st.integers(0, 1000),
+    )
+    def test_invariants(self, rows, batch_size, shuffle, drop_last, max_batches, seed, epoch):
+        if drop_last:
+            batch_size = min(batch_size, rows)
+        y = np.arange(rows)
+
+        def epoch_of(loader):
+            loader.set_epoch(epoch)
+            return list(loader)
+
+        make = lambda: tasks.ArrayLoader(  # noqa: E731
+            (np.stack([y, -y], axis=1), y),
+            batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            drop_last=drop_last,
+            max_batches=max_batches,
+        )
+        loader = make()
+        batches = epoch_of(loader)
+
+        kept = rows - rows % batch_size if drop_last else rows
+        kept = min(kept, batch_size * (max_batches or rows))
+        sizes = [min(batch_size, kept - start) for start in range(0, kept, batch_size)]
+        assert [len(batch["y"]) for batch in batches] == sizes
+        assert len(loader) == len(batches)
+        seen = np.concatenate([batch["y"] for batch in batches])
+        assert len(set(seen.tolist())) == kept  # No row twice.
+        if not shuffle:
+            np.testing.assert_array_equal(seen, y[:kept])
+        x = np.concatenate([batch["x"] for batch in batches])
+        np.testing.assert_array_equal(x, np.stack([seen, -seen], axis=1))  # Rows stay together.
+        # A pure function of seed and epoch: for this loader again, and for one that resumes.
+        for again in (list(loader), epoch_of(make())):
+            np.testing.assert_array_equal(np.concatenate([b["y"] for b in again]), seen)
+
+    def test_order_is_pinned(self):
+        # A change here breaks the resuming of every run that was begun before it.
+        loader = tasks.ArrayLoader((np.arange(8), np.arange(8)), 8, shuffle=True, seed=3)
+        loader.set_epoch(2)
+        assert _rows(loader).tolist() == [1, 7, 4, 0, 2, 6, 3, 5]
+
+    def test_epochs_and_seeds_differ(self):
+        orders = []
+        for seed, epoch in [(0, 0), (0, 1), (1, 0), (1, 1)]:
+            loader = tasks.ArrayLoader((np.arange(50), np.arange(50)), 7, shuffle=True, seed=seed)
+            loader.set_epoch(epoch)
+            orders.append(tuple(_rows(loader).tolist()))
+        assert len(set(orders)) == 4
+
+    def test_set_epoch_leaves_a_running_iteration_alone(self):
+        loader = tasks.ArrayLoader((np.arange(50), np.arange(50)), 7, shuffle=True)
+        expected = _rows(loader)
+        iterator = iter(loader)
+        seen = [next(iterator)["y"]]
+        loader.set_epoch(1)
+        np.testing.assert_array_equal(
+            np.concatenate([*seen, *(b["y"] for b in iterator)]), expected
+        )
+
+    def test_named_arrays_keep_their_names_and_dtypes(self):
+        loader = tasks.ArrayLoader({"a": np.ones((3, 2), np.float32), "b": np.ones(3, np.int8)}, 2)
+        batch = next(iter(loader))
+        assert {name: (a.shape, a.dtype) for name, a in batch.items()} == {
+            "a": ((2, 2), np.float32),
+            "b": ((2,), np.int8),
+        }
+
+    @pytest.mark.parametrize(
+        ("arrays", "batch_size", "options", "match"),
+        [
+            ({}, 4, {}, "arrays is empty"),
+            ((np.ones(3),), 4, {}, "pair"),
+            ((np.ones((0, 2)), np.ones(0)), 4, {}, "no rows"),
+            ({"x": np.ones(3), "y": np.ones(4)}, 4, {}, "'x': 3, 'y': 4"),
+            ({"x": np.ones(3), "y": np.float32(1)}, 4, {}, "scalar"),
+            ((np.ones(3), np.ones(3)), 0, {}, "batch_size is 0"),
+            ((np.ones(3), np.ones(3)), 4, {"drop_last": True}, "no batch of 4 out of 3 rows"),
+            ((np.ones(3), np.ones(3)), 2, {"max_batches": 0}, "max_batches is 0"),
+            ((np.ones(3), np.ones(3)), 2, {"seed": -1}, "seed is -1"),
+        ],
+    )
+    def test_errors(self, arrays, batch_size, options, match):
+        with pytest.raises(ValueError, match=match):
+            tasks.ArrayLoader(arrays, batch_size, **options)
+
+    def test_negative_epoch(self):
+        with pytest.raises(ValueError, match="epoch is -1"):
+            tasks.ArrayLoader((np.ones(3), np.ones(3)), 2).set_epoch(-1)
+
+
+def _load(name: str, seed: int = 0) -> tasks.Task:
+    return tasks.load_task(name, data_dir=FOLDER, seed=seed)
+
+
+@nnx.jit(static_argnums=0)
+def _step(loss_fn, model, optimizer, batch):
+    (loss, metrics), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model, batch)
+    optimizer.update(model, grads)
+    return loss, metrics
+
+
+class TestAllTasks:
+    def test_names(self):
+        assert tasks.TASKS == ("digits", "mnist-mlp", "char-lm")
+
+    @pytest.mark.parametrize("name", ["mnist", "", "Digits"])
+    def test_unknown_name_lists_the_known(self, name):
+        with pytest.raises(ValueError, match=f"{name!r}.*digits, mnist-mlp, char-lm"):
+            tasks.load_task(name)
+
+    @pytest.mark.parametrize("name", ALL)
+    def test_shape_of_a_task(self, name):
+        task = _load(name)
+        assert task.name == name and task.metric == "accuracy"
+        assert isinstance(task.model, nnx.Module)
+        assert task.learning_rate > 0 and task.epochs > 0
+        assert task.test_data is not None
+        # One static shape for the training step; every held-out row counts.
+        assert task.train_data.drop_last and task.train_data.shuffle
+        for loader in (task.eval_data, task.test_data):
+            assert not loader.shuffle and not loader.drop_last and loader.max_batches is None
+            assert len(_rows(loader)) == loader.rows
+            assert loader.rows % task.batch_size  # The smaller last batch is really met.
+        for loader in (task.train_data, task.eval_data, task.test_data):
+            batch = next(iter(loader))
+            assert len(batch["x"]) == task.batch_size == loader.batch_size
+            assert batch["y"].dtype == np.int32
+            assert batch["x"].dtype == (np.int32 if name == "char-lm" else np.float32)
+
+    @pytest.mark.parametrize("name", ALL)
+    def test_seed_makes_the_model_and_the_order_and_leaves_the_split(self, name):
+        one, same, other = _load(name, 1), _load(name, 1), _load(name, 2)
+
+        def weights(task):
+            return jnp.concatenate([x.ravel() for x in jax.tree.leaves(nnx.state(task.model))])
+
+        np.testing.assert_array_equal(weights(one), weights(same))
+        assert not np.array_equal(weights(one), weights(other))
+        np.testing.assert_array_equal(_rows(one.train_data), _rows(same.train_data))
+        assert not np.array_equal(_rows(one.train_data), _rows(other.train_data))
+        np.testing.assert_array_equal(_rows(one.eval_data, "x"), _rows(other.eval_data, "x"))
+
+    @pytest.mark.parametrize("name", ALL)
+    def test_gradient_under_strict_promotion(self, name):
+        task = _load(name)
+        batch = {key: rows[:2] for key, rows in next(iter(task.train_data)).items()}
+        with jax.numpy_dtype_promotion("strict"):
+            grads, metrics = nnx.jit(nnx.grad(task.loss_fn, has_aux=True))(task.model, batch)
+        assert metrics.keys() == {"accuracy"} and metrics["accuracy"].dtype == np.float32
+        for path, grad in nnx.to_flat_state(grads):
+            assert jnp.isfinite(grad[...]).all() and (grad[...] != 0).any(), path
+
+    @pytest.mark.parametrize(
+        ("name", "steps", "rows", "ratio"),
+        [
+            ("digits", 30, 32, 0.75),
+            pytest.param("mnist-mlp", 15, 64, 0.5, marks=needs(*MNIST)),
+            pytest.param("char-lm", 12, 4, 0.8, marks=needs(SHAKESPEARE)),
+        ],
+    )
+    def test_loss_falls(self, name, steps, rows, ratio):
+        task = _load(name)
+        optimizer = nnx.Optimizer(task.model, optax.adam(task.learning_rate), wrt=nnx.Param)
+        losses = []
+        for batch, _ in zip(task.train_data, range(steps), strict=False):
+            batch = {key: value[:rows] for key, value in batch.items()}
+            losses.append(float(_step(task.loss_fn, task.model, optimizer, batch)[0]))
+        classes = 65 if name == "char-lm" else 10
+        assert losses[0] == pytest.approx(np.log(classes), rel=0.35)
+        assert np.mean(losses[-3:]) < ratio * losses[0]
+
+    def test_cross_entropy_against_the_formula(self):
+        rng = np.random.default_rng(0)
+        logits, y = rng.normal(size=(3, 5, 7)).astype(np.float32), rng.integers(0, 7, (3, 5))
+        loss, metrics = tasks.cross_entropy(jnp.asarray, {"x": logits, "y": y})
+        probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        right = [
+            (-np.log(probabilities[i, j, y[i, j]]), logits[i, j].argmax() == y[i, j])
+            for i in range(3)
+            for j in range(5)
+        ]
+        np.testing.assert_allclose(loss, np.mean([r[0] for r in right]), rtol=1e-5)
+        np.testing.assert_allclose(metrics["accuracy"], np.mean([r[1] for r in right]), rtol=1e-6)
+
+
+class TestDigits:
+    def test_split(self):
+        from sklearn.datasets import load_digits
+
+        task = tasks.load_task("digits")
+        assert [d.rows for d in (task.train_data, task.eval_data, task.test_data)] == [
+            1297,
+            250,
+            250,
+        ]
+        x = np.concatenate(
+            [d.arrays["x"] for d in (task.train_data, task.eval_data, task.test_data)]
+        )
+        y = np.concatenate(
+            [d.arrays["y"] for d in (task.train_data, task.eval_data, task.test_data)]
+        )
+        assert x.min() == 0 and x.max() == 1
+        # Every image of the original once, with its own label.
+        images, labels = load_digits(return_X_y=True)
+        key = lambda rows: sorted(map(tuple, rows.tolist()))  # noqa: E731
+        assert key(np.column_stack([x * 16, y])) == key(np.column_stack([images, labels]))
+        # Ten classes in all three parts, and the split that every published number was made with.
+        assert all(len(set(d.arrays["y"])) == 10 for d in (task.eval_data, task.test_data))
+        assert y[1297:1307].tolist() == [0, 9, 6, 9, 8, 4, 5, 8, 1, 6]
+
+    def test_without_scikit_learn(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+        with pytest.raises(ImportError, match=r"scikit-learn: .*priorityprop-jax\[demo\]"):
+            tasks.load_task("digits")
+
+    def test_reaches_nine_in_ten(self):
+        task = tasks.load_task("digits")
+        optimizer = nnx.Optimizer(task.model, optax.adam(task.learning_rate), wrt=nnx.Param)
+        for epoch in range(4):
+            task.train_data.set_epoch(epoch)
+            for batch in task.train_data:
+                _step(task.loss_fn, task.model, optimizer, batch)
+        batch = {"x": task.eval_data.arrays["x"], "y": task.eval_data.arrays["y"]}
+        assert task.loss_fn(task.model, batch)[1]["accuracy"] > 0.9
+
+
+@needs(*MNIST)
+class TestMnist:
+    def test_file_order(self):
+        task = _load("mnist-mlp")
+        with gzip.open(FOLDER / MNIST[0]) as file:
+            images = np.frombuffer(file.read()[16:], np.uint8).reshape(10000, 784)
+        with gzip.open(FOLDER / MNIST[1]) as file:
+            labels = np.frombuffer(file.read()[8:], np.uint8)
+        for loader, rows in [
+            (task.train_data, slice(8000)),
+            (task.eval_data, slice(8000, 9000)),
+            (task.test_data, slice(9000, None)),
+        ]:
+            np.testing.assert_array_equal(loader.arrays["y"], labels[rows])
+            np.testing.assert_allclose(loader.arrays["x"] * 255, images[rows], atol=1e-4)
+
+    def test_takes_the_names_of_the_public_home(self, tmp_path):
+        for name in MNIST:
+            shutil.copyfile(FOLDER / name, tmp_path / name.replace("mnist10k", "t10k"))
+        task = tasks.load_task("mnist-mlp", data_dir=tmp_path)
+        assert task.train_data.rows == 8000
+
+    def test_truncated_file(self, tmp_path):
+        shutil.copyfile(FOLDER / MNIST[1], tmp_path / MNIST[1])
+        (tmp_path / MNIST[0]).write_bytes((FOLDER / MNIST[0]).read_bytes()[:-1000])
+        with pytest.raises(
+            data.DataError, match=rf"{MNIST[0]} is damaged.*1647877 bytes.*delete it"
+        ):
+            tasks.load_task("mnist-mlp", data_dir=tmp_path)
+
+    def test_missing_file(self, tmp_path):
+        with pytest.raises(data.DataError, match="cvdf-datasets"):
+            tasks.load_task("mnist-mlp", data_dir=tmp_path)
+
+
+class TestCharLm:
+    @needs(SHAKESPEARE)
+    def test_windows(self):
+        task = _load("char-lm")
+        with gzip.open(FOLDER / SHAKESPEARE) as file:
+            text = np.frombuffer(file.read(), np.uint8)
+        alphabet = np.unique(text)
+        ends = [len(text) * 90 // 100, len(text) * 95 // 100]
+        train, validation, test = np.split(text, ends)
+
+        x, y = (alphabet[task.train_data.arrays[name]] for name in ("x", "y"))
+        assert x.shape == y.shape == (len(train) - 128, 128)
+        np.testing.assert_array_equal(x[:, 0], train[:-128])  # A window starts at each character,
+        np.testing.assert_array_equal(y[:, -1], train[128:])  # and the last one ends the part.
+        assert task.train_data.arrays["x"].base is not None  # A view, not 500 MB.
+        for loader, part in [(task.eval_data, validation), (task.test_data, test)]:
+            x, y = (alphabet[loader.arrays[name]] for name in ("x", "y"))
+            n = (len(part) - 1) // 128 * 128  # Every character is to be predicted once.
+            np.testing.assert_array_equal(x.ravel(), part[:n])
+            np.testing.assert_array_equal(y.ravel(), part[1 : n + 1])
+        for loader in (task.train_data, task.eval_data):
+            batch = next(iter(loader))
+            np.testing.assert_array_equal(batch["x"][:, 1:], batch["y"][:, :-1])
+
+    def test_model_is_causal(self):
+        model = tasks.CharTransformer(11, context=16, width=8, depth=2, heads=2, rngs=nnx.Rngs(0))
+        tokens = np.random.default_rng(0).integers(0, 11, (2, 16))
+        apply = nnx.jit(lambda model, tokens: model(tokens))
+        logits = apply(model, tokens)
+        assert logits.shape == (2, 16, 11)
+        for i in (0, 7, 15):
+            changed = tokens.copy()
+            changed[:, i] = (changed[:, i] + 1) % 11
+            differs = np.abs(apply(model, changed) - logits).max(axis=(0, 2)) > 1e-6  # [time]
+            # What is before the change cannot see it; all from it on does.
+            assert differs.tolist() == [False] * i + [True] * (16 - i)
+        np.testing.assert_allclose(apply(model, tokens[:, :5]), logits[:, :5], rtol=1e-4, atol=1e-5)
+
+    def test_block_against_the_formula(self):
+        block = tasks.Block(8, 2, rngs=nnx.Rngs(0))
+        x = np.random.default_rng(0).normal(size=(1, 5, 8)).astype(np.float32)
+        qkv = np.asarray(block.qkv(block.attention_norm(x)))[0]  # [time, 24]
+        heads = []
+        for h in range(2):
+            q, k, v = (qkv[:, i * 8 + h * 4 : i * 8 + h * 4 + 4] for i in range(3))
+            rows = []
+            for t in range(5):
+                scores = np.exp(q[t] @ k[: t + 1].T / 2)  # sqrt of 4 features
+                rows.append(scores / scores.sum() @ v[: t + 1])
+            heads.append(np.stack(rows))
+        y = x + block.attention_out(jnp.asarray(np.concatenate(heads, axis=1))[None])
+        expected = y + block.mlp_out(nnx.gelu(block.mlp_in(block.mlp_norm(y))))
+        np.testing.assert_allclose(block(x), expected, rtol=1e-4, atol=1e-5)
