@@ -132,21 +132,22 @@ def priority(
 
 def depth_factors(
     slots: Slots,
-    depth_base: float = 1.1,
+    depth_base: float | jax.Array = 1.1,
     depth_factor: Callable[[str], float] | None = None,
-) -> np.ndarray:
+) -> np.ndarray | jax.Array:
     """The depth factor ``d_i = depth_base ** depth_i`` of every slot, or the user's own.
 
     Args:
       slots: the slots.
       depth_base: above 1 boosts layers that are far from the loss, 1 switches the factor off.
+        Traceable.
       depth_factor: given a slot's name, its factor; replaces ``depth_base``.
 
     Returns:
-      ``float32[slots]``, a NumPy array: it is static.
+      ``float32[slots]``, a NumPy array where all is static.
 
     Raises:
-      ValueError: if a factor is not a finite number above 0 in float32.
+      ValueError: if a static factor is not a finite number above 0 in float32.
 
     Example:
       >>> from priorityprop_jax import find_slots
@@ -155,6 +156,8 @@ def depth_factors(
       >>> depth_factors(slots, depth_base=2.0).tolist()
       [4.0, 2.0, 1.0]
     """
+    if depth_factor is None and isinstance(depth_base, jax.Array):
+        return jnp.asarray(depth_base, jnp.float32) ** np.asarray(slots.depths, np.float32)
     if depth_factor is None:
         names = [f"depth_base={depth_base} at depth {depth}" for depth in slots.depths]
         values = [_power(depth_base, depth) for depth in slots.depths]

@@ -57,7 +57,7 @@ def priorityprop(
     spread: str = "even",
     magnitude: Magnitude = "mean",
     magnitude_decay: jax.typing.ArrayLike = 0.0,
-    depth_base: float = 1.1,
+    depth_base: float | jax.Array = 1.1,
     depth_factor: Callable[[str], float] | None = None,
     costs: Mapping[str, float] | None = None,
     stacked_axis: Callable[[str], int | None] | None = None,
@@ -183,7 +183,7 @@ def scale_by_priority(
     spread: str = "even",
     magnitude: Magnitude = "mean",
     magnitude_decay: jax.typing.ArrayLike = 0.0,
-    depth_base: float = 1.1,
+    depth_base: float | jax.Array = 1.1,
     depth_factor: Callable[[str], float] | None = None,
     costs: Mapping[str, float] | None = None,
     stacked_axis: Callable[[str], int | None] | None = None,
@@ -290,7 +290,7 @@ class _Options:
     spread: str
     magnitude: Magnitude
     magnitude_decay: Any
-    depth_base: float
+    depth_base: Any
     depth_factor: Callable[[str], float] | None
     costs: Mapping[str, float] | None
     stacked_axis: Callable[[str], int | None] | None

@@ -1,0 +1,112 @@
+"""Element-level top-k against NumPy's stable sort."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from priorityprop_jax import top_k_updates
+
+
+def reference(leaves, k):
+    """Keeps the k largest magnitudes of all leaves together, the earlier element among equals."""
+    together = np.concatenate([np.abs(np.asarray(x)).reshape(-1) for x in leaves])
+    k = min(k, together.size) if isinstance(k, int) else int(np.ceil(k * together.size))
+    keep = np.zeros(together.size, bool)
+    keep[np.argsort(-together, kind="stable")[:k]] = True
+    parts = np.split(keep, np.cumsum([x.size for x in leaves])[:-1])
+    return [
+        np.where(m.reshape(x.shape), np.asarray(x), 0) for m, x in zip(parts, leaves, strict=True)
+    ]
+
+
+def make_updates(seed, ties):
+    rng = np.random.default_rng(seed)
+    draw = (lambda s: rng.integers(-3, 4, s)) if ties else (lambda s: rng.normal(size=s))
+    return {name: jnp.asarray(draw(s), jnp.float32) for name, s in
+            (("a", (4, 5)), ("b", (7,)), ("c", ()), ("d", (2, 3, 2)))}
+
+
+@pytest.mark.parametrize("per", ["leaf", "global"])
+@pytest.mark.parametrize("k", [1, 3, 7, 30, 1000, 0.01, 0.25, 1.0])
+@pytest.mark.parametrize("ties", [False, True])
+def test_equals_a_stable_sort(per, k, ties):
+    tx = top_k_updates(k, per=per)
+    step = jax.jit(tx.update)
+    for seed in range(5):
+        updates = make_updates(seed, ties)
+        kept, _ = step(updates, tx.init(updates))
+        leaves = jax.tree.leaves(updates)
+        expected = (
+            reference(leaves, k)
+            if per == "global"
+            else [reference([leaf], k)[0] for leaf in leaves]
+        )
+        for a, b in zip(jax.tree.leaves(kept), expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert step._cache_size() == 1
+
+
+def test_magnitude_counts_and_not_the_sign():
+    updates = jnp.array([1.0, -5.0, 3.0, -4.0])
+    kept, _ = top_k_updates(2).update(updates, top_k_updates(2).init(updates))
+    assert kept.tolist() == [0.0, -5.0, 0.0, -4.0]
+
+
+def test_error_feedback_delays_and_never_loses():
+    tx = top_k_updates(0.1, error_feedback=True)
+    params = make_updates(0, False)
+    state = tx.init(params)
+    sent = given = jax.tree.map(jnp.zeros_like, params)
+    for seed in range(20):
+        updates = make_updates(seed, False)
+        kept, state = jax.jit(tx.update)(updates, state)
+        sent = jax.tree.map(jnp.add, sent, kept)
+        given = jax.tree.map(jnp.add, given, updates)
+        for name in params:
+            assert int(jnp.sum(kept[name] != 0)) <= -(-params[name].size // 10)
+            np.testing.assert_allclose(
+                sent[name] + state.residual[name], given[name], rtol=1e-5, atol=1e-5
+            )
+    without = top_k_updates(0.1)
+    assert without.init(params).residual == ()
+
+
+def test_dtypes_nan_complex_and_empty_leaves():
+    tx = top_k_updates(1)
+    updates = {
+        "nan": jnp.array([1.0, jnp.nan, 2.0]),
+        "half": jnp.array([1.0, -2.0], jnp.bfloat16),
+        "complex": jnp.array([1 + 1j, 3j], jnp.complex64),
+        "empty": jnp.zeros((0, 2)),
+        "none": None,
+    }
+    kept, _ = jax.jit(tx.update)(updates, tx.init(updates))
+    assert np.isnan(kept["nan"][1]) and kept["nan"][2] == 0  # it is let through, not hidden
+    assert kept["half"].dtype == jnp.bfloat16 and kept["half"].tolist() == [0.0, -2.0]
+    assert kept["complex"].tolist() == [0, 3j]
+    assert kept["empty"].shape == (0, 2) and kept["none"] is None
+
+
+def test_vmap_takes_the_top_of_each():
+    updates = jnp.array([[1.0, 2.0, 2.0], [5.0, -5.0, 1.0]])
+    tx = top_k_updates(1)
+    kept = jax.vmap(lambda u: tx.update(u, tx.init(u))[0])(updates)
+    assert kept.tolist() == [[0.0, 2.0, 0.0], [5.0, 0.0, 0.0]]
+
+
+def test_in_a_chain_moves_few_weights_a_step():
+    params = {"w": jnp.ones((20, 20))}
+    tx = optax.chain(optax.adam(0.1), top_k_updates(0.02))
+    grads = {"w": jnp.arange(400.0).reshape(20, 20) - 200}
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert int(jnp.sum(updates["w"] != 0)) == 8
+
+
+@pytest.mark.parametrize("k", [0, -1, 0.0, 1.5, float("nan"), "3", True])
+def test_impossible_k_is_refused(k):
+    with pytest.raises((ValueError, TypeError), match="k "):
+        top_k_updates(k)
+    with pytest.raises(ValueError, match="per must be"):
+        top_k_updates(3, per="layer")
