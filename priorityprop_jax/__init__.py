@@ -11,11 +11,16 @@ from priorityprop_jax.priority.transform import (
     scale_by_priority,
 )
 
+from priorityprop_jax.training.trainer import History, NonFiniteLossError, PriorityPropTrainer
+
 __version__ = "0.1.0"
 
 __all__ = [
+    "History",
     "Ledger",
+    "NonFiniteLossError",
     "PriorityPropState",
+    "PriorityPropTrainer",
     "Slots",
     "TopKUpdatesState",
     "allocate",

@@ -85,12 +85,12 @@ def gain(grads: Any, updates: Any) -> jax.Array:
       >>> float(gain(jnp.array([1.0, 2.0]), jnp.array([-0.1, -0.2])))
       0.5
     """
-    wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))  # noqa: E731
-    products = jax.tree.map(
-        lambda g, u: jnp.sum(jnp.real(jnp.conj(wide(g)) * wide(u))).astype(jnp.float32),
-        grads,
-        updates,
-    )
+
+    def product(g, u):
+        wide = jnp.complex64 if jnp.iscomplexobj(g) or jnp.iscomplexobj(u) else jnp.float32
+        return jnp.sum(jnp.real(jnp.conj(g.astype(wide)) * u.astype(wide)))
+
+    products = jax.tree.map(product, grads, updates)
     return jnp.abs(sum(jax.tree.leaves(products), start=jnp.float32(0)))
 
 

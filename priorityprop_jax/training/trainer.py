@@ -327,7 +327,8 @@ class PriorityPropTrainer:
             self._enter(stack)
             self._log = log
             self.history.interrupted = False
-            self._ledger.record(self._opt_state)
+            if not self._ledger.steps:
+                self._ledger.record(self._opt_state)
             bar = stack.enter_context(self._bar(loader, last))
             stop = stack.enter_context(_interrupt_flag())
             try:
@@ -479,8 +480,9 @@ class PriorityPropTrainer:
         (loss, (metrics, rest)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         # Descent goes along the conjugate of what JAX gives for complex parameters.
         grads = jax.tree.map(jnp.conj, grads)
-        before = opt_state.update_counts
-        updates, opt_state = self.transformation.update(grads, opt_state, params, value=loss)
+        before = opt_state.update_counts  # [slots]
+        result: Any = self.transformation.update(grads, opt_state, params, value=loss)
+        updates, opt_state = result
         params = optax.apply_updates(params, updates)
         spent = jnp.sum(opt_state.update_counts - before)
         return params, rest, opt_state, {"loss": loss, **metrics, "updates": spent}
@@ -748,7 +750,8 @@ def _check_params(params: Any) -> None:
 
 
 def _split_loss(result: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    loss, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+    pair: Any = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+    loss, metrics = pair
     if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
         raise ValueError(
             "loss_fn must return a real scalar, or a pair of one and a dict of metrics; got a loss "

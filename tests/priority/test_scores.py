@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -226,7 +228,8 @@ def test_magnitude_and_gain_stay_float32_in_x64_mode(kind):
         assert x.dtype == jnp.float64
         assert scores.magnitude(x, kind).dtype == jnp.float32
         assert scores.magnitude([x, x.astype(jnp.bfloat16)], kind).dtype == jnp.float32
-        assert scores.gain(x, x).dtype == jnp.float32
+        for y in (x, x.astype(jnp.float32), x.astype(jnp.bfloat16), x.astype(jnp.complex64)):
+            assert scores.gain(x, y).dtype == jnp.float32
 
 
 # Depth factors and costs.
@@ -269,7 +272,7 @@ def test_no_slots():
     ],
 )
 def test_bases_that_give_no_factor_are_errors(base, length, depth):
-    message = rf"depth_base={base} at depth {depth} is .*, but must be a finite float32 above 0"
+    message = rf"depth_base={re.escape(str(base))} at depth {depth} is .*, but must be a finite float32 above 0"
     with pytest.raises(ValueError, match=message):
         scores.depth_factors(chain(length), base)
 

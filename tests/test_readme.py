@@ -1,0 +1,20 @@
+"""The README's examples, pasted as they stand."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_example_runs(number, capsys):
+    exec(compile(EXAMPLES[number], f"README example {number}", "exec"), {})
+    printed = capsys.readouterr().out
+    assert ("total" in printed and "100.0%" in printed) if number == 0 else "[" in printed
+
+
+def test_there_are_examples():
+    assert len(EXAMPLES) == 2
