@@ -10,7 +10,6 @@ from priorityprop_jax.priority.transform import (
     priorityprop,
     scale_by_priority,
 )
-
 from priorityprop_jax.training.trainer import History, NonFiniteLossError, PriorityPropTrainer
 
 __version__ = "0.1.0"

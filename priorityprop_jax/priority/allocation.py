@@ -43,7 +43,7 @@ def _select(mask: jax.Array, a: _U64, b: _U64) -> _U64:
 
 
 def _multiply_divide(a: jax.Array, b: _U64, c: _U64) -> tuple[jax.Array, _U64]:
-    """Returns ``floor(a * b / c)`` and ``(a * b) mod c`` for ``b <= c < 2**63``, ``0 <= a < 2**31``.
+    """``floor(a * b / c)`` and ``(a * b) mod c``, for ``b <= c < 2**63`` and ``0 <= a < 2**31``.
 
     Schoolbook multiplication by the bits of ``a``, reduced modulo ``c`` after every step, so that
     nothing grows past ``2 * c``.
@@ -71,7 +71,7 @@ def _multiply_divide(a: jax.Array, b: _U64, c: _U64) -> tuple[jax.Array, _U64]:
 
 
 def _weights(priorities: jax.Array) -> _U64:
-    """The priorities as integers: the largest one's leading bit is bit 39, what is below bit 0 goes."""
+    """The priorities as integers: the largest one leads with bit 39, what is below bit 0 goes."""
     bits = lax.bitcast_convert_type(priorities, jnp.uint32)
     exponent = (bits >> 23).astype(jnp.int32)
     mantissa = jnp.where(exponent > 0, (bits & 0x7FFFFF) | 0x800000, 0).astype(jnp.uint32)

@@ -115,7 +115,7 @@ class Ledger:
         return sum(self.vectors["update_counts"])
 
     def rows(self) -> list[dict[str, Any]]:
-        """One dict a slot: slot, depth, layer, shape, updates, share, priority, granted, non-finite.
+        """One dict a slot: its name, depth, layer, shape, updates, share, priority, and two more.
 
         ``share`` is of the updates spent so far, from 0 to 1; ``granted`` the updates of the last
         cycle's allocation; ``non-finite`` how often the magnitude was NaN or infinite.
@@ -169,7 +169,9 @@ class Ledger:
             ledger.layers = tuple(row["layer"] for row in rows)
             ledger.shapes = [row["shape"] for row in rows]
             ledger.steps = [int(step) for step in record["history"]["steps"]]
-            ledger.history = [[int(n) for n in counts] for counts in record["history"]["update_counts"]]
+            ledger.history = [
+                [int(n) for n in counts] for counts in record["history"]["update_counts"]
+            ]
             ledger.clamped_cycles = int(record["clamped_cycles"])
             keys = ("updates", "priority", "granted", "non-finite")
             ledger.vectors = {
@@ -226,7 +228,9 @@ class Ledger:
     def to_markdown(self) -> str:
         """The ledger as a Markdown table."""
         cells = [_COLUMNS, ("---", *["---:"] * (len(_COLUMNS) - 1)), *self._table()]
-        lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in cells]
+        lines = [
+            "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in cells
+        ]
         return "\n".join([*lines, "", self._summary()])
 
     def plot(self, path: str | Path) -> Path:

@@ -326,7 +326,9 @@ class _Work:
 
         def inactive(carry):
             slot, shared, own, x = carry
-            zeros = [jnp.zeros_like(_layer(a, axis, layer)) for a, axis in zip(x, axes, strict=True)]
+            zeros = [
+                jnp.zeros_like(_layer(a, axis, layer)) for a, axis in zip(x, axes, strict=True)
+            ]
             x = [_put(a, b, axis, layer) for a, b, axis in zip(x, zeros, axes, strict=True)]
             return slot, shared, own, x
 
@@ -348,7 +350,7 @@ class _Work:
             done, slot, own, shared, total = carry
             # Keeps XLA from hoisting products with the gradient out of the loop, one buffer each.
             fresh, _ = lax.optimization_barrier((grads, done))
-            moved = None if params is None else optax.apply_updates(params, total)
+            moved: Any = None if params is None else optax.apply_updates(params, total)
             new, own, shared = self._update_one(bundle, slot, fresh, moved, own, shared)
             total = [
                 jnp.where(done == 0, u, t + u).astype(t.dtype)
@@ -366,9 +368,7 @@ class _Work:
 
 def _masked_tree(treedef: Any, leaves: dict[int, Any]) -> Any:
     """The tree with the leaves given; the others as `optax.masked` would hide them."""
-    return treedef.unflatten(
-        [leaves.get(i, optax.MaskedNode()) for i in range(treedef.num_leaves)]
-    )
+    return treedef.unflatten([leaves.get(i, optax.MaskedNode()) for i in range(treedef.num_leaves)])
 
 
 def _layer(x: Any, axis: int | None, layer: Any) -> Any:
@@ -398,5 +398,5 @@ def _concrete(x: Any) -> jax.Array:
 
 
 def _like(x: jax.Array, reference: jax.Array) -> jax.Array:
-    """``x`` with the dtype, and not the weak type, of ``reference``: loops must not change types."""
+    """``x`` in the dtype of ``reference``, not weakly typed: loops must not change types."""
     return lax.convert_element_type(x, reference.dtype)

@@ -156,11 +156,11 @@ def depth_factors(
       >>> depth_factors(slots, depth_base=2.0).tolist()
       [4.0, 2.0, 1.0]
     """
-    if depth_factor is None and isinstance(depth_base, jax.Array):
+    if isinstance(depth_base, jax.Array) and depth_factor is None:
         return jnp.asarray(depth_base, jnp.float32) ** np.asarray(slots.depths, np.float32)
     if depth_factor is None:
         names = [f"depth_base={depth_base} at depth {depth}" for depth in slots.depths]
-        values = [_power(depth_base, depth) for depth in slots.depths]
+        values = [_power(float(depth_base), depth) for depth in slots.depths]
     else:
         names = [f"depth_factor({name!r})" for name in slots.names]
         values = [float(depth_factor(name)) for name in slots.names]
@@ -196,7 +196,7 @@ def cost_vector(slots: Slots, costs: Mapping[str, float]) -> np.ndarray:
 
 def _power(base: float, exponent: int) -> float:
     try:
-        return float(base) ** exponent
+        return base**exponent
     except OverflowError:
         return math.inf
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os.path
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -148,6 +149,7 @@ def find_slots(
             raise ValueError(f"two leaves have the path {name!r}; rename a key of the parameters")
         members.setdefault(name if shared is None else shared, []).append(i)
 
+    wrappers = len(os.path.commonprefix([name.split("/")[:-1] for name in names]))
     stacks = _stack_roots(names, [axis is not None for axis in axes])
     keys: list[str] = []
     slot_names: list[str] = []
@@ -174,7 +176,8 @@ def find_slots(
         for layer in range(bundle.slots):
             slot_names.append(name if layers is None else f"{name}[{layer}]")
             slot_shapes.append(tuple(tuple(shape) for shape in inside))
-            keys.append(_layer_name(names[leaves[-1]], layer if layers is not None else None, stacks))
+            number = layer if layers is not None else None
+            keys.append(_layer_name(names[leaves[-1]], number, stacks, wrappers))
     if len(set(slot_names)) < len(slot_names):
         twice = sorted({name for name in slot_names if slot_names.count(name) > 1})
         raise ValueError(f"two slots have the name {twice[0]!r}; rename a group or a key")
@@ -204,8 +207,13 @@ def _axis(
 
 def _stack_roots(names: Sequence[str], stacked: Sequence[bool]) -> frozenset[str]:
     """The shortest prefixes below which every leaf is stacked: the scanned modules."""
-    mixed = {"/".join(parts[:n]) for name, is_stacked in zip(names, stacked, strict=True)
-             if not is_stacked for parts in [name.split("/")] for n in range(len(parts))}
+    mixed = {
+        "/".join(parts[:n])
+        for name, is_stacked in zip(names, stacked, strict=True)
+        if not is_stacked
+        for parts in [name.split("/")]
+        for n in range(len(parts))
+    }
     roots = set()
     for name, is_stacked in zip(names, stacked, strict=True):
         if is_stacked:
@@ -215,22 +223,27 @@ def _stack_roots(names: Sequence[str], stacked: Sequence[bool]) -> frozenset[str
     return frozenset(roots)
 
 
-def _layer_name(path: str, layer: int | None, stacks: frozenset[str]) -> str:
-    """The part of a path that names its layer: up to the first number, else the parent module."""
+def _layer_name(path: str, layer: int | None, stacks: frozenset[str], wrappers: int) -> str:
+    """The part of a path that names its layer: up to the first number, else the parent module.
+
+    Numbers in the first parts that wrap the whole model (``MLP_0``) tell no layers apart.
+    """
     parts = path.split("/")
     if layer is not None:
         cuts = ("/".join(parts[:n]) for n in range(len(parts) + 1))
         root = next((cut for cut in cuts if cut in stacks), "")
         return f"{root}[{layer}]"
     for n, part in enumerate(parts):
-        if re.search(r"\d+$", part):
+        if n >= wrappers and re.search(r"\d+$", part):
             return "/".join(parts[: n + 1])
     return "/".join(parts[:-1]) or path
 
 
-_INPUT = re.compile(r"^(embed|wte|wpe|tok|pos|patch|stem|input)|embedding", re.IGNORECASE)
+_INPUT = re.compile(r"^(embed|wte|wpe|tok|pos(?!t)|patch|stem|input)|embedding", re.IGNORECASE)
 _OUTPUT = re.compile(r"^(lm_?head|head|output|out|logits?|classifier|readout)", re.IGNORECASE)
-_LAST_NORM = re.compile(r"^(final|last|ln_?f|norm_?f|pooler)|^(layer_?norm|norm|ln|rms_?norm)$", re.I)
+_LAST_NORM = re.compile(
+    r"^(final|last|ln_?f|norm_?f|pooler)|^(layer_?norm|norm|ln|rms_?norm)$", re.I
+)
 _ENCODER = re.compile(r"^encoder$", re.IGNORECASE)
 _DECODER = re.compile(r"^decoder$", re.IGNORECASE)
 

@@ -167,8 +167,7 @@ def priorityprop(
         if options.is_plain(slots, present):
             new_updates, inner_state = work.apply_plain(updates, counts)
             return new_updates, _advance(options, state, counts)._replace(inner_state=inner_state)
-        max_one = _is_static(max_updates, recalc_every) and max_updates <= recalc_every
-        new_updates, inner_state = work.apply(counts, at_most_one=max_one)
+        new_updates, inner_state = work.apply(counts, at_most_one=options.at_most_one())
         return new_updates, _advance(options, state, counts)._replace(inner_state=inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -332,6 +331,11 @@ class _Options:
     def slots(self, params: Any) -> Slots:
         return find_slots(params, stacked_axis=self.stacked_axis, group=self.group)
 
+    def at_most_one(self) -> bool:
+        """Whether no slot can be updated twice at one step, whatever the budget."""
+        known = _is_static(self.max_updates, self.recalc_every)
+        return known and self.max_updates <= self.recalc_every
+
     def is_plain(self, slots: Slots, present: np.ndarray) -> bool:
         """Whether every slot is known to get one update at every step: ordinary training.
 
@@ -393,8 +397,8 @@ def _whole_budget(budget: Any, recalc_every: Any, slots: int) -> Any:
 
 
 def _new_state(slots: Slots, inner_state: Any) -> PriorityPropState:
-    def zeros(dtype, shape=(len(slots),)):
-        return jnp.zeros(shape, dtype)
+    def zeros(dtype, shape=None):
+        return jnp.zeros((len(slots),) if shape is None else shape, dtype)
 
     return PriorityPropState(
         step=zeros(jnp.int32, ()),
@@ -455,7 +459,7 @@ def _plan(
     magnitudes: Callable[[], jax.Array],
     present: np.ndarray,
 ) -> tuple[PriorityPropState, jax.Array]:
-    """Scores and allocates at the start of a cycle; returns the state and ``r(t)``, int32[slots]."""
+    """Scores and allocates where a cycle starts. Returns the state and ``r(t)``: int32[slots]."""
     factors = depth_factors(slots, options.depth_base, options.depth_factor)
     costs = 1.0 if options.costs is None else cost_vector(slots, options.costs)
     decay = jnp.asarray(options.magnitude_decay, jnp.float32)

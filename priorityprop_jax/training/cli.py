@@ -209,7 +209,7 @@ def _trainer(config: _Config, task: Task, *, plain: bool) -> PriorityPropTrainer
         "sgd": lambda: optax.sgd(rate),
     }
     cycle = config.recalc_every
-    budget = None if config.budget == "full" else config.budget
+    budget = None if isinstance(config.budget, str) else config.budget
     numbers = (None, cycle, cycle) if plain else (budget, config.min_updates, config.max_updates)
     try:
         return PriorityPropTrainer(
@@ -242,9 +242,7 @@ class _Limited:
         return itertools.islice(iter(self.loader), len(self))
 
 
-def _run(
-    directory: Path, config: _Config, task: Task, arms: dict[str, PriorityPropTrainer]
-) -> int:
+def _run(directory: Path, config: _Config, task: Task, arms: dict[str, PriorityPropTrainer]) -> int:
     epochs = task.epochs if config.epochs is None else config.epochs
     steps = epochs * len(task.train_data)
     slots = len(arms["priorityprop"].get_priority_report().names)
@@ -334,12 +332,15 @@ class _Metrics:
 
     def write(self, record: dict[str, Any]) -> None:
         if self.file is None:
-            self._drop_from(record["step"])
+            self._drop_from(record)
             self.file = self.path.open("a", encoding="utf-8")
         self.file.write(json.dumps({"arm": self.arm, **record}) + "\n")
         self.file.flush()
 
-    def _drop_from(self, step: int) -> None:
+    def _drop_from(self, first: dict[str, Any]) -> None:
+        def place(record):  # a step is entered before its evaluation
+            return record["step"], record["kind"] == "eval"
+
         kept = []
         if self.path.exists():
             for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -347,7 +348,7 @@ class _Metrics:
                     old = json.loads(line)
                 except json.JSONDecodeError:
                     continue  # the last line of a run that was killed
-                if old["arm"] != self.arm or old["step"] < step:
+                if old["arm"] != self.arm or place(old) < place(first):
                     kept.append(line)
         _write(self.path, "".join(kept))
 
@@ -369,7 +370,17 @@ def _result(trainer: PriorityPropTrainer, history: History, task: Task) -> dict[
     }
 
 
-_HEADER = ("", "validation", "best", "test", "val. loss", "steps", "updates", "train s", "compile s")
+_HEADER = (
+    "",
+    "validation",
+    "best",
+    "test",
+    "val. loss",
+    "steps",
+    "updates",
+    "train s",
+    "compile s",
+)
 
 
 def _rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -395,7 +406,9 @@ def _text(record: dict[str, Any], ledger: Ledger) -> str:
     lines = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table
     ]
-    title = f"\n{record['config']['task']}: {record['metric']}, one seed ({record['config']['seed']})"
+    title = (
+        f"\n{record['config']['task']}: {record['metric']}, one seed ({record['config']['seed']})"
+    )
     return "\n".join([title, *lines, "", "where the budget went:", str(ledger)])
 
 
@@ -427,9 +440,7 @@ def _report(arguments: argparse.Namespace) -> int:
     path = directory / "report.json"
     if not path.exists():
         if (directory / "config.json").exists():
-            raise _Failure(
-                f"{directory} is not finished: priorityprop train --resume {directory}"
-            )
+            raise _Failure(f"{directory} is not finished: priorityprop train --resume {directory}")
         raise _Failure(f"{directory} is not a run: it has no report.json")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))

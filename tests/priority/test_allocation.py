@@ -94,7 +94,9 @@ def test_reference_by_hand():
         pytest.param([9, 0, 0], 10, 0, 4, [4, 3, 3], id="the rest goes to zeros evenly"),
         pytest.param([9, 0, 0], 4, 0, 4, [4, 0, 0], id="zeros get nothing before that"),
         pytest.param([0, 0, 0], 7, 0, 9, [3, 2, 2], id="all zero"),
-        pytest.param([np.nan, np.inf, -1, 1e-45, 2], 3, 0, 9, [0, 0, 0, 0, 3], id="all odd but one"),
+        pytest.param(
+            [np.nan, np.inf, -1, 1e-45, 2], 3, 0, 9, [0, 0, 0, 0, 3], id="all odd but one"
+        ),
         pytest.param([np.nan, np.inf, -1, 1e-45, 2], 5, 1, 9, [1] * 5, id="at the least"),
         pytest.param([5], 3, 0, 9, [3], id="one slot"),
         pytest.param([5], 30, 0, 9, [9], id="one slot, too much"),

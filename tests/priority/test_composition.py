@@ -181,7 +181,8 @@ def test_inside_optax_wrappers(face):
         doubled = optax.tree.map_params(tx, lambda x: 2 * x, state)
         assert jax.tree.structure(doubled) == jax.tree.structure(state), name
         chex.assert_trees_all_close(
-            optax.tree.get(doubled, "mu"), jax.tree.map(lambda x: 2 * x, optax.tree.get(state, "mu"))
+            optax.tree.get(doubled, "mu"),
+            jax.tree.map(lambda x: 2 * x, optax.tree.get(state, "mu")),
         ) if name not in ("masked", "partition") else None
 
 
@@ -395,7 +396,11 @@ def test_a_mesh_of_eight_devices_makes_the_same_decisions(face, high):
         a, b = (optax.tree.get(s, name).tolist() for s in (state, plain_state))
         assert a == b
     chex.assert_trees_all_close(sharded, plain, rtol=1e-4, atol=1e-5)
-    jax.tree.map(lambda x, s: s.is_equivalent_to(x.sharding, x.ndim) or pytest.fail("lost"), sharded, shardings)
+    jax.tree.map(
+        lambda x, s: s.is_equivalent_to(x.sharding, x.ndim) or pytest.fail("lost"),
+        sharded,
+        shardings,
+    )
     if face == "wrap":
         mu = state.inner_state[0].mu["Dense_0"]["kernel"]
         assert mu.sharding.is_equivalent_to(shardings["Dense_0"]["kernel"], 2)

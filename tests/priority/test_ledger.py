@@ -35,7 +35,9 @@ def test_rows_are_the_state():
     assert [row["slot"] for row in rows] == list(find_slots(PARAMS).names)
     assert [row["updates"] for row in rows] == state.update_counts.tolist()
     assert [row["granted"] for row in rows] == state.allocation.tolist()
-    assert [row["non-finite"] for row in rows] == state.nonfinite_counts.tolist() == [0, 0, 3, 0, 0, 0]
+    assert (
+        [row["non-finite"] for row in rows] == state.nonfinite_counts.tolist() == [0, 0, 3, 0, 0, 0]
+    )
     np.testing.assert_allclose([row["priority"] for row in rows], state.priorities)
     assert ledger.total_updates == int(state.update_counts.sum()) == 36
     assert sum(row["share"] for row in rows) == pytest.approx(1)
@@ -48,7 +50,11 @@ def test_survives_json():
     again = Ledger.from_dict(json.loads(json.dumps(ledger.as_dict())))
     assert again.as_dict() == ledger.as_dict()
     assert str(again) == str(ledger) and again.to_markdown() == ledger.to_markdown()
-    for broken in ({}, {"slots": 3}, {**ledger.as_dict(), "history": {"steps": [1], "update_counts": []}}):
+    for broken in (
+        {},
+        {"slots": 3},
+        {**ledger.as_dict(), "history": {"steps": [1], "update_counts": []}},
+    ):
         with pytest.raises(ValueError, match="not a ledger"):
             Ledger.from_dict(broken)
 

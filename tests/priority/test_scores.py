@@ -49,7 +49,9 @@ def test_all_magnitudes_are_tested():
 @pytest.mark.parametrize("kind", KINDS)
 def test_magnitude_of_one_array(kind, shape, dtype, jit):
     x = jnp.asarray(normal(shape, dtype))
-    call = jax.jit(lambda g: scores.magnitude(g, kind)) if jit else lambda g: scores.magnitude(g, kind)
+    call = (
+        jax.jit(lambda g: scores.magnitude(g, kind)) if jit else lambda g: scores.magnitude(g, kind)
+    )
     got = call(x)
     assert got.shape == () and got.dtype == jnp.float32
     np.testing.assert_allclose(got, NUMPY[kind](np.asarray(x)), rtol=1e-6)
@@ -178,9 +180,7 @@ factors = st.floats(2.0**-10, 2.0**10, width=32)
 
 @properties
 @given(
-    st.lists(
-        st.tuples(floats, st.integers(0, 2**31 - 1), factors, factors), min_size=4, max_size=4
-    )
+    st.lists(st.tuples(floats, st.integers(0, 2**31 - 1), factors, factors), min_size=4, max_size=4)
 )
 def test_priority_is_magnitude_by_count_times_depth_by_cost(rows):
     m, c, d, cost = (np.array(column) for column in zip(*rows, strict=True))
@@ -214,7 +214,12 @@ def test_costs_default_to_one_and_may_be_a_scalar():
 @pytest.mark.parametrize("x64", [False, True])
 def test_priority_traces_and_stays_float32(x64):
     with jax.enable_x64(x64), jax.numpy_dtype_promotion("strict"):
-        arguments = np.array([4.0, 6.0]), np.array([1, 2]), np.array([1.0, 2.0]), np.array([1.0, 4.0])
+        arguments = (
+            np.array([4.0, 6.0]),
+            np.array([1, 2]),
+            np.array([1.0, 2.0]),
+            np.array([1.0, 4.0]),
+        )
         for call in (scores.priority, jax.jit(scores.priority)):
             got = call(*arguments)
             assert got.dtype == jnp.float32
@@ -272,7 +277,10 @@ def test_no_slots():
     ],
 )
 def test_bases_that_give_no_factor_are_errors(base, length, depth):
-    message = rf"depth_base={re.escape(str(base))} at depth {depth} is .*, but must be a finite float32 above 0"
+    message = (
+        rf"depth_base={re.escape(str(base))} at depth {depth} is .*, "
+        "but must be a finite float32 above 0"
+    )
     with pytest.raises(ValueError, match=message):
         scores.depth_factors(chain(length), base)
 
@@ -288,7 +296,9 @@ def test_users_factors_must_be_above_zero_in_float32(value):
 
 
 def test_costs_are_ordered_as_the_slots():
-    slots = find_slots({"b": 1.0, "a": jnp.ones((2, 3))}, stacked_axis=lambda p: 0 if p == "a" else None)
+    slots = find_slots(
+        {"b": 1.0, "a": jnp.ones((2, 3))}, stacked_axis=lambda p: 0 if p == "a" else None
+    )
     got = scores.cost_vector(slots, {"b": 3, "a[1]": 2.0, "a[0]": 0.5})
     assert got.tolist() == [0.5, 2, 3] and got.dtype == np.float32
 
@@ -308,5 +318,7 @@ def test_costs_must_name_every_slot_and_no_other(costs, odd):
 
 @pytest.mark.parametrize("value", BAD)
 def test_costs_must_be_above_zero_in_float32(value):
-    with pytest.raises(ValueError, match=r"costs\['layer_001'\] is .*, but must be a finite float32"):
+    with pytest.raises(
+        ValueError, match=r"costs\['layer_001'\] is .*, but must be a finite float32"
+    ):
         scores.cost_vector(chain(2), {"layer_000": 1.0, "layer_001": value})

@@ -37,7 +37,8 @@ def array(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def dense(*shape: int) -> dict[str, jax.ShapeDtypeStruct]:
-    return {"kernel": array(*(shape or (2, 2))), "bias": array(*(shape or (2, 2))[1:])}
+    *stack, wide, features = shape or (2, 2)
+    return {"kernel": array(*stack, wide, features), "bias": array(*stack, features)}
 
 
 def depths(params, **kwargs) -> dict[str, int]:
@@ -67,7 +68,9 @@ def by_layer(params, **kwargs) -> list[str]:
         pytest.param(1.0, ("params",), id="single array"),
         pytest.param({1: 1.0, 12: 2.0}, ("1", "12"), id="integer keys"),
         pytest.param({"a": None, "b": 1.0}, ("b",), id="None is no leaf"),
-        pytest.param({"value": 1.0, "a": {"value": 2.0}}, ("a/value", "value"), id="value as a key"),
+        pytest.param(
+            {"value": 1.0, "a": {"value": 2.0}}, ("a/value", "value"), id="value as a key"
+        ),
         pytest.param({"encoder": [{"kernel": 0.0}]}, ("encoder/0/kernel",), id="docstring"),
     ],
 )
@@ -224,7 +227,9 @@ def test_a_group_of_one_may_keep_the_name_of_its_leaf():
 def test_a_group_must_be_stacked_alike(shapes, axes):
     params = {name: array(*shape) for name, shape in zip("ab", shapes, strict=True)}
     stacked = dict(zip("ab", axes, strict=True))
-    with pytest.raises(ValueError, match="group 'all' mixes leaves with stacks of .* stacked alike"):
+    with pytest.raises(
+        ValueError, match="group 'all' mixes leaves with stacks of .* stacked alike"
+    ):
         find_slots(params, stacked_axis=stacked.get, group=lambda path: "all")
 
 
@@ -258,7 +263,6 @@ def test_all_of_a_numbered_layer_shares_its_depth():
 
 
 def test_a_single_layer_has_depth_zero():
-    assert depths(dense()) == {"bias": 1, "kernel": 0} or set(depths(dense()).values()) == {0}
     assert set(depths({"Dense_0": dense()}).values()) == {0}
     assert depths(array(3)) == {"params": 0}
 
@@ -288,11 +292,9 @@ def test_linen_transformer():
     }
     blocks = [f"params/TransformerBlock_{i}" for i in range(11)]
     layers = by_layer(params)
-    assert set(layers[:2]) == {"params", "params/token_embed"} or set(layers[:2]) == {
-        "params/pos_embedding",
-        "params/token_embed",
-    }
-    assert layers[2:] == [*blocks, "params/LayerNorm_0", "params/lm_head"]
+    inputs, *rest = layers[0], *layers[1:]
+    assert {inputs, rest[0]} == {"params", "params/token_embed"}  # `params` has the positions
+    assert rest[1:] == [*blocks, "params/LayerNorm_0", "params/lm_head"]
 
 
 def test_nnx_transformer():
@@ -397,9 +399,11 @@ def trees(draw):
             node = node.setdefault(part, {})
         name = "/".join((*path, "leaf"))
         node["leaf"] = array(*shape)
-        axes[name] = draw(st.one_of(st.none(), st.integers(-len(shape), len(shape) - 1))) if (
-            shape
-        ) else None
+        axes[name] = (
+            draw(st.one_of(st.none(), st.integers(-len(shape), len(shape) - 1)))
+            if (shape)
+            else None
+        )
         layers = None if axes[name] is None else shape[axes[name]]
         groups[name] = draw(st.sampled_from([None, f"group 1 of {layers}", f"group 2 of {layers}"]))
     return tree, axes, groups

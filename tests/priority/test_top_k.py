@@ -24,8 +24,10 @@ def reference(leaves, k):
 def make_updates(seed, ties):
     rng = np.random.default_rng(seed)
     draw = (lambda s: rng.integers(-3, 4, s)) if ties else (lambda s: rng.normal(size=s))
-    return {name: jnp.asarray(draw(s), jnp.float32) for name, s in
-            (("a", (4, 5)), ("b", (7,)), ("c", ()), ("d", (2, 3, 2)))}
+    return {
+        name: jnp.asarray(draw(s), jnp.float32)
+        for name, s in (("a", (4, 5)), ("b", (7,)), ("c", ()), ("d", (2, 3, 2)))
+    }
 
 
 @pytest.mark.parametrize("per", ["leaf", "global"])

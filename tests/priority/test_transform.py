@@ -139,9 +139,7 @@ def test_follows_one_optimizer_a_leaf_called_by_hand(name, budget, low, high, sp
     params = make_params()
     tx = priorityprop(INNER[name], budget, low, high, 5, spread=spread)
     ours, state = train(tx, params, 15)
-    theirs, their_states, counts = reference(
-        INNER[name], params, 15, budget, low, high, 5, spread
-    )
+    theirs, their_states, counts = reference(INNER[name], params, 15, budget, low, high, 5, spread)
     assert state.update_counts.tolist() == counts.tolist()
     assert int(counts.sum()) == 3 * budget
     chex.assert_trees_all_close(ours, theirs, rtol=2e-4, atol=2e-5)
@@ -149,9 +147,7 @@ def test_follows_one_optimizer_a_leaf_called_by_hand(name, budget, low, high, sp
         kept = optax.tree.get_all_with_path(state.inner_state, field)
         if kept:
             moments = [optax.tree.get(s, field) for s in their_states]
-            chex.assert_trees_all_close(
-                jax.tree.leaves(kept[0][1]), moments, rtol=1e-4, atol=1e-5
-            )
+            chex.assert_trees_all_close(jax.tree.leaves(kept[0][1]), moments, rtol=1e-4, atol=1e-5)
     if name == "adam":
         assert state.inner_state[0].count.tolist() == counts.tolist()
 
@@ -433,7 +429,9 @@ def test_scale_by_priority_multiplies_after_an_optimizer():
         (dict(depth_base=0.0), ValueError, "depth_base"),
     ],
 )
-@pytest.mark.parametrize("face", [functools.partial(priorityprop, optax.sgd(0.1)), scale_by_priority])
+@pytest.mark.parametrize(
+    "face", [functools.partial(priorityprop, optax.sgd(0.1)), scale_by_priority]
+)
 def test_wrong_options_are_refused_at_once(face, options, error, match):
     with pytest.raises(error, match=match):
         face(**options)
@@ -465,7 +463,12 @@ def test_the_state_is_one_named_tuple_of_vectors():
     params = make_params()
     state = priorityprop(optax.adam(0.1), 0.5).init(params)
     assert isinstance(state, PriorityPropState)
-    for field in set(PriorityPropState._fields) - {"step", "cycle_step", "inner_state", "clamped_cycles"}:
+    for field in set(PriorityPropState._fields) - {
+        "step",
+        "cycle_step",
+        "inner_state",
+        "clamped_cycles",
+    }:
         assert optax.tree.get(state, field).shape == (6,), field
         assert optax.tree.get(state, field).dtype in (jnp.int32, jnp.float32)
     assert optax.tree.get(state, "count").shape == (6,)
