@@ -20,6 +20,7 @@ from priorityprop_jax.priority.scores import gain
 from priorityprop_jax.priority.slots import Bundle, Slots
 
 _SHARED = -1
+_SMALL = 2**14  # elements
 
 
 class PerSlot:
@@ -255,10 +256,11 @@ class _Work:
     def apply(self, counts: jax.Array, *, at_most_one: bool) -> tuple[Any, optax.OptState]:
         """Runs the inner optimizer ``counts[slot]`` times on every slot.
 
-        Slots run one after another, each in a branch that is not taken where its count is 0. The
+        Slots run one after another, each in a loop that is not entered where its count is 0. The
         update takes the gradient's place, so that no second buffer of its size is needed. The
         number of the slot travels along as a value: the kernels of slots of the same shape are
-        then the same, and XLA compiles them once.
+        then the same, and XLA compiles them once. Small slots are cheaper to compute and to
+        forget than to skip: a loop costs more to compile than they cost to update.
 
         Args:
           counts: ``int32[slots]``.
@@ -305,6 +307,22 @@ class _Work:
         owned = per_slot._owned(bundle)
         axes = [per_slot.stack_axis.get(i) for i in bundle.leaves]
         own_axes = [per_slot.state_axis.get(i) for i in owned]
+
+        count = lax.dynamic_index_in_dim(counts, carry[0], keepdims=False)
+        if at_most_one and bundle.layers is None and sum(x.size for x in carry[3]) <= _SMALL:
+            slot, shared, own, x = carry
+            params = None if self.params is None else [self.params[i] for i in bundle.leaves]
+            new, mine, later = self._update_one(bundle, slot, x, params, own, shared)
+            zeros = [jnp.zeros_like(g) for g in x]
+            new = [_like(u, g) for u, g in zip(new, x, strict=True)]
+            return (
+                jnp.maximum(slot, -1) + 1,
+                *jax.tree.map(
+                    functools.partial(jnp.where, count > 0),
+                    (later, mine, new),
+                    (shared, own, zeros),
+                ),
+            )
 
         def active(carry):
             slot, shared, own, x = carry
