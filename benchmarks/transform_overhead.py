@@ -133,11 +133,10 @@ def readme_table(record: dict) -> str:
         "| --- | ---: | ---: | ---: |",
     ]
     for name, update in record["results"]["update"].items():
-        step = record["results"]["step"][name]
-        lines.append(
-            f"| {name} | {update['ratio']:.2f}x | {step['ratio']:.2f}x "
-            f"| {update['compile_ratio']:.1f}x |"
-        )
+        step = record["results"]["step"].get(name)  # absent where a run was cut short
+        stepped = "-" if step is None else f"{step['ratio']:.2f}x"
+        compiling = f"{update['compile_ratio']:.1f}x"
+        lines.append(f"| {name} | {update['ratio']:.2f}x | {stepped} | {compiling} |")
     return "\n".join(lines)
 
 
