@@ -17,6 +17,7 @@ from priorityprop_jax import (
     repeats,
     scale_by_priority,
 )
+from priorityprop_jax.priority import per_slot
 from priorityprop_jax.priority.scores import depth_factors
 
 SHAPES = {
@@ -150,6 +151,17 @@ def test_follows_one_optimizer_a_leaf_called_by_hand(name, budget, low, high, sp
             chex.assert_trees_all_close(jax.tree.leaves(kept[0][1]), moments, rtol=1e-4, atol=1e-5)
     if name == "adam":
         assert state.inner_state[0].count.tolist() == counts.tolist()
+
+
+@pytest.mark.parametrize("size", [0, 2**14])
+def test_large_slots_and_small_ones_follow_the_same_reference(size, monkeypatch):
+    monkeypatch.setattr(per_slot, "_SMALL", size)  # with 0 every slot is large
+    params = make_params()
+    ours, state = train(priorityprop(INNER["adam"], 13, 0, 5, 5), params, 15)
+    theirs, _, counts = reference(INNER["adam"], params, 15, 13, 0, 5, 5)
+    assert state.update_counts.tolist() == counts.tolist()
+    assert state.inner_state[0].count.tolist() == counts.tolist()
+    chex.assert_trees_all_close(ours, theirs, rtol=2e-4, atol=2e-5)
 
 
 def test_inactive_slots_keep_parameters_and_inner_state_bit_for_bit():
