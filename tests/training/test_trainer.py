@@ -125,6 +125,16 @@ def _values(history):
     return records, history.evals
 
 
+def _step_by_hand(tx):
+    @jax.jit
+    def step(params, state, batch):
+        loss, grads = jax.value_and_grad(_pure_loss)(params, batch)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    return step
+
+
 class TestTraining:
     @pytest.mark.parametrize("make", [_pure, _nnx])
     def test_reduces_the_loss_and_keeps_the_books(self, make):
@@ -155,12 +165,7 @@ class TestTraining:
         params = _params()
         state = tx.init(params)
 
-        @jax.jit
-        def step(params, state, batch):
-            loss, grads = jax.value_and_grad(_pure_loss)(params, batch)
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state, loss
-
+        step = _step_by_hand(tx)
         losses = []
         for batch in _batches() * 2:
             params, state, loss = step(params, state, batch)
@@ -175,12 +180,7 @@ class TestTraining:
         tx, params = optax.adam(0.03), _params()
         state = tx.init(params)
 
-        @jax.jit
-        def step(params, state, batch):
-            loss, grads = jax.value_and_grad(_pure_loss)(params, batch)
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state, loss
-
+        step = _step_by_hand(tx)
         for batch in _batches():
             params, state, _ = step(params, state, batch)
         # XLA fuses the two programs differently, which is worth a last bit.
