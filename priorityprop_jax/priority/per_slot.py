@@ -147,6 +147,66 @@ class PerSlot:
                 flat[i] = jnp.broadcast_to(flat[i], (len(self.slots), *x.shape))
         return _Work(self, list(grads), flat, params, extra_args)
 
+    def update_slot(
+        self,
+        bundle: Bundle,
+        grads: Sequence[jax.Array],
+        params: Sequence[jax.Array] | None,
+        mine: dict[int, jax.Array],
+        extra_args: dict[str, Any],
+    ) -> tuple[list[jax.Array], dict[int, jax.Array]]:
+        """One inner update of one slot, all others hidden.
+
+        Args:
+          bundle: the slot's bundle.
+          grads: gradients of the slot's leaves.
+          params: its parameters, or None.
+          mine: its part of the inner state, by the number of the state's leaf.
+          extra_args: handed on to the inner optimizer.
+
+        Returns:
+          The updates of the slot's leaves, and its new part of the state.
+        """
+
+        def tree(leaves):
+            return _masked_tree(self.treedef, dict(zip(bundle.leaves, leaves, strict=True)))
+
+        updates, state = self.inner.update(
+            tree(grads),
+            _masked_tree(self.state_treedef, mine),
+            None if params is None else tree(params),
+            **extra_args,
+        )
+        updates, state = jax.tree.leaves(updates), jax.tree.leaves(state)
+        if len(updates) != len(bundle.leaves) or len(state) != len(mine):
+            raise TypeError(
+                "the inner optimizer changed the structure of its updates or of its state "
+                f"when it updated slot {bundle.name!r} alone"
+            )
+        new = dict(zip(sorted(mine), state, strict=True))
+        return updates, {i: _like(new[i], mine[i]) for i in new}
+
+    def init_slot(self, bundle: Bundle, params: Sequence[Any]) -> dict[int, jax.Array]:
+        """A fresh state of one slot, by the number of the state's leaf; the shared part included.
+
+        Args:
+          bundle: the slot's bundle.
+          params: the parameters of the slot's leaves, of one layer where they are stacked.
+        """
+        tree = _masked_tree(self.treedef, dict(zip(bundle.leaves, params, strict=True)))
+        mine = sorted({*self._owned(bundle), *self.shared})
+        state = jax.tree.leaves(self.inner.init(tree))
+        if len(state) != len(mine):
+            raise TypeError(
+                "the inner optimizer has another state for one slot alone than for all of them"
+            )
+        return {i: jnp.asarray(x) for i, x in zip(mine, state, strict=True)}
+
+    @property
+    def shared(self) -> list[int]:
+        """The leaves of the inner state that belong to no parameter, one value a slot."""
+        return [i for i, owner in enumerate(self.owners) if owner == _SHARED]
+
 
 @dataclasses.dataclass
 class _Work:
@@ -157,7 +217,7 @@ class _Work:
     extra_args: dict[str, Any]
 
     def _shared(self) -> list[int]:
-        return [i for i, owner in enumerate(self.per_slot.owners) if owner == _SHARED]
+        return self.per_slot.shared
 
     def _update_one(
         self,
@@ -169,28 +229,11 @@ class _Work:
         shared: Sequence[jax.Array],
     ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
         """One inner update of one slot. ``own`` is its state, ``shared`` the vectors over slots."""
-        per_slot = self.per_slot
-        tree = lambda leaves: _masked_tree(  # noqa: E731
-            per_slot.treedef, dict(zip(bundle.leaves, leaves, strict=True))
-        )
-        owned, common = per_slot._owned(bundle), self._shared()
+        owned, common = self.per_slot._owned(bundle), self._shared()
         mine = dict(zip(owned, own, strict=True))
         for i, vector in zip(common, shared, strict=True):
             mine[i] = lax.dynamic_index_in_dim(vector, slot, keepdims=False)
-        updates, state = per_slot.inner.update(
-            tree(grads),
-            _masked_tree(per_slot.state_treedef, mine),
-            None if params is None else tree(params),
-            **self.extra_args,
-        )
-        updates, state = jax.tree.leaves(updates), jax.tree.leaves(state)
-        if len(updates) != len(bundle.leaves) or len(state) != len(mine):
-            raise TypeError(
-                "the inner optimizer changed the structure of its updates or of its state "
-                f"when it updated slot {bundle.name!r} alone"
-            )
-        new = dict(zip(sorted(mine), state, strict=True))
-        new = {i: _like(new[i], mine[i]) for i in new}
+        updates, new = self.per_slot.update_slot(bundle, grads, params, mine, self.extra_args)
         return (
             updates,
             [new[i] for i in owned],

