@@ -1,7 +1,22 @@
 """Spend backprop where it matters: budgeted training for Flax and Optax."""
 
+from priorityprop_jax.backward.costs import Costs, StepCosts, measure_costs
+from priorityprop_jax.backward.partial import (
+    apply_active_updates,
+    nnx_partial_value_and_grad,
+    partial_value_and_grad,
+)
+from priorityprop_jax.backward.variants import Variants, merge_upward
+from priorityprop_jax.priority.active import update_active
 from priorityprop_jax.priority.allocation import allocate
+from priorityprop_jax.priority.blocks import BlockState
 from priorityprop_jax.priority.ledger import Ledger
+from priorityprop_jax.priority.policies import (
+    Situation,
+    active_sets,
+    choose_active,
+    make_policy,
+)
 from priorityprop_jax.priority.schedule import repeats
 from priorityprop_jax.priority.slots import Slots, find_slots
 from priorityprop_jax.priority.top_k import TopKUpdatesState, top_k_updates
@@ -10,22 +25,56 @@ from priorityprop_jax.priority.transform import (
     priorityprop,
     scale_by_priority,
 )
+from priorityprop_jax.training.budgeted import Compute
+from priorityprop_jax.training.prefix_cache import PrefixCache
+from priorityprop_jax.training.stages import (
+    Stages,
+    chain,
+    function_stage,
+    linen_stages,
+    nnx_stages,
+    scanned_stages,
+    stack_params,
+)
 from priorityprop_jax.training.trainer import History, NonFiniteLossError, PriorityPropTrainer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockState",
+    "Compute",
+    "Costs",
     "History",
     "Ledger",
     "NonFiniteLossError",
+    "PrefixCache",
     "PriorityPropState",
     "PriorityPropTrainer",
+    "Situation",
     "Slots",
+    "Stages",
+    "StepCosts",
     "TopKUpdatesState",
+    "Variants",
+    "active_sets",
     "allocate",
+    "apply_active_updates",
+    "chain",
+    "choose_active",
     "find_slots",
+    "function_stage",
+    "linen_stages",
+    "make_policy",
+    "measure_costs",
+    "merge_upward",
+    "nnx_partial_value_and_grad",
+    "nnx_stages",
+    "partial_value_and_grad",
     "priorityprop",
     "repeats",
     "scale_by_priority",
+    "scanned_stages",
+    "stack_params",
     "top_k_updates",
+    "update_active",
 ]

@@ -97,11 +97,11 @@ def measure_costs(
 ) -> Costs:
     r"""Measures what a step costs by which slots are active.
 
-    For every depth, the step with all slots up to there is compiled, and for every slot the same
-    without it: the difference is the slot's own cost, what is left of the step is the floor that
-    all slots of that depth share. Costs are the compiler's own account of the compiled programs
-    (``compiled.cost_analysis()``). Only shapes are used: no array is allocated, unless steps are
-    timed.
+    For every depth, the step with all slots up to there is compiled, and for every slot the step
+    that reaches one layer further without it: the difference is the slot's own cost, and what is
+    left of a step without the slots' own costs is the floor that all slots of that depth share.
+    Costs are the compiler's own account of the compiled programs (``compiled.cost_analysis()``).
+    Only shapes are used: no array is allocated, unless steps are timed.
 
     Args:
       loss_fn: ``(params, batch) -> loss``, or ``(loss, aux)`` with ``has_aux``.
@@ -135,7 +135,9 @@ def measure_costs(
     count = int(depths.max()) + 1
     pairs = list(zip(slots.names, depths, strict=True))
     suffixes = [frozenset(name for name, d in pairs if d <= depth) for depth in range(count)]
-    without = [suffixes[depth] - {name} for name, depth in pairs]
+    # One layer deeper, so that the chain is as long without the slot as with it.
+    within = [min(depth + 1, count - 1) for depth in depths]
+    without = [suffixes[at] - {name} for at, name in zip(within, slots.names, strict=True)]
 
     def compile_step(active: frozenset[str]) -> Any:
         return _compile(loss_fn, params, batch, slots.leaves(active), has_aux, optimizer)
@@ -148,8 +150,8 @@ def measure_costs(
     def costs(key: str) -> StepCosts:
         totals = [analyses[active][key] for active in suffixes]
         own = [
-            max(totals[depth] - analyses[active][key], 0.0)
-            for depth, active in zip(depths, without, strict=True)
+            max(totals[at] - analyses[active][key], 0.0)
+            for at, active in zip(within, without, strict=True)
         ]
         return _step_costs(own, totals, depths)
 

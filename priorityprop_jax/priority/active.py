@@ -198,7 +198,7 @@ def _update_rows(
     extra_args: dict[str, Any],
 ) -> tuple[list[jax.Array], jax.Array]:
     """Updates active layers of a bundle. Puts their state into ``state``; returns the gains too."""
-    owned, shared = per_slot._owned(bundle), per_slot.shared
+    owned, shared = per_slot.owned(bundle), per_slot.shared
     own_grads = [jnp.asarray(grads[i]) for i in bundle.leaves]
     own_params = [params[i] for i in bundle.leaves]
     for i in owned:

@@ -125,7 +125,7 @@ class BlockState:
         flat: list[Any],
         params: list[Any],
     ) -> None:
-        owned, stacked = self.per_slot._owned(bundle), bundle.layers is not None
+        owned, stacked = self.per_slot.owned(bundle), bundle.layers is not None
         rows: dict[int, dict[int, Any]] = {}  # layer -> state leaf -> array
         for place, layer in enumerate(before):
             own = {i: flat[i][place] if stacked else flat[i] for i in owned}
@@ -171,7 +171,7 @@ class BlockState:
             rows = active_rows(bundle, self.slots, self.resident)
             if len(rows) == bundle.slots:
                 continue
-            for i in self.per_slot._owned(bundle):
+            for i in self.per_slot.owned(bundle):
                 one = self.per_slot.state_shapes[i]
                 whole = np.zeros((bundle.slots, *one.shape), one.dtype)
                 for layer in range(bundle.slots):
@@ -201,7 +201,7 @@ class BlockState:
         flat = self.per_slot.state_treedef.flatten_up_to(complete.inner_state)
         for bundle in self.slots.bundles:
             rows = active_rows(bundle, self.slots, self.resident)
-            owned = self.per_slot._owned(bundle)
+            owned = self.per_slot.owned(bundle)
             for layer in range(bundle.slots):
                 name = self.slots.names[bundle.start + layer]
                 if name in waiting:

@@ -94,7 +94,7 @@ class PerSlot:
         for bundle in self.slots.bundles:
             if bundle.layers is None:
                 continue
-            own = self._owned(bundle)
+            own = self.owned(bundle)
 
             def init_layer(*layer, bundle=bundle, own=own):
                 replaced = list(first)
@@ -117,7 +117,8 @@ class PerSlot:
                 state[i] = jnp.broadcast_to(value, (len(self.slots), *value.shape))
         return treedef.unflatten(state)
 
-    def _owned(self, bundle: Bundle) -> list[int]:
+    def owned(self, bundle: Bundle) -> list[int]:
+        """The leaves of the inner state that belong to the bundle's parameters."""
         return [i for i, owner in enumerate(self.owners) if owner in bundle.leaves]
 
     def begin(
@@ -194,7 +195,7 @@ class PerSlot:
           params: the parameters of the slot's leaves, of one layer where they are stacked.
         """
         tree = _masked_tree(self.treedef, dict(zip(bundle.leaves, params, strict=True)))
-        mine = sorted({*self._owned(bundle), *self.shared})
+        mine = sorted({*self.owned(bundle), *self.shared})
         state = jax.tree.leaves(self.inner.init(tree))
         if len(state) != len(mine):
             raise TypeError(
@@ -229,7 +230,7 @@ class _Work:
         shared: Sequence[jax.Array],
     ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
         """One inner update of one slot. ``own`` is its state, ``shared`` the vectors over slots."""
-        owned, common = self.per_slot._owned(bundle), self._shared()
+        owned, common = self.per_slot.owned(bundle), self._shared()
         mine = dict(zip(owned, own, strict=True))
         for i, vector in zip(common, shared, strict=True):
             mine[i] = lax.dynamic_index_in_dim(vector, slot, keepdims=False)
@@ -272,7 +273,7 @@ class _Work:
             None
             if self.params is None
             else [_layer(self.params[i], axis(i), layer) for i in bundle.leaves],
-            [_layer(state[i], per_slot.state_axis.get(i), layer) for i in per_slot._owned(bundle)],
+            [_layer(state[i], per_slot.state_axis.get(i), layer) for i in per_slot.owned(bundle)],
         )
 
     def apply_plain(self, updates: Any, counts: jax.Array) -> tuple[Any, optax.OptState]:
@@ -322,7 +323,7 @@ class _Work:
             if self.grads[bundle.leaves[0]] is None:
                 slot = slot + bundle.slots
                 continue
-            owned = per_slot._owned(bundle)
+            owned = per_slot.owned(bundle)
             carry = (
                 slot,
                 shared,
@@ -347,7 +348,7 @@ class _Work:
     ) -> Any:
         """Runs one slot. ``carry`` holds its number, the state, and gradients to be replaced."""
         per_slot = self.per_slot
-        owned = per_slot._owned(bundle)
+        owned = per_slot.owned(bundle)
         axes = [per_slot.stack_axis.get(i) for i in bundle.leaves]
         own_axes = [per_slot.state_axis.get(i) for i in owned]
 

@@ -148,11 +148,11 @@ def choose_active(
       GreenTrainer (Huang et al., 2023, https://arxiv.org/abs/2309.13192) chooses tensors by their
       importance and backward cost with the same kind of table.
     """
-    values = np.asarray(values, np.float64)
-    values = np.where(np.isfinite(values) & (values > 0), values, 0.0)
+    values = np.nan_to_num(np.asarray(values, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    values = np.maximum(values, 0.0)
     own = np.asarray(costs.own, np.float64)
     floors = np.asarray(costs.floors, np.float64)
-    order = np.argsort(np.asarray(depths, int), kind="stable")
+    order: list[int] = np.argsort(np.asarray(depths, int), kind="stable").tolist()
     if not len(values) == len(depths) == len(own):
         raise ValueError(f"{len(values)} values, {len(depths)} depths and {len(own)} own costs")
     if len(floors) <= max(depths, default=-1):
@@ -167,16 +167,14 @@ def choose_active(
     unit = budget / resolution
     units = np.ceil(own / unit - 1e-9).astype(int)
     chosen = forced.copy()
-    deepest_forced = max((depths[i] for i in np.flatnonzero(forced)), default=0)
+    deepest_forced = max((depths[int(i)] for i in np.flatnonzero(forced)), default=0)
     # best[c]: the most that the slots so far are worth for at most c units.
     best = np.zeros(resolution + 1)
     taken = np.zeros((len(values), resolution + 1), bool)
     top, place = -1.0, (0, 0)  # the best value, and after how many slots, at which capacity
-    for n, i in enumerate(order.tolist()):
-        if units[i] > resolution:
-            with_slot = np.full(resolution + 1, -np.inf)
-        else:
-            with_slot = np.full(resolution + 1, -np.inf)
+    for n, i in enumerate(order):
+        with_slot = np.full(resolution + 1, -np.inf)
+        if units[i] <= resolution:
             with_slot[units[i] :] = best[: resolution + 1 - units[i]] + values[i]
         taken[n] = forced[i] | (with_slot > best)
         best = np.where(taken[n], with_slot, best)

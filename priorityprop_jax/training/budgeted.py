@@ -22,6 +22,7 @@ from priorityprop_jax.backward.partial import (
 from priorityprop_jax.backward.variants import Variants
 from priorityprop_jax.priority.active import expected_gains, update_active
 from priorityprop_jax.priority.blocks import BLOCK_STATES, BlockState
+from priorityprop_jax.priority.per_slot import PerSlot
 from priorityprop_jax.priority.policies import Policy, Situation, make_policy, step_cost
 from priorityprop_jax.priority.slots import Slots, find_slots
 from priorityprop_jax.priority.transform import PriorityPropState
@@ -43,7 +44,8 @@ class Compute:
       max_variants: at most so many active sets are compiled.
       block_state: where the optimizer state of inactive slots is: ``"keep"`` on the device,
         ``"reset"`` nowhere, ``"offload"`` in host memory.
-      cache: for the outputs of the frozen prefix; needs a model in `Stages` and batches with ``id``.
+      cache: for the outputs of the frozen prefix; needs a model in `Stages`, and batches
+        with the inputs ``x`` and the whole numbers ``id``.
       schedule: every update is multiplied by ``schedule(step)``, on the clock of steps.
       clip_norm: the largest global norm of the active gradients together.
       gain_decay: see `update_active`.
@@ -105,6 +107,7 @@ class BudgetedStep:
 
     Attributes:
       slots: the slots.
+      transformation: `update_active` around the optimizer.
       costs: what steps cost, once known.
       compile_seconds: wall time spent on tracing and compiling so far.
       programs: how many programs have been compiled for steps.
@@ -145,17 +148,18 @@ class BudgetedStep:
         self._loss, self._compute, self._stages = loss, compute, stages
         self._budget, self._cycle_steps = float(total_budget), int(recalc_every)
         self._policy = make_policy(compute.policy)
-        self._inner = optimizer
         if stages is not None and group is None and stacked_axis is None:
             group = lambda path: path.split("/")[0]  # noqa: E731
         where = {"stacked_axis": stacked_axis, "group": group}
         self.slots = find_slots(params, **where)
         if stages is not None:
             self.slots = _in_order(self.slots, stages.names, params)
-        self._transformation = update_active(optimizer, gain_decay=compute.gain_decay, **where)
+        self.transformation = update_active(optimizer, gain_decay=compute.gain_decay, **where)
         self._blocks = None
         if compute.block_state != "keep":
             self._blocks = BlockState(optimizer, params, mode=compute.block_state, **where)
+        self._shapes = jax.tree.map(_shape, params)
+        self._per_slot = PerSlot(optax.with_extra_args_support(optimizer), self._shapes, self.slots)
         self._everything = frozenset(self.slots.names)
         self._where = {name: self._stage_of(name) for name in self.slots.names}
 
@@ -174,14 +178,22 @@ class BudgetedStep:
         self._full_flops = 0.0
         self._spent: dict[frozenset[str], _Spent] = {}
         self._cache_at: int | None = None  # the stage in front of which outputs are cached
+        self._reopen_at: int | None = None  # the same, of the run that this one goes on with
 
     # What a user can look at.
 
     def init(self, params: Any) -> PriorityPropState:
         """The optimizer state before the first step."""
         if self._blocks is None:
-            return self._transformation.init(params)
+            state: Any = self.transformation.init(params)
+            return state
         return self._blocks.empty()
+
+    @property
+    def saved(self) -> float:
+        """The share of a full training's FLOPs that was not spent so far."""
+        full = self._full_flops * self._step
+        return 1 - sum(spent.flops for spent in self._spent.values()) / full if full else 0.0
 
     def report(self, state: PriorityPropState, seconds: float = 0.0) -> dict[str, Any]:
         """What was spent, in all and by layer, against a training of everything.
@@ -231,7 +243,7 @@ class BudgetedStep:
         for depth in reversed(range(len(floors))):
             members = [i for i, d in enumerate(self.slots.depths) if d == depth]
             chain = floors[depth] - (floors[depth - 1] if depth else 0.0)
-            backward = reached[depth] * chain if depth else 0.0
+            backward = float(reached[depth] * chain) if depth else 0.0
             backward += float(sum(own[i] * counts[i] for i in members))
             rows.append(
                 {
@@ -247,29 +259,15 @@ class BudgetedStep:
 
     def _state_bytes(self, state: PriorityPropState, members: list[int]) -> int:
         """Bytes of optimizer state that these slots have on the device."""
-        leaves, _ = jax.tree.flatten(state.inner_state, is_leaf=lambda x: x is None)
-        per_slot = self._blocks.per_slot if self._blocks else None
-        if per_slot is None:
-            from priorityprop_jax.priority.per_slot import PerSlot
-
-            shapes = getattr(self, "_shapes", None)
-            if shapes is None:
-                return 0
-            per_slot = PerSlot(optax.with_extra_args_support(self._inner), shapes, self.slots)
-        leaves = per_slot.state_treedef.flatten_up_to(state.inner_state)
+        leaves = self._per_slot.state_treedef.flatten_up_to(state.inner_state)
         total = 0.0
         for bundle in self.slots.bundles:
             mine = [i for i in members if bundle.start <= i < bundle.start + bundle.slots]
-            if not mine:
-                continue
-            for i in per_slot._owned(bundle):
-                if leaves[i] is None:
-                    continue
+            if self._blocks is not None:
+                mine = [i for i in mine if self.slots.names[i] in self._blocks.resident]
+            for i in self._per_slot.owned(bundle) if mine else ():
                 rows = 1 if bundle.layers is None else leaves[i].shape[0]
-                resident = len(mine)
-                if bundle.layers is not None and rows < bundle.layers and self._blocks:
-                    resident = sum(self.slots.names[m] in self._blocks.resident for m in mine)
-                total += leaves[i].nbytes * resident / max(rows, 1)
+                total += leaves[i].nbytes * len(mine) / max(rows, 1)
         return int(total)
 
     # Running.
@@ -290,7 +288,7 @@ class BudgetedStep:
           ``updates``, ``flops`` and ``cached`` as numbers.
         """
         if self.costs is None:
-            self._measure(params, rest, batch)
+            self._measure(rest, batch)
         if not self._plan:
             state = self._new_cycle(state)
         active = self._plan.pop(0)
@@ -298,6 +296,7 @@ class BudgetedStep:
             state = self._blocks.move(state, active, params)
         start = min((self._where[name] for name in active), default=0)
         x, rest, forward, cached = self._enter(params, rest, batch, start)
+        batch = jax.tree.map(jnp.asarray, batch)
         chosen = find_active(params, self.slots.leaves(active))
         part, frozen = chosen.split(params)
         arguments = (part, frozen, rest, state, batch, x)
@@ -316,7 +315,7 @@ class BudgetedStep:
         leaves, compute = self.slots.leaves(active), self._compute
 
         def step(part, frozen, rest, state, batch, x):
-            chosen = find_active(jax.tree.map(lambda a: a, self._shapes), leaves)
+            chosen = find_active(self._shapes, leaves)
             params = chosen.join(part, frozen)
             (loss, (metrics, rest)), grads = partial_value_and_grad(
                 self._loss, leaves, has_aux=True
@@ -327,7 +326,7 @@ class BudgetedStep:
                 clip = optax.clip_by_global_norm(compute.clip_norm)
                 grads, _ = clip.update(grads, clip.init(params))
             now = state.step
-            updates, state = self._transformation.update(
+            updates, state = self.transformation.update(
                 grads, state, params, active=active, value=loss
             )
             if compute.schedule is not None:
@@ -354,7 +353,7 @@ class BudgetedStep:
         """What enters stage ``start``, the state behind it, FLOPs spent, whether it was cached."""
         if self._stages is None:
             return (), rest, 0.0, False
-        x = batch["x"]
+        x = jax.tree.map(jnp.asarray, batch["x"])
         if start == 0:
             self._cache_at = None  # every stage changes
             return x, rest, 0.0, False
@@ -364,14 +363,14 @@ class BudgetedStep:
             x, rest, flops = self._forward(params, rest, x, 0, start)
             return x, rest, flops, False
         ids = _ids(batch)
-        inputs = jax.tree.map(np.asarray, x)
+        inputs = jax.tree.map(np.asarray, batch["x"])
         at = self._open_cache(params, rest, x, start)
         found = cache.lookup(ids, inputs)
         if found is None:
             x, rest, flops = self._forward(params, rest, x, 0, at, round_to=cache.dtype)
             cache.store(ids, inputs, jax.device_get(x))
         else:
-            x, begin = found, at
+            x, begin = jax.tree.map(jnp.asarray, found), at
         if start > at:
             x, rest, more = self._forward(params, rest, x, at, start)
             flops += more
@@ -413,6 +412,9 @@ class BudgetedStep:
             return self._cache_at
         upcoming = [min((self._where[n] for n in s), default=0) for s in self._plan]
         at = min([start, *(stage for stage in upcoming if stage > 0)])
+        if self._reopen_at is not None:
+            # Outputs are rounded where they are cached, so it has to be the same place.
+            at, self._reopen_at = min(self._reopen_at, start), None
         abstract = jax.tree.map(_shape, (params, rest, x))
         stages.check_pure(*abstract, stop=at)
         names = stages.names[:at]
@@ -425,9 +427,8 @@ class BudgetedStep:
 
     # Planning and charging.
 
-    def _measure(self, params: Any, rest: Any, batch: Any) -> None:
+    def _measure(self, rest: Any, batch: Any) -> None:
         started = time.perf_counter()
-        self._shapes = jax.tree.map(_shape, params)
         inputs = () if self._stages is None else batch["x"]
         measured = self._compute.costs
 
@@ -446,9 +447,9 @@ class BudgetedStep:
         self.costs = self._planning = unit
         self._full_flops = measured.flops.full if isinstance(measured, Costs) else 0.0
         if not self._full_flops:
-            everything = frozenset(self.slots.names)
-            full = measure_costs_of(loss, self._shapes, arguments, self.slots.leaves(everything))
-            self._full_flops = full
+            every = self.slots.leaves(self._everything)
+            step = partial_value_and_grad(loss, every, has_aux=True)
+            self._full_flops = program_flops(jax.jit(step).lower(self._shapes, arguments).compile())
         if self._compute.cache is not None:
             self._planning = unit.without_prefix(self._prefix_costs(rest, inputs, unit))
         self.compile_seconds += time.perf_counter() - started
@@ -463,16 +464,16 @@ class BudgetedStep:
         forward = []
         for depth in range(len(unit.floors)):
             stop = depth_stage.get(depth, 0)
-            lowered = jax.jit(
-                lambda p, r, x, stop=stop: stages.run(p, r, x, stop=stop)[0]
-            ).lower(*jax.tree.map(_shape, (self._shapes, rest, x)))
+            lowered = jax.jit(lambda p, r, x, stop=stop: stages.run(p, r, x, stop=stop)[0]).lower(
+                *jax.tree.map(_shape, (self._shapes, rest, x))
+            )
             flops = program_flops(lowered.compile()) if stop else 0.0
             forward.append(flops * unit.full / self._full_flops)
         return forward
 
     def _new_cycle(self, state: PriorityPropState) -> PriorityPropState:
         assert self._planning is not None and self.costs is not None
-        cycle, steps = divmod(self._step, self._cycle_steps)[0], self._cycle_steps
+        cycle, steps = self._step // self._cycle_steps, self._cycle_steps
         per_step = self._budget / steps if self._budget > 1 else self._budget * self.costs.full
         allowed = per_step * (self._step + steps) - self._charged
         values = expected_gains(state, self._compute.gain_decay)
@@ -536,8 +537,7 @@ class BudgetedStep:
                 {"active": sorted(names), **dataclasses.asdict(spent)}
                 for names, spent in self._spent.items()
             ],
-            "costs": None if self.costs is None else dataclasses.asdict(self.costs),
-            "full_flops": self._full_flops,
+            "cache_at": self._cache_at,
             "resident": sorted(self._blocks.resident) if self._blocks else [],
             "waiting": sorted(self._blocks.waiting) if self._blocks else [],
         }
@@ -559,16 +559,10 @@ class BudgetedStep:
             frozenset(row["active"]): _Spent(row["steps"], row["flops"], row["cached"])
             for row in record["spent"]
         }
-        self._cache_at = None
+        self._cache_at, self._reopen_at = None, record["cache_at"]
         if self._blocks is None:
             return state
         return self._blocks.restore(state, record["resident"], record["waiting"])
-
-
-def measure_costs_of(loss: Any, params: Any, batch: Any, leaves: frozenset[str]) -> float:
-    """FLOPs of a step with these leaves active."""
-    step = partial_value_and_grad(loss, leaves, has_aux=True)
-    return program_flops(jax.jit(step).lower(params, batch).compile())
 
 
 def _in_order(slots: Slots, names: tuple[str, ...], params: Any) -> Slots:

@@ -21,14 +21,17 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from tqdm import tqdm
 
+from priorityprop_jax.paths import path_name
 from priorityprop_jax.priority.ledger import Ledger
-from priorityprop_jax.priority.slots import find_slots, path_name
+from priorityprop_jax.priority.slots import find_slots
 from priorityprop_jax.priority.transform import Budget, PriorityPropState, priorityprop
+from priorityprop_jax.training.budgeted import BudgetedStep, Compute
+from priorityprop_jax.training.stages import Stages
 
 LossFn = Callable[[Any, Any], Any]
 Record = dict[str, Any]
 
-_RESERVED = ("step", "epoch", "loss", "updates", "seconds", "kind")
+_RESERVED = ("step", "epoch", "loss", "updates", "seconds", "kind", "flops", "cached")
 # Steps between two fetches of the losses where `recalc_every` is not a number yet.
 _FETCH_EVERY = 10
 
@@ -55,7 +58,8 @@ class History:
       steps: one record a step: `step`, `epoch`, `loss` and the metrics of `loss_fn` (of the batch,
         before the update), `updates` (updates of slots in that step) and `seconds` (wall time, the
         loader's included and compilation left out, as the mean over the steps that were fetched
-        together).
+        together); on a budget of compute also `flops` (of the programs run, as compiled) and
+        `cached` (1 if the frozen prefix came from the cache).
       evals: one record an evaluation: `epoch`, `step` and the averages over the data.
       interrupted: whether Ctrl-C ended the last call of `train`.
       compile_seconds: wall time spent on tracing and compiling the training step, in all.
@@ -118,14 +122,23 @@ class PriorityPropTrainer:
     the trainer uses the right mode by itself. Parameters given as a pytree are copied; `params`
     holds the trained ones.
 
+    With `compute` the budget is one of compute rather than of updates: a policy chooses the slots
+    that are active at each step, and only their part of the backward pass is run, in a program
+    compiled for them. Slots that are inactive cost nothing, and keep parameters and optimizer state
+    bit for bit.
+
     Args:
-      model: a `flax.nnx.Module`, or a pytree of parameters.
+      model: a `flax.nnx.Module`, a pytree of parameters, or `Stages`, a model as a chain of stages
+        (what a prefix cache needs).
       optimizer: the Optax optimizer to spend the budget with; the trainer wraps it in
         `priorityprop`. It sees one slot at a time, so a clipping by norm inside it clips each slot
         by itself. It is given the loss as the extra argument ``value``.
       loss_fn: `(model, batch) -> loss` or `(loss, metrics)`: a scalar, and a dict of scalars. It is
-        given the module, or the parameters if `model` is a pytree.
-      total_budget: updates a cycle, see `priorityprop`, as for the three that follow.
+        given the module, or the parameters if `model` is a pytree; for `Stages` a function that
+        maps the inputs `batch["x"]` to outputs, which it must call once, with these.
+      total_budget: updates a cycle, see `priorityprop`, as for the three that follow. With
+        `compute`, the fraction of a full step's cost that a step may cost on average, scoring
+        included, or above 1 the FLOPs of a cycle.
       min_updates: the least updates of a slot in a cycle.
       max_updates: the most updates of a slot in a cycle.
       recalc_every: steps in a cycle.
@@ -134,7 +147,9 @@ class PriorityPropTrainer:
       checkpoint_dir: a folder for checkpoints, made if need be: one at the end of each epoch and
         one when interrupted; the latest two are kept.
       progress: whether to show a progress bar, which stays quiet if the output is no terminal.
-      **options: further options of `priorityprop`, such as `spread`, `magnitude` or `group`.
+      compute: the options of a budget of compute; None for a budget of updates.
+      **options: further options of `priorityprop`, such as `spread`, `magnitude` or `group`; with
+        `compute` only `stacked_axis` and `group`.
 
     Attributes:
       history: the `History` of all training so far, up to an error if there was one.
@@ -177,6 +192,7 @@ class PriorityPropTrainer:
         metric_fn: Callable[[Any, Any], Mapping[str, Any]] | None = None,
         checkpoint_dir: str | os.PathLike[str] | None = None,
         progress: bool = True,
+        compute: Compute | None = None,
         **options: Any,
     ):
         if not callable(loss_fn):
@@ -185,9 +201,12 @@ class PriorityPropTrainer:
             raise TypeError(f"metric_fn must be a function or None, got {metric_fn!r}")
         if checkpoint_dir is not None and not isinstance(checkpoint_dir, str | os.PathLike):
             raise TypeError(f"checkpoint_dir must be a path or None, got {checkpoint_dir!r}")
-        self.transformation = priorityprop(
-            optimizer, total_budget, min_updates, max_updates, recalc_every, **options
-        )
+        if compute is not None:
+            _check_compute(compute, min_updates, max_updates, options)
+        else:
+            self.transformation = priorityprop(
+                optimizer, total_budget, min_updates, max_updates, recalc_every, **options
+            )
         self._loss_fn = loss_fn
         self._metric_fn = metric_fn
         self.checkpoint_dir = checkpoint_dir
@@ -196,10 +215,13 @@ class PriorityPropTrainer:
         self._fetch_every = int(recalc_every) if whole else _FETCH_EVERY
 
         self._model = model if isinstance(model, nnx.Module) else None
+        self._stages = model if isinstance(model, Stages) else None
         self._params: Any = None
         self._rest: Any = None
         self._training = False
-        if self._model is None:
+        if self._stages is not None:
+            self._params, self._rest = _copy(self._stages.params), _copy(self._stages.state)
+        elif self._model is None:
             _check_params(model)
             # The training step donates its arguments, and the caller may go on using these.
             self._params, self._rest = _copy(model), {}
@@ -226,12 +248,22 @@ class PriorityPropTrainer:
                 "the optimizer holds a priorityprop or scale_by_priority already; give the trainer "
                 "the inner optimizer, such as optax.adam(1e-3), and it wraps it itself"
             )
+        self._budgeted: BudgetedStep | None = None
+        if compute is not None:
+            self._budgeted = BudgetedStep(
+                self._loss, params, optimizer, compute, total_budget, recalc_every,  # type: ignore[arg-type]
+                stages=self._stages, **options,
+            )  # fmt: skip
+            self.transformation = self._budgeted.transformation
+            state, slots = self._budgeted.init(params), self._budgeted.slots
+        else:
+            state = self.transformation.init(params)
+            slots = find_slots(
+                params, stacked_axis=options.get("stacked_axis"), group=options.get("group")
+            )
         # Some optimizers keep the parameters themselves or one array twice in their state, and a
         # buffer can be donated only once.
-        self._opt_state = _copy(self.transformation.init(params))
-        slots = find_slots(
-            params, stacked_axis=options.get("stacked_axis"), group=options.get("group")
-        )
+        self._opt_state = _copy(state)
         self._ledger = Ledger(slots)
 
         self.history = History()
@@ -255,7 +287,13 @@ class PriorityPropTrainer:
 
     @property
     def model(self) -> Any:
-        """The trained `nnx` module, or the parameters if there is none."""
+        """The trained `nnx` module, or the parameters if there is none.
+
+        The parameters of `Stages` are by stage name; `nnx` modules that they were made of are
+        brought up to date.
+        """
+        if self._stages is not None and self._stages.write_back is not None:
+            self._stages.write_back(_copy(self._params), _copy(self._rest))
         if self._model is None:
             return self.params
         if self._training:
@@ -270,6 +308,20 @@ class PriorityPropTrainer:
     def get_priority_report(self) -> Ledger:
         """What was spent on whom so far."""
         return self._ledger
+
+    def get_compute_report(self) -> dict[str, Any]:
+        """What the compute went to so far, in all, by active set and by layer.
+
+        Returns:
+          See `BudgetedStep.report`.
+
+        Raises:
+          ValueError: if the trainer was made without `compute`.
+        """
+        if self._budgeted is None:
+            raise ValueError("the trainer has no budget of compute: give it compute=Compute(...)")
+        seconds = math.fsum(record["seconds"] for record in self.history.steps)
+        return self._budgeted.report(self._opt_state, seconds)
 
     # Training.
 
@@ -407,11 +459,18 @@ class PriorityPropTrainer:
 
     def _run_step(self, batch: Any) -> None:
         traces, start = self._traces, time.perf_counter()
-        self._params, self._rest, self._opt_state, values = self._compiled_step(
-            self._params, self._rest, self._opt_state, batch
-        )
-        if self._traces > traces:
-            self._compiling += time.perf_counter() - start
+        if self._budgeted is not None:
+            before = self._budgeted.compile_seconds
+            self._params, self._rest, self._opt_state, values = self._budgeted(
+                self._params, self._rest, self._opt_state, batch
+            )
+            self._compiling += self._budgeted.compile_seconds - before
+        else:
+            self._params, self._rest, self._opt_state, values = self._compiled_step(
+                self._params, self._rest, self._opt_state, batch
+            )
+            if self._traces > traces:
+                self._compiling += time.perf_counter() - start
         self._step += 1
         self._batch += 1
         self._pending.append(({"step": self._step, "epoch": self._epoch + 1}, values))
@@ -430,11 +489,16 @@ class PriorityPropTrainer:
             updates = int(numbers.pop("updates"))
             record |= {name: float(number) for name, number in numbers.items()}
             record |= {"updates": updates, "seconds": seconds}
+            if self._budgeted is not None:
+                record["cached"] = int(record["cached"])
             if not math.isfinite(record["loss"]):
                 raise _non_finite(f"the loss is {record['loss']}", record["step"])
             self._add("step", record)
         if bar is not None:
-            bar.set_postfix(loss=f"{self.history.steps[-1]['loss']:.4g}", refresh=False)
+            shown = {"loss": f"{self.history.steps[-1]['loss']:.4g}"}
+            if self._budgeted is not None:
+                shown["saved"] = f"{self._budgeted.saved:.0%}"
+            bar.set_postfix(shown, refresh=False)
             bar.update(len(pending))
 
     def _add(self, kind: str, record: Record) -> None:
@@ -467,17 +531,10 @@ class PriorityPropTrainer:
     def _train_step(self, params, rest, opt_state, batch):
         self._traces += 1
 
-        def loss_fn(params):
-            if self._model is None:
-                loss, metrics = _split_loss(self._loss_fn(params, batch))
-                return loss, (metrics, rest)
-            # A fresh tree: variables may only change at the trace level that made them.
-            model = nnx.merge(self._train_graph, params, jax.tree.map(lambda leaf: leaf, rest))
-            loss, metrics = _split_loss(self._loss_fn(model, batch))
-            nnx.pop(model, nnx.Intermediate)
-            return loss, (metrics, nnx.state(model, nnx.Not(nnx.Param)))
-
-        (loss, (metrics, rest)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        x = batch["x"] if self._stages is not None else ()
+        (loss, (metrics, rest)), grads = jax.value_and_grad(self._loss, has_aux=True)(
+            params, rest, batch, x
+        )
         # Descent goes along the conjugate of what JAX gives for complex parameters.
         grads = jax.tree.map(jnp.conj, grads)
         before = opt_state.update_counts  # [slots]
@@ -487,8 +544,36 @@ class PriorityPropTrainer:
         spent = jnp.sum(opt_state.update_counts - before)
         return params, rest, opt_state, {"loss": loss, **metrics, "updates": spent}
 
+    def _loss(self, params, rest, batch, x, start=0):
+        """The loss, the metrics and the new rest; for stages, with ``x`` entering stage `start`."""
+        if self._stages is not None:
+            outputs, stages = [], self._stages
+
+            def forward(_):
+                outputs.append(stages.run(params, rest, x, start=start))
+                return outputs[-1][0]
+
+            loss, metrics = _split_loss(self._loss_fn(forward, batch))
+            if len(outputs) != 1:
+                raise ValueError(
+                    f"loss_fn must call the model once, with batch['x'], but did {len(outputs)} "
+                    "times"
+                )
+            return loss, (metrics, outputs[0][1])
+        if self._model is None:
+            loss, metrics = _split_loss(self._loss_fn(params, batch))
+            return loss, (metrics, rest)
+        # A fresh tree: variables may only change at the trace level that made them.
+        model = nnx.merge(self._train_graph, params, jax.tree.map(lambda leaf: leaf, rest))
+        loss, metrics = _split_loss(self._loss_fn(model, batch))
+        nnx.pop(model, nnx.Intermediate)
+        return loss, (metrics, nnx.state(model, nnx.Not(nnx.Param)))
+
     def _eval_step(self, params, rest, batch):
         model = params
+        if self._stages is not None:
+            stages = self._stages
+            model = lambda x: stages.run(params, rest, x, train=False)[0]  # noqa: E731
         if self._model is not None:
             model = nnx.merge(self._eval_graph, params, rest)
         if self._metric_fn is not None:
@@ -548,7 +633,10 @@ class PriorityPropTrainer:
 
     def _sections(self) -> dict[str, Any]:
         params, rest = self._current()
-        return {"params": params, "rest": rest, "opt_state": self._opt_state}
+        state = self._opt_state
+        if self._budgeted is not None:
+            state = self._budgeted.complete(state)
+        return {"params": params, "rest": rest, "opt_state": state}
 
     def _save(self, manager: ocp.CheckpointManager) -> None:
         if any(bool(bad) for bad in jax.device_get(_any_nan(self._params))):
@@ -567,6 +655,7 @@ class PriorityPropTrainer:
             "batch": self._batch,
             "history": self.history.as_dict(),
             "ledger": self._ledger.as_dict(),
+            "compute": None if self._budgeted is None else self._budgeted.record(),
         }
         latest = manager.latest_step()
         manager.save(
@@ -592,6 +681,11 @@ class PriorityPropTrainer:
             if not isinstance(about, dict) or about.get("format") != "priorityprop_jax-1":
                 raise ValueError(f"{where} was not written by PriorityPropTrainer")
             _check_fit(where, about["leaves"], _describe(sections))
+            if (about.get("compute") is None) != (self._budgeted is None):
+                raise ValueError(
+                    f"{where} does not fit this trainer: one of the two has a budget of compute, "
+                    "the other one of updates"
+                )
             leaves = _numbered(sections)
             arrays = _read(
                 manager,
@@ -617,6 +711,8 @@ class PriorityPropTrainer:
         else:
             nnx.update(self._model, sections["params"], sections["rest"])
         self._opt_state = sections["opt_state"]
+        if self._budgeted is not None:
+            self._opt_state = self._budgeted.restore(about["compute"], self._opt_state)
         self._step, self._epoch, self._batch = about["step"], about["epoch"], about["batch"]
         self.history, self._ledger = history, ledger
         self._pending = []
@@ -660,7 +756,8 @@ def _numbered(tree: Any) -> list[tuple[str, Any]]:
 
 def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     data = jax.random.key_data(leaf) if _is_key(leaf) else leaf
-    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=data.sharding)
+    sharding = getattr(data, "sharding", None)  # none for what is in host memory
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
 
 
 def _describe(tree: Any) -> list[list[str]]:
@@ -743,10 +840,23 @@ def _check_params(params: Any) -> None:
         if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
             found = type(leaf).__name__ if dtype is None else f"an array of {dtype}"
             raise TypeError(
-                "model must be a flax.nnx.Module or a pytree of floating-point arrays, but "
+                "model must be a flax.nnx.Module, Stages or a pytree of floating-point arrays, but "
                 f"{path_name(path)!r} is {found}; for a Linen module give its parameters, and a "
                 "loss_fn that applies it"
             )
+
+
+def _check_compute(compute: Any, min_updates: Any, max_updates: Any, options: Any) -> None:
+    if not isinstance(compute, Compute):
+        raise TypeError(f"compute must be a Compute(...) or None, got {compute!r}")
+    if (min_updates, max_updates) != (1, 20):
+        raise ValueError(
+            "min_updates and max_updates are of a budget of updates; with compute a slot is "
+            "updated once at each step in which it is active"
+        )
+    unknown = set(options) - {"stacked_axis", "group"}
+    if unknown:
+        raise TypeError(f"{min(unknown)!r} is no option of a trainer with compute")
 
 
 def _split_loss(result: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
