@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import transform_overhead
+import numpy as np
+import pytest
+
+from benchmarks import finetune_sst2, transform_overhead
+from priorityprop_jax.training.tasks import ArrayLoader
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,3 +41,50 @@ def test_its_options_are_explained():
     command = [sys.executable, "-m", "benchmarks.transform_overhead", "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert shown.returncode == 0 and "--repeats" in shown.stdout
+
+
+def _run_record(arm, seed, accuracies, best_at_rate=1e-4):
+    evals = [
+        {"step": 36 * (i + 1), "accuracy": a, "loss": 0.0, "flops": 10.0 * (i + 1),
+         "programs": [["everything", 36 * (i + 1), 0]]}
+        for i, a in enumerate(accuracies)
+    ]  # fmt: skip
+    return {
+        "arm": arm, "rate": best_at_rate, "seed": seed, "evals": evals,
+        "best": max(accuracies), "full_flops": 1.0, "compile_seconds": 0.0, "programs": 1,
+    }  # fmt: skip
+
+
+def test_time_to_target_of_runs_with_known_answers():
+    runs = [
+        _run_record("full", 0, [0.7, 0.8, 0.9]),
+        _run_record("full", 1, [0.7, 0.9, 0.8]),
+        _run_record("LoRA", 0, [0.9, 0.9, 0.9]),
+        _run_record("LoRA", 1, [0.8, 0.8, 0.8]),
+    ]
+    full = json.dumps([None, 32, None, "keep", "everything", 0])
+    lora = json.dumps([8, 32, None, "keep", "everything", 0])
+    found = finetune_sst2.summary(runs, {full: 2.0, lora: 1.0})
+    assert found["target"] == 0.9
+    assert found["full_seconds_to_target"] == {0: 216.0, 1: 144.0}
+    # Seed 0 gets there with its first 36 steps of a second, seed 1 never.
+    row = found["arms"]["LoRA"]
+    assert row["ratios"] == [6.0] and row["missed"] == 1 and row["interval"] is None
+    assert row["seconds_to_target"] == [36.0, None]
+    assert found["arms"]["full"]["ratio"] == pytest.approx(1.0)
+    low, high = finetune_sst2.bootstrap([1.0, 4.0])
+    assert (low, high) == (pytest.approx(1.0), pytest.approx(4.0))
+
+
+def test_chunks_of_an_epoch_are_the_epoch():
+    arrays = {"x": np.arange(10), "id": np.arange(10)}
+    loader = ArrayLoader(arrays, 2, shuffle=True, seed=3, drop_last=True)
+    chunks = finetune_sst2.Chunks(loader, 3)
+    seen = []
+    for chunk in range(5):  # 15 batches: three epochs of 5
+        chunks.set_epoch(chunk)
+        seen += [batch["x"] for batch in chunks]
+    for epoch in range(3):
+        loader.set_epoch(epoch)
+        expected = [batch["x"] for batch in loader]
+        np.testing.assert_array_equal(seen[5 * epoch : 5 * epoch + 5], expected)

@@ -216,6 +216,8 @@ def _compile(
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x  # with its sharding, if it has one
     return jax.ShapeDtypeStruct(np.shape(x), getattr(x, "dtype", jnp.result_type(x)))
 
 

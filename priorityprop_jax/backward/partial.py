@@ -148,7 +148,7 @@ def put(x: jax.Array, rows: bool | tuple[int, ...] | None, new: jax.Array) -> ja
         return new
     if rows == tuple(range(rows[0], rows[0] + len(rows))):
         return jax.lax.dynamic_update_slice_in_dim(x, new, rows[0], 0)
-    return x.at[np.asarray(rows)].set(new)
+    return jnp.asarray(x).at[np.asarray(rows)].set(new)
 
 
 def partial_value_and_grad(

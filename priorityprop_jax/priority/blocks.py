@@ -38,7 +38,7 @@ class BlockState:
       resident: the slots whose state is on the device.
 
     Raises:
-      ValueError: if ``mode`` is neither.
+      ValueError: if ``mode`` is neither, or layers are stacked on another axis than 0.
 
     Example:
       >>> import jax.numpy as jnp
@@ -68,6 +68,12 @@ class BlockState:
         self.mode = mode
         self.resident: frozenset[str] = frozenset()
         self.slots = find_slots(params, stacked_axis=stacked_axis, group=group)
+        for bundle in self.slots.bundles:
+            if any(bundle.axes):
+                raise ValueError(
+                    f"{bundle.name!r} is stacked on axis {max(a or 0 for a in bundle.axes)}; state "
+                    "can move layer by layer where they are stacked on axis 0"
+                )
         self.per_slot = PerSlot(optax.with_extra_args_support(inner), params, self.slots)
         self._waiting: dict[str, dict[int, np.ndarray]] = {}  # slot -> state leaf -> array
 
@@ -214,7 +220,10 @@ class BlockState:
                     flat[i] = None
                 elif bundle.layers is not None:
                     flat[i] = jnp.asarray(flat[i])[np.asarray(rows)]
-        return complete._replace(inner_state=self.per_slot.state_treedef.unflatten(flat))
+        state = complete._replace(inner_state=self.per_slot.state_treedef.unflatten(flat))
+        return jax.tree.map(
+            lambda x: x if isinstance(x, jax.Array) else jnp.array(x, copy=True), state
+        )
 
     @property
     def waiting(self) -> frozenset[str]:

@@ -178,6 +178,7 @@ class BudgetedStep:
         self._full_flops = 0.0
         self._spent: dict[frozenset[str], _Spent] = {}
         self._cache_at: int | None = None  # the stage in front of which outputs are cached
+        self._cache_key: str | None = None
         self._reopen_at: int | None = None  # the same, of the run that this one goes on with
 
     # What a user can look at.
@@ -287,13 +288,14 @@ class BudgetedStep:
           New parameters, rest and state, and a dict: the metrics as arrays on the device, and
           ``updates``, ``flops`` and ``cached`` as numbers.
         """
-        if self.costs is None:
-            self._measure(rest, batch)
+        if self._planning is None:
+            self._measure(params, rest, batch)
         if not self._plan:
             state = self._new_cycle(state)
         active = self._plan.pop(0)
         if self._blocks is not None:
             state = self._blocks.move(state, active, params)
+        rest, state = _with(params, (rest, state))
         start = min((self._where[name] for name in active), default=0)
         x, rest, forward, cached = self._enter(params, rest, batch, start)
         batch = jax.tree.map(jnp.asarray, batch)
@@ -355,7 +357,7 @@ class BudgetedStep:
             return (), rest, 0.0, False
         x = jax.tree.map(jnp.asarray, batch["x"])
         if start == 0:
-            self._cache_at = None  # every stage changes
+            self._cache_at = self._reopen_at = None  # every stage changes
             return x, rest, 0.0, False
         cache = self._compute.cache
         begin, flops = 0, 0.0
@@ -408,26 +410,31 @@ class BudgetedStep:
         """Makes the cache that of the present prefix; returns the stage that it enters."""
         cache, stages = self._compute.cache, self._stages
         assert cache is not None and stages is not None
+        if self._cache_at is not None and cache.key != self._cache_key:
+            # Closed meanwhile, or opened by another trainer.
+            self._cache_at, self._reopen_at = None, self._cache_at
         if self._cache_at is not None and self._cache_at <= start:
             return self._cache_at
         upcoming = [min((self._where[n] for n in s), default=0) for s in self._plan]
         at = min([start, *(stage for stage in upcoming if stage > 0)])
-        if self._reopen_at is not None:
+        if self._reopen_at is not None and self._reopen_at <= start:
             # Outputs are rounded where they are cached, so it has to be the same place.
-            at, self._reopen_at = min(self._reopen_at, start), None
+            at = self._reopen_at
+        self._reopen_at = None
         abstract = jax.tree.map(_shape, (params, rest, x))
         stages.check_pure(*abstract, stop=at)
         names = stages.names[:at]
         prefix = ([params[name] for name in names], [rest[name] for name in names])
         outputs, _ = jax.eval_shape(lambda p, r, x: stages.run(p, r, x, stop=at), *abstract)
         like = jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape[1:], y.dtype), outputs)
-        cache.open(fingerprint(prefix, *names), like)
+        self._cache_key = fingerprint(prefix, *names)
+        cache.open(self._cache_key, like)
         self._cache_at = at
         return at
 
     # Planning and charging.
 
-    def _measure(self, rest: Any, batch: Any) -> None:
+    def _measure(self, params: Any, rest: Any, batch: Any) -> None:
         started = time.perf_counter()
         inputs = () if self._stages is None else batch["x"]
         measured = self._compute.costs
@@ -435,9 +442,11 @@ class BudgetedStep:
         def loss(params, arguments):
             return self._loss(params, *arguments, start=0)
 
-        arguments = jax.tree.map(_shape, (rest, batch, inputs))
+        # The compiler counts the FLOPs of one device, so that costs are of the same layout.
+        shapes = jax.tree.map(_placed_shape, params)
+        arguments = jax.tree.map(_placed_shape, (_with(params, rest), batch, inputs))
         if measured is None:
-            measured = measure_costs(loss, self._shapes, arguments, self.slots, has_aux=True)
+            measured = measure_costs(loss, shapes, arguments, self.slots, has_aux=True)
         unit = measured.flops if isinstance(measured, Costs) else measured
         if len(unit.own) != len(self.slots) or len(unit.floors) <= max(self.slots.depths):
             raise ValueError(
@@ -449,12 +458,12 @@ class BudgetedStep:
         if not self._full_flops:
             every = self.slots.leaves(self._everything)
             step = partial_value_and_grad(loss, every, has_aux=True)
-            self._full_flops = program_flops(jax.jit(step).lower(self._shapes, arguments).compile())
+            self._full_flops = program_flops(jax.jit(step).lower(shapes, arguments).compile())
         if self._compute.cache is not None:
-            self._planning = unit.without_prefix(self._prefix_costs(rest, inputs, unit))
+            self._planning = unit.without_prefix(self._prefix_costs(shapes, *arguments[::2], unit))
         self.compile_seconds += time.perf_counter() - started
 
-    def _prefix_costs(self, rest: Any, x: Any, unit: StepCosts) -> list[float]:
+    def _prefix_costs(self, params: Any, rest: Any, x: Any, unit: StepCosts) -> list[float]:
         """The forward pass of all stages in front of each depth, in the unit of the costs."""
         stages: Any = self._stages
         depth_stage = {
@@ -464,9 +473,8 @@ class BudgetedStep:
         forward = []
         for depth in range(len(unit.floors)):
             stop = depth_stage.get(depth, 0)
-            lowered = jax.jit(lambda p, r, x, stop=stop: stages.run(p, r, x, stop=stop)[0]).lower(
-                *jax.tree.map(_shape, (self._shapes, rest, x))
-            )
+            run = jax.jit(lambda p, r, x, stop=stop: stages.run(p, r, x, stop=stop)[0])
+            lowered = run.lower(params, rest, x)
             flops = program_flops(lowered.compile()) if stop else 0.0
             forward.append(flops * unit.full / self._full_flops)
         return forward
@@ -531,13 +539,15 @@ class BudgetedStep:
         return {
             "step": self._step,
             "charged": self._charged,
+            "full_flops": self._full_flops,
+            "costs": None if self.costs is None else dataclasses.asdict(self.costs),
             "plan": [sorted(names) for names in self._plan],
             "variants": [sorted(names) for names in self._variants.sets],
             "spent": [
                 {"active": sorted(names), **dataclasses.asdict(spent)}
                 for names, spent in self._spent.items()
             ],
-            "cache_at": self._cache_at,
+            "cache_at": self._reopen_at if self._cache_at is None else self._cache_at,
             "resident": sorted(self._blocks.resident) if self._blocks else [],
             "waiting": sorted(self._blocks.waiting) if self._blocks else [],
         }
@@ -559,6 +569,10 @@ class BudgetedStep:
             frozenset(row["active"]): _Spent(row["steps"], row["flops"], row["cached"])
             for row in record["spent"]
         }
+        if record.get("costs"):
+            # For a report where no step is left to run; the next step measures anew.
+            self._full_flops = record["full_flops"]
+            self.costs = StepCosts(**{name: tuple(c) for name, c in record["costs"].items()})
         self._cache_at, self._reopen_at = None, record["cache_at"]
         if self._blocks is None:
             return state
@@ -598,7 +612,32 @@ def _ids(batch: Any) -> np.ndarray:
 def _shape(x: Any) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
         return x
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # keys of random streams
+        return jax.ShapeDtypeStruct(x.shape, x.dtype)
     return jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.canonicalize_dtype(x.dtype))
+
+
+def _placed_shape(x: Any) -> Any:
+    """As `_shape`, with the layout of what is spread over several devices."""
+    sharding = getattr(x, "sharding", None)
+    if sharding is None or len(sharding.device_set) == 1:
+        return _shape(x)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _with(params: Any, tree: Any) -> Any:
+    """The arrays on the devices that the parameters are on, where these are several."""
+    first = jax.tree.leaves(params)[0]
+    sharding = getattr(first, "sharding", None)
+    if not isinstance(sharding, jax.sharding.NamedSharding) or len(sharding.device_set) == 1:
+        return tree
+    everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+
+    def place(x: Any) -> Any:
+        there = isinstance(x, jax.Array) and x.sharding.device_set == sharding.device_set
+        return x if there else jax.device_put(x, everywhere)
+
+    return jax.tree.map(place, tree)
 
 
 def _like(values: Any, reference: jax.Array) -> jax.Array:

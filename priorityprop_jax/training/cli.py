@@ -1,4 +1,7 @@
-"""The command `priorityprop`: train a task twice, at the same budget, and show the ledger."""
+"""The command `priorityprop`: train on a budget, and show the ledger.
+
+`train` trains a task twice, at the same budget of updates; `finetune` is in a module of its own.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,26 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from priorityprop_jax.training import finetune
+from priorityprop_jax.training.runs import (
+    Failure,
+    Metrics,
+    aligned,
+    command_of,
+    has_checkpoint,
+    markdown,
+    new_directory,
+    rate,
+    read_config,
+    result,
+    whole,
+    write,
+)
 
 if TYPE_CHECKING:
     from priorityprop_jax.priority.ledger import Ledger
@@ -20,15 +38,6 @@ if TYPE_CHECKING:
 
 TASKS = ("digits", "mnist-mlp", "char-lm", "sst2")
 OPTIMIZERS = ("adam", "adamw", "lion", "momentum", "rmsprop", "sgd")
-RUNS = Path("runs")
-
-
-class _Failure(Exception):
-    """What a user can mend: one line, and the exit code."""
-
-    def __init__(self, message: str, code: int = 1) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
-    except _Failure as failure:
+    except Failure as failure:
         return _fail(str(failure), failure.code)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
@@ -87,13 +96,13 @@ def _parser() -> argparse.ArgumentParser:
         default="full",
         help="updates a cycle: a whole number, a fraction of the full budget such as 0.5, or full",
     )
-    train.add_argument("--min-updates", type=_whole(0), default=1, help="least updates a cycle")
-    train.add_argument("--max-updates", type=_whole(1), default=20, help="most updates a cycle")
-    train.add_argument("--recalc-every", type=_whole(1), default=10, help="steps in a cycle")
+    train.add_argument("--min-updates", type=whole(0), default=1, help="least updates a cycle")
+    train.add_argument("--max-updates", type=whole(1), default=20, help="most updates a cycle")
+    train.add_argument("--recalc-every", type=whole(1), default=10, help="steps in a cycle")
     train.add_argument("--optimizer", choices=OPTIMIZERS, default="adam")
-    train.add_argument("--learning-rate", type=_rate, help="default: the task's")
-    train.add_argument("--epochs", type=_whole(1), help="default: the task's")
-    train.add_argument("--seed", type=_whole(0), default=0)
+    train.add_argument("--learning-rate", type=rate, help="default: the task's")
+    train.add_argument("--epochs", type=whole(1), help="default: the task's")
+    train.add_argument("--seed", type=whole(0), default=0)
     train.add_argument(
         "--resume",
         type=Path,
@@ -101,40 +110,19 @@ def _parser() -> argparse.ArgumentParser:
         help="go on with an interrupted run, with its own options; all others are ignored",
     )
 
+    finetune.add_command(commands)
+
     report = commands.add_parser("report", help="print a finished run again")
     report.set_defaults(run=_report)
-    report.add_argument("directory", metavar="RUN", type=Path, help="a folder that train has made")
+    report.add_argument("directory", metavar="RUN", type=Path, help="a folder of a run")
     return parser
-
-
-def _whole(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if not least <= value < 2**31:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
-        return value
-
-    return parse
-
-
-def _rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
 
 
 def _budget(text: str) -> int | float | str:
     if text == "full":
         return text
     try:
-        return int(text) if text.isdecimal() else _rate(text)
+        return int(text) if text.isdecimal() else rate(text)
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(
             f'{text!r} is neither a number of updates, nor a fraction such as 0.5, nor "full"'
@@ -170,9 +158,9 @@ def _train(arguments: argparse.Namespace) -> int:
         directory = None
     else:
         directory = arguments.resume
-        config = _read_config(directory)
+        config = read_config(_Config, directory, "train")
         if (directory / "report.json").exists():
-            raise _Failure(f"{directory} is finished: priorityprop report {directory}")
+            raise Failure(f"{directory} is finished: priorityprop report {directory}")
 
     # Imported here, so that --help and wrong arguments answer at once
     from priorityprop_jax.training.tasks import load_task
@@ -181,7 +169,7 @@ def _train(arguments: argparse.Namespace) -> int:
         try:
             return load_task(config.task, data_dir=config.data_dir, seed=config.seed)
         except ValueError as error:
-            raise _Failure(str(error)) from error
+            raise Failure(str(error)) from error
 
     # Everything that can be wrong with the options shows here, before a run's folder is made
     arms = {config.optimizer: _trainer(config, load(), plain=True)}
@@ -189,8 +177,8 @@ def _train(arguments: argparse.Namespace) -> int:
     task = load()
 
     if directory is None:
-        directory = _new_directory(f"{config.task}-{config.optimizer}")
-        _write(directory / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        directory = new_directory(f"{config.task}-{config.optimizer}")
+        write(directory / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     return _run(directory, config, task, arms)
 
 
@@ -216,7 +204,7 @@ def _trainer(config: _Config, task: Task, *, plain: bool) -> PriorityPropTrainer
             task.model, optimizers[config.optimizer](), task.loss_fn, *numbers, cycle
         )
     except (ValueError, TypeError) as error:
-        raise _Failure(str(error), 2) from error
+        raise Failure(str(error), 2) from error
 
 
 class _Limited:
@@ -261,7 +249,7 @@ def _run(directory: Path, config: _Config, task: Task, arms: dict[str, PriorityP
         if history.interrupted:
             print(f"interrupted; go on with: priorityprop train --resume {directory}")
             return 130
-        results[name] = _result(trainer, history, task)
+        results[name] = result(trainer, history, task)
 
     ledger = arms["priorityprop"].get_priority_report()
     record = {
@@ -272,9 +260,9 @@ def _run(directory: Path, config: _Config, task: Task, arms: dict[str, PriorityP
         "ledger": ledger.as_dict(),
     }
     ledger.plot(directory / "priorities.tmp.png").replace(directory / "priorities.png")
-    _write(directory / "report.md", _markdown(record, ledger))
+    write(directory / "report.md", _markdown(record, ledger))
     # Last, as it tells that the run is finished
-    _write(directory / "report.json", json.dumps(record, indent=1) + "\n")
+    write(directory / "report.json", json.dumps(record, indent=1) + "\n")
     print(_text(record, ledger))
     print(f"\nsaved {directory}/: report.md, priorities.png, metrics.jsonl, checkpoint/")
     return 0
@@ -296,9 +284,9 @@ def _train_arm(
 ) -> History:
     checkpoints = directory / "checkpoint" / name
     trainer.checkpoint_dir = checkpoints
-    resume = checkpoints.is_dir() and any(p.name.isdecimal() for p in checkpoints.iterdir())
+    resume = has_checkpoint(checkpoints)
     print(f"\n{name}" if name == "priorityprop" else f"\n{name} (plain)")
-    with _Metrics(directory / "metrics.jsonl", name) as metrics:
+    with Metrics(directory / "metrics.jsonl", name) as metrics:
         try:
             history = trainer.train(
                 loader,
@@ -308,66 +296,11 @@ def _train_arm(
                 log=metrics.write,
             )
         except ValueError as error:
-            raise _Failure(str(error)) from error
+            raise Failure(str(error)) from error
     if history.evals:
         last = history.evals[-1]
         print(f"  validation {task.metric} {last[task.metric]:.2%}, loss {last['loss']:.4f}")
     return history
-
-
-class _Metrics:
-    """metrics.jsonl, one record a line; what a resumed run does again replaces the old lines."""
-
-    def __init__(self, path: Path, arm: str) -> None:
-        self.path = path
-        self.arm = arm
-        self.file: Any = None
-
-    def __enter__(self) -> _Metrics:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self.file is not None:
-            self.file.close()
-
-    def write(self, record: dict[str, Any]) -> None:
-        if self.file is None:
-            self._drop_from(record)
-            self.file = self.path.open("a", encoding="utf-8")
-        self.file.write(json.dumps({"arm": self.arm, **record}) + "\n")
-        self.file.flush()
-
-    def _drop_from(self, first: dict[str, Any]) -> None:
-        def place(record):  # a step is entered before its evaluation
-            return record["step"], record["kind"] == "eval"
-
-        kept = []
-        if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-                try:
-                    old = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # the last line of a run that was killed
-                if old["arm"] != self.arm or place(old) < place(first):
-                    kept.append(line)
-        _write(self.path, "".join(kept))
-
-
-def _result(trainer: PriorityPropTrainer, history: History, task: Task) -> dict[str, Any]:
-    best = max(history.evals, key=lambda record: record[task.metric])
-    test = {} if task.test_data is None else trainer.evaluate(task.test_data)
-    return {
-        "steps": len(history.steps),
-        "updates": trainer.get_priority_report().total_updates,
-        "train_loss": history.steps[-1]["loss"],
-        "validation_loss": history.evals[-1]["loss"],
-        "validation": history.evals[-1][task.metric],
-        "best_validation": best[task.metric],
-        "best_epoch": best["epoch"],
-        "test": test.get(task.metric),
-        "seconds": sum(record["seconds"] for record in history.steps),
-        "compile_seconds": history.compile_seconds,
-    }
 
 
 _HEADER = (
@@ -401,11 +334,7 @@ def _rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _text(record: dict[str, Any], ledger: Ledger) -> str:
-    table = [_HEADER, *_rows(record)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table
-    ]
+    lines = aligned([_HEADER, *_rows(record)])
     title = (
         f"\n{record['config']['task']}: {record['metric']}, one seed ({record['config']['seed']})"
     )
@@ -413,7 +342,6 @@ def _text(record: dict[str, Any], ledger: Ledger) -> str:
 
 
 def _markdown(record: dict[str, Any], ledger: Ledger) -> str:
-    rows = [_HEADER, ("---", *["---:"] * (len(_HEADER) - 1)), *_rows(record)]
     options = ", ".join(f"{key}={value}" for key, value in record["config"].items())
     return "\n".join(
         [
@@ -421,7 +349,7 @@ def _markdown(record: dict[str, Any], ledger: Ledger) -> str:
             "",
             f"{record['metric'].capitalize()} of one seed. {options}",
             "",
-            *("| " + " | ".join(row) + " |" for row in rows),
+            *markdown([_HEADER, *_rows(record)]),
             "",
             "## Where the budget went",
             "",
@@ -440,46 +368,18 @@ def _report(arguments: argparse.Namespace) -> int:
     path = directory / "report.json"
     if not path.exists():
         if (directory / "config.json").exists():
-            raise _Failure(f"{directory} is not finished: priorityprop train --resume {directory}")
-        raise _Failure(f"{directory} is not a run: it has no report.json")
+            again = f"priorityprop {command_of(directory)} --resume {directory}"
+            raise Failure(f"{directory} is not finished: {again}")
+        raise Failure(f"{directory} is not a run: it has no report.json")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        print(_text(record, Ledger.from_dict(record["ledger"])))
+        if record.get("command") == "finetune":
+            print(finetune.text(record))
+        else:
+            print(_text(record, Ledger.from_dict(record["ledger"])))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _Failure(f"{path} is damaged ({error!r}); train again") from error
+        raise Failure(f"{path} is damaged ({error!r}); train again") from error
     return 0
-
-
-def _read_config(directory: Path) -> _Config:
-    path = directory / "config.json"
-    if not path.exists():
-        raise _Failure(f"{directory} is not a run: it has no config.json")
-    try:
-        return _Config(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise _Failure(f"{path} is damaged ({error}); start a new run") from error
-
-
-def _new_directory(name: str) -> Path:
-    for number in itertools.count(1):
-        directory = RUNS / f"{name}-{number}"
-        try:
-            directory.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return directory
-    raise AssertionError("unreachable")
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes all or nothing: to a temporary name in the same folder, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 if __name__ == "__main__":

@@ -237,6 +237,11 @@ class PrefixCache:
         self._close_files()
 
     @property
+    def key(self) -> str | None:
+        """The key of the prefix that the cache is open for; None if it is not open."""
+        return json.loads(self._header)["key"] if self._layout is not None else None
+
+    @property
     def bytes(self) -> int:
         """What the records take on disk or in memory."""
         if self._file is not None:
