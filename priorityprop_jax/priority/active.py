@@ -47,7 +47,9 @@ def update_active(
       An `optax.GradientTransformationExtraArgs` with the state `PriorityPropState`, whose
       ``magnitudes`` are the averages of the gain before bias correction. ``update`` needs
       ``params`` and takes the extra argument ``active``, a set of slot names (static); without it,
-      the slots whose gradients are present are active. Updates are None where a leaf is inactive
+      the slots whose gradients are present are active. The extra argument ``uniform=True`` (static)
+      promises that all slots are active at every step: then the update is the plain optimizer's,
+      bit for bit, and no gains are taken. Updates are None where a leaf is inactive
       and ``[k, ...]`` where ``k`` layers of a stacked leaf are active, as the gradients are.
 
     Raises:
@@ -78,13 +80,21 @@ def update_active(
         slots = find_slots(params, stacked_axis=stacked_axis, group=group)
         return new_state(slots, PerSlot(inner, params, slots).init(params))
 
-    def update_fn(updates, state, params=None, *, active=None, **extra_args):
+    def update_fn(updates, state, params=None, *, active=None, uniform=False, **extra_args):
         if params is None:
             raise ValueError("update_active needs the parameters: update(grads, state, params)")
         slots = find_slots(params, stacked_axis=stacked_axis, group=group)
         per_slot = PerSlot(inner, params, slots)
         grads, leaves = per_slot.flatten(updates), per_slot.flatten(params)
         rows = _active_rows(slots, grads, active)
+        if uniform and len(slots):
+            if any(
+                len(own) < bundle.slots for own, bundle in zip(rows, slots.bundles, strict=True)
+            ):
+                raise ValueError(
+                    "uniform=True promises that all slots are active, but some are not"
+                )
+            return _update_all(per_slot, slots, updates, state, params, extra_args)
         inner_state = per_slot.state_treedef.flatten_up_to(state.inner_state)
         for i in per_slot.shared:
             shape = per_slot.state_shapes[i].shape
@@ -113,6 +123,31 @@ def update_active(
         return per_slot.treedef.unflatten(new_updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _update_all(
+    per_slot: PerSlot,
+    slots: Slots,
+    updates: Any,
+    state: PriorityPropState,
+    params: Any,
+    extra_args: dict[str, Any],
+) -> tuple[Any, PriorityPropState]:
+    """One inner update of all slots at once, where their counts are known to be equal."""
+    flat = per_slot.state_treedef.flatten_up_to(state.inner_state)
+    for i in per_slot.shared:
+        flat[i] = flat[i][0] if flat[i].shape != per_slot.state_shapes[i].shape else flat[i]
+    updates, inner_state = per_slot.inner.update(
+        updates, per_slot.state_treedef.unflatten(flat), params, **extra_args
+    )
+    flat = jax.tree.leaves(inner_state)
+    for i in per_slot.shared:
+        flat[i] = jnp.broadcast_to(flat[i], (len(slots), *flat[i].shape))
+    return updates, state._replace(
+        step=optax.safe_increment(state.step),
+        inner_state=per_slot.state_treedef.unflatten(flat),
+        update_counts=state.update_counts + 1,
+    )
 
 
 def expected_gains(state: PriorityPropState, gain_decay: float = 0.9) -> np.ndarray:

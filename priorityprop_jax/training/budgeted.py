@@ -103,7 +103,9 @@ class BudgetedStep:
       recalc_every: steps in a cycle.
       stages: the model as stages, if it is: ``params`` and ``rest`` are by stage name then.
       stacked_axis: see `find_slots`.
-      group: see `find_slots`; the slots of `Stages` are its stages by default.
+      group: see `find_slots`. By default a slot is a layer: a stage of `Stages`, or leaves that
+        share a depth. ``group=lambda path: None`` makes every leaf a slot; measuring the costs of
+        many slots takes as many compilations.
 
     Attributes:
       slots: the slots.
@@ -148,8 +150,10 @@ class BudgetedStep:
         self._loss, self._compute, self._stages = loss, compute, stages
         self._budget, self._cycle_steps = float(total_budget), int(recalc_every)
         self._policy = make_policy(compute.policy)
-        if stages is not None and group is None and stacked_axis is None:
-            group = lambda path: path.split("/")[0]  # noqa: E731
+        # Then the program is that of the plain optimizer, bit for bit.
+        self._uniform = compute.policy == "full" and compute.block_state == "keep"
+        if group is None and stacked_axis is None:
+            group = _by_layer(params) if stages is None else lambda path: path.split("/")[0]
         where = {"stacked_axis": stacked_axis, "group": group}
         self.slots = find_slots(params, **where)
         if stages is not None:
@@ -289,7 +293,7 @@ class BudgetedStep:
           ``updates``, ``flops`` and ``cached`` as numbers.
         """
         if self._planning is None:
-            self._measure(params, rest, batch)
+            self._measure(rest, batch)
         if not self._plan:
             state = self._new_cycle(state)
         active = self._plan.pop(0)
@@ -329,7 +333,7 @@ class BudgetedStep:
                 grads, _ = clip.update(grads, clip.init(params))
             now = state.step
             updates, state = self.transformation.update(
-                grads, state, params, active=active, value=loss
+                grads, state, params, active=active, uniform=self._uniform, value=loss
             )
             if compute.schedule is not None:
                 scale = compute.schedule(now)
@@ -342,10 +346,14 @@ class BudgetedStep:
     def _compile(self, function: Any, arguments: Any, donate: tuple[int, ...]) -> tuple[Any, float]:
         start = time.perf_counter()
         lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
-        program = lowered.compile()
+        program = counted = lowered.compile()
+        if any(_spread(x) for x in jax.tree.leaves(arguments)):
+            # The compiler counts the FLOPs of one device of several.
+            shapes = jax.tree.map(_shape, arguments)
+            counted = jax.jit(function, donate_argnums=donate).lower(*shapes).compile()
         self.compile_seconds += time.perf_counter() - start
         self.programs += 1
-        return program, program_flops(program)
+        return program, program_flops(counted)
 
     # The prefix.
 
@@ -434,7 +442,7 @@ class BudgetedStep:
 
     # Planning and charging.
 
-    def _measure(self, params: Any, rest: Any, batch: Any) -> None:
+    def _measure(self, rest: Any, batch: Any) -> None:
         started = time.perf_counter()
         inputs = () if self._stages is None else batch["x"]
         measured = self._compute.costs
@@ -442,11 +450,10 @@ class BudgetedStep:
         def loss(params, arguments):
             return self._loss(params, *arguments, start=0)
 
-        # The compiler counts the FLOPs of one device, so that costs are of the same layout.
-        shapes = jax.tree.map(_placed_shape, params)
-        arguments = jax.tree.map(_placed_shape, (_with(params, rest), batch, inputs))
+        # As on one device, whatever the layout: a mesh must not change what is chosen.
+        arguments = jax.tree.map(_shape, (rest, batch, inputs))
         if measured is None:
-            measured = measure_costs(loss, shapes, arguments, self.slots, has_aux=True)
+            measured = measure_costs(loss, self._shapes, arguments, self.slots, has_aux=True)
         unit = measured.flops if isinstance(measured, Costs) else measured
         if len(unit.own) != len(self.slots) or len(unit.floors) <= max(self.slots.depths):
             raise ValueError(
@@ -454,40 +461,45 @@ class BudgetedStep:
                 f"has {len(self.slots)} slots; measure them for these slots"
             )
         self.costs = self._planning = unit
-        self._full_flops = measured.flops.full if isinstance(measured, Costs) else 0.0
-        if not self._full_flops:
-            every = self.slots.leaves(self._everything)
-            step = partial_value_and_grad(loss, every, has_aux=True)
-            self._full_flops = program_flops(jax.jit(step).lower(shapes, arguments).compile())
+        state = jax.tree.map(_shape, jax.eval_shape(self.transformation.init, self._shapes))
+        chosen = find_active(self._shapes, self.slots.leaves(self._everything))
+        full = (*chosen.split(self._shapes), arguments[0], state, *arguments[1:])
+        _, self._full_flops = self._variants.program(
+            self._everything,
+            _key(full),
+            lambda: self._compile(self._program(self._everything, 0), full, donate=(0, 2, 3)),
+        )
         if self._compute.cache is not None:
-            self._planning = unit.without_prefix(self._prefix_costs(shapes, *arguments[::2], unit))
+            flops = measured.flops.full if isinstance(measured, Costs) else self._full_flops
+            forward = self._prefix_flops(arguments[0], arguments[2], len(unit.floors))
+            self._planning = unit.without_prefix([f * unit.full / flops for f in forward])
         self.compile_seconds += time.perf_counter() - started
 
-    def _prefix_costs(self, params: Any, rest: Any, x: Any, unit: StepCosts) -> list[float]:
-        """The forward pass of all stages in front of each depth, in the unit of the costs."""
+    def _prefix_flops(self, rest: Any, x: Any, depths: int) -> list[float]:
+        """FLOPs of the forward pass of all stages in front of each depth."""
         stages: Any = self._stages
         depth_stage = {
             depth: self._where[name]
             for name, depth in zip(self.slots.names, self.slots.depths, strict=True)
         }
         forward = []
-        for depth in range(len(unit.floors)):
+        for depth in range(depths):
             stop = depth_stage.get(depth, 0)
             run = jax.jit(lambda p, r, x, stop=stop: stages.run(p, r, x, stop=stop)[0])
-            lowered = run.lower(params, rest, x)
-            flops = program_flops(lowered.compile()) if stop else 0.0
-            forward.append(flops * unit.full / self._full_flops)
+            lowered = run.lower(self._shapes, rest, x)
+            forward.append(program_flops(lowered.compile()) if stop else 0.0)
         return forward
 
     def _new_cycle(self, state: PriorityPropState) -> PriorityPropState:
         assert self._planning is not None and self.costs is not None
         cycle, steps = self._step // self._cycle_steps, self._cycle_steps
-        per_step = self._budget / steps if self._budget > 1 else self._budget * self.costs.full
+        full = self._full_flops if self._charged_flops else self.costs.full
+        per_step = self._budget / steps if self._budget > 1 else self._budget * full
         allowed = per_step * (self._step + steps) - self._charged
         values = expected_gains(state, self._compute.gain_decay)
         counts = np.asarray(state.update_counts)
         situation = Situation(
-            self.slots, self._planning, allowed / steps, self.costs.full, cycle, steps, values,
+            self.slots, self._planning, allowed / steps, full, cycle, steps, values,
             counts, self._compute.seed,
         )  # fmt: skip
         wanted = [frozenset(names) for names in self._policy(situation)]
@@ -579,6 +591,13 @@ class BudgetedStep:
         return self._blocks.restore(state, record["resident"], record["waiting"])
 
 
+def _by_layer(params: Any) -> Callable[[str], str | None]:
+    """Puts leaves of one layer in one slot."""
+    slots = find_slots(params)
+    layer = dict(zip(slots.names, slots.layers, strict=True))
+    return lambda path: layer[path]
+
+
 def _in_order(slots: Slots, names: tuple[str, ...], params: Any) -> Slots:
     """Slots whose layers are the stages: what is known need not be read from paths."""
     trained = [name for name in names if jax.tree.leaves(params[name])]
@@ -595,9 +614,10 @@ def _in_order(slots: Slots, names: tuple[str, ...], params: Any) -> Slots:
 def _key(arguments: Any) -> Any:
     """Tells arguments apart that need a program of their own."""
     leaves, treedef = jax.tree.flatten(arguments)
-    if jax.device_count() == 1:
-        return treedef, tuple((np.shape(x), x.dtype) for x in leaves)
-    return treedef, tuple((np.shape(x), x.dtype, getattr(x, "sharding", None)) for x in leaves)
+    several = jax.device_count() > 1
+    return treedef, tuple(
+        (np.shape(x), x.dtype, x.sharding if several and _spread(x) else None) for x in leaves
+    )
 
 
 def _ids(batch: Any) -> np.ndarray:
@@ -617,12 +637,10 @@ def _shape(x: Any) -> Any:
     return jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.canonicalize_dtype(x.dtype))
 
 
-def _placed_shape(x: Any) -> Any:
-    """As `_shape`, with the layout of what is spread over several devices."""
+def _spread(x: Any) -> bool:
+    """Whether an array is on several devices."""
     sharding = getattr(x, "sharding", None)
-    if sharding is None or len(sharding.device_set) == 1:
-        return _shape(x)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return sharding is not None and len(sharding.device_set) > 1
 
 
 def _with(params: Any, tree: Any) -> Any:

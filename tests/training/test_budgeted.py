@@ -270,15 +270,13 @@ class TestFull:
         batches = (_batches() * 4)[:20]
         params, state, losses = self._by_hand(loss_fn, start, batches)
         history = trainer.train(batches)
-        assert history.loss[0] == losses[0]
-        # XLA fuses the two programs differently, which is worth a last bit now and then.
-        np.testing.assert_allclose(history.loss, losses, rtol=1e-6, atol=1e-7)
+        assert history.loss == losses
         ours = trainer.optimizer_state.inner_state[0]
         for mine, theirs in [
             (trainer.params, params), (ours.mu, state[0].mu), (ours.nu, state[0].nu)
         ]:  # fmt: skip
             for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
-                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+                np.testing.assert_array_equal(a, b)
         assert set(np.asarray(ours.count).tolist()) == {20}
         assert trainer.get_compute_report()["programs"] == 1
 
@@ -434,9 +432,14 @@ class TestAccount:
             trainer = _trainer(policy="suffix(1)", cache=cache)
             history = trainer.train(Loader(), 2)
         budgeted = trainer._budgeted
-        (step,) = [program for program, _ in budgeted._variants._programs.values()]
+        programs = {names: program for (names, _), (program, _) in
+                    budgeted._variants._programs.items()}  # fmt: skip
+        step, full = programs.pop(frozenset(("block_2", "head"))), programs.pop(frozenset(NAMES))
+        assert not programs
         (forward,) = [program for program, _ in budgeted._programs.values()]
         step, forward = program_flops(step), program_flops(forward)
+        # What is saved is saved against the full step that this trainer would run.
+        assert trainer.get_compute_report()["full_flops"] == 12 * program_flops(full)
         assert step > 0 and forward > 0
         assert history.column("flops") == [step + forward] * 6 + [step] * 6
         assert trainer.get_compute_report()["flops"] == 12 * step + 6 * forward
@@ -452,10 +455,10 @@ class TestAccount:
         report = trainer.get_compute_report()
         assert report["steps"] == 160 and len(history.loss) == 160
         assert report["flops"] == pytest.approx(sum(history.column("flops")))
-        assert report["full_flops"] == pytest.approx(160 * trainer._budgeted.costs.full)
+        assert report["full_flops"] == pytest.approx(160 * trainer._budgeted._full_flops)
         assert report["share"] == pytest.approx(report["flops"] / report["full_flops"])
         # The optimizer is charged and not foreseen, which the next cycle makes up for.
-        assert 0.35 < report["share"] < 0.51
+        assert 0.35 < report["share"] <= 0.505
         if policy == "priority":  # Scoring, which is paid for out of the same budget.
             full = [v for v in report["variants"] if len(v["active"]) == 5]
             assert full and full[0]["steps"] > 1
@@ -500,15 +503,17 @@ class TestAccount:
     def test_a_smaller_last_batch_compiles_once(self):
         trainer = _trainer(policy="suffix(1)")
         trainer.train(_batches(44), 1)
-        assert trainer.get_compute_report()["programs"] == 4  # Prefix and step, twice.
+        # The full step, for its FLOPs; then prefix and step, twice.
+        assert trainer.get_compute_report()["programs"] == 5
         trainer.train(_batches(44), 2)
-        assert trainer.get_compute_report()["programs"] == 4
+        assert trainer.get_compute_report()["programs"] == 5
 
     def test_budget_in_flops(self):
-        full = _costs().flops.full
         share = _trainer(policy="priority", budget=0.6)
+        a = share.train(_batches(), 3)
+        full = share._budgeted._full_flops
         flops = _trainer(policy="priority", budget=0.6 * full * 4)
-        a, b = share.train(_batches(), 3), flops.train(_batches(), 3)
+        b = flops.train(_batches(), 3)
         assert a.loss == b.loss and a.updates == b.updates
         assert _books(share) == _books(flops)
 
@@ -527,7 +532,8 @@ class TestAccount:
         trainer.train(_batches(), 2)
         assert trainer._budgeted.costs == given
         assert trainer._budgeted._charged <= 0.6 * given.full * 12
-        assert trainer.get_compute_report()["full_flops"] == pytest.approx(12 * measured.flops.full)
+        # The optimizer's FLOPs are in it.
+        assert trainer.get_compute_report()["full_flops"] > 12 * measured.flops.full
 
     def test_costs_of_another_model(self):
         slots = find_slots({"a": 1.0, "b": 1.0})
@@ -849,7 +855,7 @@ class TestDevices:
                 params = jax.device_put(stages.params, whole)
                 stages = dataclasses.replace(stages, params=params)
                 batches = [jax.device_put(batch, rows) for batch in batches]
-            trainer = _trainer(stages, every=3, block_state="offload", costs=_costs().flops)
+            trainer = _trainer(stages, every=3, block_state="offload", costs=None)
             history = trainer.train(batches, 6)
             runs.append((history, trainer.get_compute_report()))
         (one, a), (eight, b) = runs
@@ -859,9 +865,5 @@ class TestDevices:
         assert one.updates == eight.updates
         np.testing.assert_allclose(one.loss, eight.loss, rtol=1e-5, atol=1e-6)
 
-        # The compiler counts the FLOPs of one device, of programs and of the full step alike.
-        trainer = _trainer(stages, every=3, policy="random", costs=None)
-        trainer.train(batches, 6)
-        report = trainer.get_compute_report()
-        assert report["full_flops"] < 0.25 * a["full_flops"]
-        assert 0.3 < report["share"] < 0.66
+        # FLOPs are those of one device with all of the batch, or the budget would buy other things.
+        assert a["flops"] == b["flops"] and a["full_flops"] == b["full_flops"]
