@@ -50,6 +50,14 @@ class Compute:
       clip_norm: the largest global norm of the active gradients together.
       gain_decay: see `update_active`.
       seed: of policies that draw at random.
+
+    Raises:
+      TypeError, ValueError: an option is of the wrong kind or makes no sense.
+
+    Example:
+      >>> from priorityprop_jax import Compute
+      >>> Compute(policy="suffix(2)", block_state="offload").max_variants
+      8
     """
 
     policy: str | Policy = "priority"
@@ -115,7 +123,8 @@ class BudgetedStep:
       programs: how many programs have been compiled for steps.
 
     Raises:
-      TypeError, ValueError: an option makes no sense.
+      TypeError, ValueError: an option makes no sense; at the first step, if the budget does not pay
+        for the cheapest step.
     """
 
     def __init__(
@@ -473,7 +482,34 @@ class BudgetedStep:
             flops = measured.flops.full if isinstance(measured, Costs) else self._full_flops
             forward = self._prefix_flops(arguments[0], arguments[2], len(unit.floors))
             self._planning = unit.without_prefix([f * unit.full / flops for f in forward])
+        self._check_budget()
         self.compile_seconds += time.perf_counter() - started
+
+    def _check_budget(self) -> None:
+        """Raises where even the cheapest step of a policy that spends the budget is too dear."""
+        if self._compute.policy not in ("priority", "random"):
+            return
+        pairs = zip(self.slots.names, self.slots.depths, strict=True)
+        head = frozenset(name for name, depth in pairs if depth == 0)
+        cheapest, allowed = self._expected_cost(head), self._allowance()
+        if allowed < cheapest:
+            raise ValueError(
+                f"total_budget={self._budget:g} allows a step {allowed:.4g}, but the cheapest, "
+                f"with the output layer alone, costs {cheapest:.4g}, {cheapest / self._full():.2f} of a "
+                "full one: raise total_budget, or save the forward pass of a frozen prefix with "
+                "Stages and a PrefixCache"
+            )
+
+    def _full(self) -> float:
+        """A full step's cost, in the unit of the budget."""
+        assert self.costs is not None
+        return self._full_flops if self._charged_flops else self.costs.full
+
+    def _allowance(self) -> float:
+        """What a step may cost on average, in the unit of the budget."""
+        if self._budget > 1:
+            return self._budget / self._cycle_steps
+        return self._budget * self._full()
 
     def _prefix_flops(self, rest: Any, x: Any, depths: int) -> list[float]:
         """FLOPs of the forward pass of all stages in front of each depth."""
@@ -493,13 +529,11 @@ class BudgetedStep:
     def _new_cycle(self, state: PriorityPropState) -> PriorityPropState:
         assert self._planning is not None and self.costs is not None
         cycle, steps = self._step // self._cycle_steps, self._cycle_steps
-        full = self._full_flops if self._charged_flops else self.costs.full
-        per_step = self._budget / steps if self._budget > 1 else self._budget * full
-        allowed = per_step * (self._step + steps) - self._charged
+        allowed = self._allowance() * (self._step + steps) - self._charged
         values = expected_gains(state, self._compute.gain_decay)
         counts = np.asarray(state.update_counts)
         situation = Situation(
-            self.slots, self._planning, allowed / steps, full, cycle, steps, values,
+            self.slots, self._planning, allowed / steps, self._full(), cycle, steps, values,
             counts, self._compute.seed,
         )  # fmt: skip
         wanted = [frozenset(names) for names in self._policy(situation)]

@@ -600,6 +600,12 @@ class TestWrongArguments:
             trainer.train(_batches())
         _assert_same(trainer.params, _params())
 
+    @pytest.mark.parametrize("policy", ["priority", "random"])
+    def test_budget_below_the_cheapest_step(self, policy):
+        with pytest.raises(ValueError, match="output layer alone, costs"):
+            _trainer(policy=policy, budget=0.01).train(_batches())
+        _trainer(policy="suffix(0)", budget=0.01).train(_batches())  # its cost is its own
+
     def test_loss_that_calls_the_stages_twice(self):
         def twice(model, batch):
             return _loss(model, batch)[0] + _loss(model, batch)[0]
