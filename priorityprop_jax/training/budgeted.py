@@ -494,9 +494,9 @@ class BudgetedStep:
         cheapest, allowed = self._expected_cost(head), self._allowance()
         if allowed < cheapest:
             raise ValueError(
-                f"total_budget={self._budget:g} allows a step {allowed:.4g}, but the cheapest, "
-                f"with the output layer alone, costs {cheapest:.4g}, {cheapest / self._full():.2f} of a "
-                "full one: raise total_budget, or save the forward pass of a frozen prefix with "
+                f"total_budget={self._budget:g} allows a step {allowed:.4g}, but the cheapest, with "
+                f"the output layer alone, costs {cheapest:.4g} ({cheapest / self._full():.0%} of a "
+                "full one): raise total_budget, or save the forward pass of a frozen prefix with "
                 "Stages and a PrefixCache"
             )
 
