@@ -493,11 +493,12 @@ class BudgetedStep:
         head = frozenset(name for name, depth in pairs if depth == 0)
         cheapest, allowed = self._expected_cost(head), self._allowance()
         if allowed < cheapest:
+            share = cheapest / self._full()
             raise ValueError(
-                f"total_budget={self._budget:g} allows a step {allowed:.4g}, but the cheapest, with "
-                f"the output layer alone, costs {cheapest:.4g} ({cheapest / self._full():.0%} of a "
-                "full one): raise total_budget, or save the forward pass of a frozen prefix with "
-                "Stages and a PrefixCache"
+                f"total_budget={self._budget:g} allows a step {allowed:.4g}, but the cheapest, "
+                f"with the output layer alone, costs {cheapest:.4g}, {share:.0%} of a full one: "
+                "raise total_budget, or save the forward pass of a frozen prefix with Stages and "
+                "a PrefixCache"
             )
 
     def _full(self) -> float:
