@@ -48,7 +48,6 @@ from tqdm import tqdm
 
 import priorityprop_jax
 from priorityprop_jax import Compute, PrefixCache, PriorityPropTrainer, Situation, nnx_stages
-from priorityprop_jax.priority.policies import by_priority
 from priorityprop_jax.training.prefix_cache import fingerprint
 from priorityprop_jax.training.tasks import ArrayLoader, Task, load_task
 
@@ -108,13 +107,14 @@ ARMS: dict[str, Arm] = {
     "blocks": Arm("suffix(6)", steps=3 * EPOCH // 4),
     "grow": Arm(grow, steps=3 * EPOCH // 4),
     "shrink, cached": Arm(shrink, steps=2 * EPOCH, cache="bfloat16"),
-    "shrink, cached in float32": Arm(shrink, steps=2 * EPOCH, cache="float32"),
-    "priority, shorter": Arm(by_priority(scoring_share=0.3), budget=0.8, steps=3 * EPOCH // 4),
+    "suffix(2), cached in float32": Arm("suffix(2)", steps=2 * EPOCH, cache="float32"),
 }
 
 
-def rates(arm: Arm) -> tuple[float, float]:
-    """The two trials."""
+def rates(arm: Arm) -> tuple[float, ...]:
+    """The trials."""
+    if arm.cache == "float32":
+        return (3e-4,)  # one step aside from its twin: only the precision differs
     few = arm.lora is not None or arm.policy in ("suffix(2)", "badam(1)")
     return (3e-4, 1e-3 if few else 1e-4)
 

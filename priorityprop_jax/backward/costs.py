@@ -130,7 +130,7 @@ def measure_costs(
     """
     if not slots.names:
         raise ValueError("there are no slots to measure")
-    params, batch = jax.tree.map(_abstract, params), jax.tree.map(_abstract, batch)
+    params, batch = jax.tree.map(abstract, params), jax.tree.map(abstract, batch)
     depths = np.asarray(slots.depths)
     count = int(depths.max()) + 1
     pairs = list(zip(slots.names, depths, strict=True))
@@ -215,10 +215,20 @@ def _compile(
     return lowered.compile()
 
 
-def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+def abstract(x: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array, as JAX will have it.
+
+    Args:
+      x: an array, a number, or what is abstract already and stays as it is.
+    """
     if isinstance(x, jax.ShapeDtypeStruct):
         return x  # with its sharding, if it has one
-    return jax.ShapeDtypeStruct(np.shape(x), getattr(x, "dtype", jnp.result_type(x)))
+    dtype = getattr(x, "dtype", None)
+    if dtype is None:
+        dtype = jnp.result_type(x)
+    if not jnp.issubdtype(dtype, jax.dtypes.extended):  # keys of random streams
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+    return jax.ShapeDtypeStruct(np.shape(x), dtype)
 
 
 def _analysis(compiled: Any) -> Mapping[str, float]:

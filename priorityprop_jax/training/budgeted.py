@@ -13,7 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from priorityprop_jax.backward.costs import Costs, StepCosts, measure_costs, program_flops
+from priorityprop_jax.backward.costs import (
+    Costs,
+    StepCosts,
+    abstract,
+    measure_costs,
+    program_flops,
+)
 from priorityprop_jax.backward.partial import (
     apply_active_updates,
     find_active,
@@ -171,7 +177,7 @@ class BudgetedStep:
         self._blocks = None
         if compute.block_state != "keep":
             self._blocks = BlockState(optimizer, params, mode=compute.block_state, **where)
-        self._shapes = jax.tree.map(_shape, params)
+        self._shapes = jax.tree.map(abstract, params)
         self._per_slot = PerSlot(optax.with_extra_args_support(optimizer), self._shapes, self.slots)
         self._everything = frozenset(self.slots.names)
         self._where = {name: self._stage_of(name) for name in self.slots.names}
@@ -358,7 +364,7 @@ class BudgetedStep:
         program = counted = lowered.compile()
         if any(_spread(x) for x in jax.tree.leaves(arguments)):
             # The compiler counts the FLOPs of one device of several.
-            shapes = jax.tree.map(_shape, arguments)
+            shapes = jax.tree.map(abstract, arguments)
             counted = jax.jit(function, donate_argnums=donate).lower(*shapes).compile()
         self.compile_seconds += time.perf_counter() - start
         self.programs += 1
@@ -438,11 +444,11 @@ class BudgetedStep:
             # Outputs are rounded where they are cached, so it has to be the same place.
             at = self._reopen_at
         self._reopen_at = None
-        abstract = jax.tree.map(_shape, (params, rest, x))
-        stages.check_pure(*abstract, stop=at)
+        shapes = jax.tree.map(abstract, (params, rest, x))
+        stages.check_pure(*shapes, stop=at)
         names = stages.names[:at]
         prefix = ([params[name] for name in names], [rest[name] for name in names])
-        outputs, _ = jax.eval_shape(lambda p, r, x: stages.run(p, r, x, stop=at), *abstract)
+        outputs, _ = jax.eval_shape(lambda p, r, x: stages.run(p, r, x, stop=at), *shapes)
         like = jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape[1:], y.dtype), outputs)
         self._cache_key = fingerprint(prefix, *names)
         cache.open(self._cache_key, like)
@@ -460,7 +466,7 @@ class BudgetedStep:
             return self._loss(params, *arguments, start=0)
 
         # As on one device, whatever the layout: a mesh must not change what is chosen.
-        arguments = jax.tree.map(_shape, (rest, batch, inputs))
+        arguments = jax.tree.map(abstract, (rest, batch, inputs))
         if measured is None:
             measured = measure_costs(loss, self._shapes, arguments, self.slots, has_aux=True)
         unit = measured.flops if isinstance(measured, Costs) else measured
@@ -470,7 +476,7 @@ class BudgetedStep:
                 f"has {len(self.slots)} slots; measure them for these slots"
             )
         self.costs = self._planning = unit
-        state = jax.tree.map(_shape, jax.eval_shape(self.transformation.init, self._shapes))
+        state = jax.tree.map(abstract, jax.eval_shape(self.transformation.init, self._shapes))
         chosen = find_active(self._shapes, self.slots.leaves(self._everything))
         full = (*chosen.split(self._shapes), arguments[0], state, *arguments[1:])
         _, self._full_flops = self._variants.program(
@@ -662,14 +668,6 @@ def _ids(batch: Any) -> np.ndarray:
             "number for each example"
         )
     return np.asarray(batch["id"])
-
-
-def _shape(x: Any) -> Any:
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return x
-    if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # keys of random streams
-        return jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.canonicalize_dtype(x.dtype))
 
 
 def _spread(x: Any) -> bool:
