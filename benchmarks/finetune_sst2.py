@@ -54,6 +54,7 @@ from priorityprop_jax.training.tasks import ArrayLoader, Task, load_task
 RESULTS = Path(__file__).parent / "results"
 TOKENS = 32
 EPOCH = 216  # steps of 32 sentences
+NEAR = 0.01  # a second look, one point below the target: chosen after the runs had been seen
 EVERY = 36  # steps of 32 sentences, or as many sentences, between two evaluations
 Names = frozenset[str]
 
@@ -312,13 +313,16 @@ def take_times(path: Path, data: str | None, repeats: int) -> dict[str, float]:
     benches = []
     for kind, programs in used.items():
         lora, batch, cache, block_state = kind
-        arm = Arm(lora=lora, batch=batch, cache=cache, block_state=block_state, cycle=1)
-        chosen: list[Names] = [frozenset()]
-        arm = dataclasses.replace(arm, policy=lambda at, chosen=chosen: [chosen[0]])
-        trainer = make_trainer(arm, load(data, 0), 1e-5, 0)
-        trainer._budgeted._variants.most = 1000
-        rows = {k: v[:batch] for k, v in task.train_data.arrays.items()}
-        benches.append((kind, trainer, chosen, programs, rows))
+        # A cache serves the stage that it was opened at, so that each program needs its own.
+        parts = [programs] if cache is None else [{p: True} for p in programs]
+        for part in parts:
+            arm = Arm(lora=lora, batch=batch, cache=cache, block_state=block_state, cycle=1)
+            chosen: list[Names] = [frozenset()]
+            arm = dataclasses.replace(arm, policy=lambda at, chosen=chosen: [chosen[0]])
+            trainer = make_trainer(arm, load(data, 0), 1e-5, 0)
+            trainer._budgeted._variants.most = 1000
+            rows = {k: v[:batch] for k, v in task.train_data.arrays.items()}
+            benches.append((kind, trainer, chosen, part, rows))
     samples: dict[str, list[float]] = {}
     for n in tqdm(range(repeats + 1), desc="rounds"):
         for kind, trainer, chosen, programs, rows in benches:
@@ -386,11 +390,13 @@ def summary(records: list[dict[str, Any]], times: dict[str, float]) -> dict[str,
             by_arm[name] = sorted((r for r in mine if r["rate"] == rate), key=lambda r: r["seed"])
     target = statistics.median(r["best"] for r in by_arm["full"])
 
-    def reached(record: dict[str, Any]) -> tuple[float, float] | None:
+    def reached(record: dict[str, Any], below: float = 0.0) -> tuple[float, float] | None:
         for e, seconds in zip(record["evals"], seconds_of(record, times), strict=True):
-            if e["accuracy"] >= target:
+            if e["accuracy"] >= target - below:
                 return seconds, e["flops"]
         return None
+
+    near = {r["seed"]: reached(r, NEAR) for r in by_arm["full"]}
 
     whole = {r["seed"]: seconds_of(r, times)[-1] for r in by_arm["full"]}
     base = {}
@@ -414,6 +420,11 @@ def summary(records: list[dict[str, Any]], times: dict[str, float]) -> dict[str,
             "interval": bootstrap(ratios),
             "seconds_to_target": [h[0] if h else None for h in hits.values()],
             "flops_to_target": [h[1] if h else None for h in hits.values()],
+            "near_ratios": [
+                near[r["seed"]][0] / hit[0]
+                for r in runs
+                if near.get(r["seed"]) and (hit := reached(r, NEAR))
+            ],
             "seconds_in_all": [seconds_of(r, times)[-1] for r in runs],
             "share_of_flops": runs[0]["evals"][-1]["flops"]
             / (runs[0]["full_flops"] * runs[0]["evals"][-1]["step"]),
@@ -440,19 +451,23 @@ def readme_table(record: dict[str, Any]) -> str:
             ratio = f"{row['ratio']:.2f}x"
         if row["interval"] is not None:
             interval = f"{row['interval'][0]:.2f} to {row['interval'][1]:.2f}"
+        near = [f"{ratio:.2f}x" for ratio in row["near_ratios"]]
         rows.append(
-            f"| {name} | {row['median_best']:.3f} | {ratio} | {interval} | "
-            f"{row['missed']} of {row['seeds']} | {row['share_of_flops']:.2f} |"
+            f"| {name} | {row['rate']:g} | {row['median_best']:.3f} | {ratio} {interval} | "
+            f"{row['missed']} of {row['seeds']} | {', '.join(near) or '-'} | "
+            f"{row['share_of_flops']:.2f} | {statistics.median(row['seconds_in_all']):.0f} |"
         )
     target = record["summary"]["target"]
     return "\n".join(
         [
             f"Fine-tuning MiniLM-L6 on SST-2 (6,920 sentences, 32 tokens), {record['device']}: how "
-            f"much sooner than tuned AdamW on everything an arm reaches its median best dev "
-            f"accuracy, {target:.3f} (`python -m benchmarks.finetune_sst2`):",
+            f"much sooner than tuned AdamW on everything an arm reaches that one's median best dev "
+            f"accuracy, {target:.3f} (`python -m benchmarks.finetune_sst2`); and, looked at after "
+            f"the fact, one point below it, by seed:",
             "",
-            "| arm | best accuracy | time to target | 95 % interval | missed | FLOPs a step |",
-            "| --- | ---: | ---: | ---: | ---: | ---: |",
+            "| arm | rate | best accuracy | time to target | missed | to a point below "
+            "| FLOPs a step | seconds in all |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
             *rows,
         ]
     )

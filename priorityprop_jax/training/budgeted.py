@@ -199,6 +199,7 @@ class BudgetedStep:
         self._cache_at: int | None = None  # the stage in front of which outputs are cached
         self._cache_key: str | None = None
         self._reopen_at: int | None = None  # the same, of the run that this one goes on with
+        self._cycles_above = 0  # cycles in a row that would have been served by a later stage
 
     # What a user can look at.
 
@@ -551,11 +552,26 @@ class BudgetedStep:
                 + (f"the unknown slot {min(unknown)!r}" if unknown else f"{len(wanted)} sets")
             )
         self._plan = self._variants.plan(wanted)
+        self._move_cache()
         granted = [sum(name in names for names in self._plan) for name in self.slots.names]
         worth = np.nan_to_num(values, nan=0.0) / np.maximum(counts + 1, 1)
         return state._replace(
             allocation=_like(granted, state.allocation), priorities=_like(worth, state.priorities)
         )
+
+    def _move_cache(self) -> None:
+        """Gives the cache up where a later stage would serve this cycle, and served the last.
+
+        What froze since is then cached too. One such cycle alone may be followed by another that
+        needs the earlier stage.
+        """
+        starts = [min(self._where[name] for name in names) for names in self._plan]
+        if self._cache_at is None or not min(starts) > self._cache_at:
+            self._cycles_above = 0
+            return
+        self._cycles_above += 1
+        if self._cycles_above > 1:
+            self._cache_at, self._cycles_above = None, 0
 
     def _charge(self, active: frozenset[str], start: int, flops: float, cached: bool) -> None:
         self._step += 1
@@ -600,6 +616,7 @@ class BudgetedStep:
                 {"active": sorted(names), **dataclasses.asdict(spent)}
                 for names, spent in self._spent.items()
             ],
+            "cycles_above": self._cycles_above,
             "cache_at": self._reopen_at if self._cache_at is None else self._cache_at,
             "resident": sorted(self._blocks.resident) if self._blocks else [],
             "waiting": sorted(self._blocks.waiting) if self._blocks else [],
@@ -627,6 +644,7 @@ class BudgetedStep:
             self._full_flops = record["full_flops"]
             self.costs = StepCosts(**{name: tuple(c) for name, c in record["costs"].items()})
         self._cache_at, self._reopen_at = None, record["cache_at"]
+        self._cycles_above = record["cycles_above"]
         if self._blocks is None:
             return state
         return self._blocks.restore(state, record["resident"], record["waiting"])
