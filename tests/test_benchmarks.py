@@ -21,6 +21,17 @@ def test_readme_shows_the_committed_result():
     assert record["leaves"] == 199 and record["parameters"] == 109_482_240
 
 
+def test_readme_shows_the_committed_fine_tuning():
+    path = ROOT / "benchmarks" / "results" / "finetune_sst2-cpu.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert finetune_sst2.readme_table(record) in (ROOT / "README.md").read_text("utf-8")
+    # The summary is that of the committed runs and times.
+    times = json.loads(path.with_name("finetune_sst2-cpu-times.json").read_text("utf-8"))
+    runs = finetune_sst2.read(path.with_suffix(".jsonl"))
+    again = finetune_sst2.summary(runs, times["seconds"])
+    assert json.loads(json.dumps(again)) == record["summary"]
+
+
 def test_transform_overhead_runs_on_tiny_shapes(tmp_path, monkeypatch):
     monkeypatch.setattr(
         transform_overhead,
@@ -64,7 +75,7 @@ def test_time_to_target_of_runs_with_known_answers():
     ]
     full = json.dumps([None, 32, None, "keep", "everything", 0])
     lora = json.dumps([8, 32, None, "keep", "everything", 0])
-    found = finetune_sst2.summary(runs, {full: 2.0, lora: 1.0})
+    found = finetune_sst2.summary(runs, {full: 2.0, lora: 1.0, "open": 0.0})
     assert found["target"] == 0.9
     assert found["full_seconds_to_target"] == {0: 216.0, 1: 144.0}
     # Seed 0 gets there with its first 36 steps of a second, seed 1 never.
