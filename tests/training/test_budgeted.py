@@ -372,6 +372,21 @@ class TestCache:
         # The head's prefix comes from two programs in place of one.
         np.testing.assert_allclose(cached.history.loss, plain.history.loss, rtol=1e-5)
 
+    def test_moves_up_behind_what_froze(self):
+        early, late = {"block_0", "head"}, {"block_2", "head"}
+
+        def policy(at):
+            return [frozenset(early if at.cycle in (0, 2) else late)] * at.steps
+
+        plain = self._run(None, policy, epochs=7, every=6)
+        with PrefixCache(None, examples=ROWS, dtype="float32") as cache:
+            cached = self._run(cache, policy, epochs=7, every=6)
+        # Cycle 1 alone does not move it, as cycle 2 proves right; cycle 4 does, and fills it.
+        assert cached.history.column("cached") == [0] * 6 + [1] * 18 + [0] * 6 + [1] * 12
+        assert cached._budgeted._cache_at == NAMES.index("block_2")
+        assert cached.history.loss == plain.history.loss
+        _assert_same(cached.params, plain.params)
+
     def test_two_trainers_may_take_turns_with_one_cache(self):
         alone = self._run(None, epochs=2)
         other = _chain()
