@@ -560,7 +560,7 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
         entries = safetensors.deserialize(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    except safetensors.SafetensorError as error:
+    except safetensors.SafetensorError as error:  # pyright: ignore[reportAttributeAccessIssue]
         raise DataError(f"{path} is damaged: not a whole safetensors file ({error})") from error
     # From the bytes: safetensors' own NumPy reader does not know bfloat16 in every version.
     return {
@@ -625,7 +625,8 @@ def _wordpiece(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-    tokenizer = Tokenizer(models.WordPiece.from_file(str(path), unk_token="[UNK]"))
+    # Any: in some releases the type stubs take its properties for read-only.
+    tokenizer: Any = Tokenizer(models.WordPiece.from_file(str(path), unk_token="[UNK]"))
     ids = {token: tokenizer.token_to_id(token) for token in special}
     known = {token: i for token, i in ids.items() if i is not None}
     missing = [token for token in special[:4] if token not in known]
