@@ -139,7 +139,7 @@ def choose_active(
       >>> import types
       >>> from priorityprop_jax import choose_active
       >>> costs = types.SimpleNamespace(own=[1, 1, 1], floors=[2, 4, 6])
-      >>> choose_active([5.0, 2.0, 9.0], [0, 1, 2], costs, budget=6).tolist()
+      >>> choose_active([5.0, 2.0, 9.0], [0, 1, 2], costs, budget=7).tolist()
       [True, True, False]
       >>> choose_active([5.0, 2.0, 9.0], [0, 1, 2], costs, budget=8).tolist()
       [True, False, True]

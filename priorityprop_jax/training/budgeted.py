@@ -566,12 +566,13 @@ class BudgetedStep:
         needs the earlier stage.
         """
         starts = [min(self._where[name] for name in names) for names in self._plan]
-        if self._cache_at is None or not min(starts) > self._cache_at:
+        at = self._reopen_at if self._cache_at is None else self._cache_at
+        if at is None or not min(starts) > at:
             self._cycles_above = 0
             return
         self._cycles_above += 1
         if self._cycles_above > 1:
-            self._cache_at, self._cycles_above = None, 0
+            self._cache_at, self._reopen_at, self._cycles_above = None, None, 0
 
     def _charge(self, active: frozenset[str], start: int, flops: float, cached: bool) -> None:
         self._step += 1
