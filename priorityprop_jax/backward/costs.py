@@ -158,9 +158,7 @@ def measure_costs(
     flops = costs("flops")
     milliseconds = None
     if timed:
-        milliseconds = _timed(
-            [programs[active] for active in suffixes], params, batch, flops, depths, timed
-        )
+        milliseconds = _timed([programs[active] for active in suffixes], flops, depths, timed)
     return Costs(tuple(slots.names), flops, costs("bytes accessed"), milliseconds)
 
 
@@ -240,8 +238,6 @@ def _analysis(compiled: Any) -> Mapping[str, float]:
 
 def _timed(
     programs: Sequence[Any],
-    params: Any,
-    batch: Any,
     flops: StepCosts,
     depths: np.ndarray,
     repeats: int,

@@ -41,44 +41,31 @@ class ActiveLeaves:
           The same structure with None in place of inactive leaves; a stacked leaf ``[layers, ...]``
           of which ``k`` layers are active becomes ``[k, ...]``.
         """
-        leaves = self.treedef.flatten_up_to(tree)
-        return self.treedef.unflatten(
-            [
-                None if rows is None else take(x, rows)
-                for x, rows in zip(leaves, self.rows, strict=True)
-            ]
-        )
+        return self.map(lambda rows, x: None if rows is None else take(x, rows), tree)
 
     def split(self, tree: Any) -> tuple[Any, Any]:
         """Splits a tree by leaf into those with anything active and the others, None for absent.
 
         A stacked leaf with at least one active layer is on the active side as a whole.
         """
-        pairs = list(zip(self.treedef.flatten_up_to(tree), self.rows, strict=True))
-        active = [None if rows is None else x for x, rows in pairs]
-        others = [x if rows is None else None for x, rows in pairs]
-        return self.treedef.unflatten(active), self.treedef.unflatten(others)
+        return (
+            self.map(lambda rows, x: None if rows is None else x, tree),
+            self.map(lambda rows, x: x if rows is None else None, tree),
+        )
 
     def join(self, active: Any, other: Any) -> Any:
         """The inverse of `split`."""
-        pairs = zip(
-            self.rows,
-            self.treedef.flatten_up_to(active),
-            self.treedef.flatten_up_to(other),
-            strict=True,
-        )
-        return self.treedef.unflatten([b if rows is None else a for rows, a, b in pairs])
+        return self.map(lambda rows, a, b: b if rows is None else a, active, other)
 
     def replace(self, tree: Any, part: Any) -> Any:
         """The tree with its active leaves and layers replaced by ``part``'s."""
-        triples = zip(
-            self.rows,
-            self.treedef.flatten_up_to(tree),
-            self.treedef.flatten_up_to(part),
-            strict=True,
-        )
+        return self.map(lambda rows, x, new: x if rows is None else put(x, rows, new), tree, part)
+
+    def map(self, function: Callable[..., Any], *trees: Any) -> Any:
+        """Maps ``(rows, leaf of each tree)`` to a tree; None counts as a leaf."""
+        leaves = (self.treedef.flatten_up_to(tree) for tree in trees)
         return self.treedef.unflatten(
-            [x if rows is None else put(x, rows, new) for rows, x, new in triples]
+            [function(*row) for row in zip(self.rows, *leaves, strict=True)]
         )
 
 
@@ -104,8 +91,7 @@ def find_active(tree: Any, active: Iterable[str]) -> ActiveLeaves:
       >>> find_active(params, {"head", "blocks[3]", "blocks[1]"}).rows
       ((1, 3), None, True)
     """
-    if isinstance(active, str):
-        raise TypeError(f"active must be a set of names, got the string {active!r}")
+    active = _names(active)
     paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
     index = {path_name(path): i for i, (path, _) in enumerate(paths)}
     if len(index) < len(paths):
@@ -129,6 +115,18 @@ def find_active(tree: Any, active: Iterable[str]) -> ActiveLeaves:
         if isinstance(rows[i], set):
             rows[i] = True if len(rows[i]) == np.shape(leaf)[0] else tuple(sorted(rows[i]))
     return ActiveLeaves(treedef, tuple(rows))
+
+
+def _names(active: Iterable[str]) -> frozenset[str]:
+    if isinstance(active, str):
+        raise TypeError(f"active must be a set of names, got the string {active!r}")
+    return frozenset(active)
+
+
+def _checked(loss_fn: Any, active: Iterable[str]) -> frozenset[str]:
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function, got {loss_fn!r}")
+    return _names(active)
 
 
 def take(x: Any, rows: bool | tuple[int, ...] | None) -> Any:
@@ -191,11 +189,7 @@ def partial_value_and_grad(
       >>> float(value), grads["Dense_0"], grads["Dense_1"].tolist()
       (4.0, None, [2.0, 2.0])
     """
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function, got {loss_fn!r}")
-    if isinstance(active, str):
-        raise TypeError(f"active must be a set of names, got the string {active!r}")
-    active = frozenset(active)
+    active = _checked(loss_fn, active)
 
     def value_and_grad(params, *args, **kwargs):
         chosen = find_active(params, active)
@@ -244,11 +238,7 @@ def nnx_partial_value_and_grad(
       >>> grads["kernel"], grads["bias"]
       (None, Array([3.], dtype=float32))
     """
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function, got {loss_fn!r}")
-    if isinstance(active, str):
-        raise TypeError(f"active must be a set of names, got the string {active!r}")
-    active = frozenset(active)
+    active = _checked(loss_fn, active)
 
     def value_and_grad(model, *args, **kwargs):
         graph, params, rest = nnx.split(model, wrt, ...)
@@ -293,19 +283,13 @@ def apply_active_updates(params: Any, updates: Any, active: Iterable[str]) -> An
       >>> apply_active_updates(params, {"a": None, "b": -jnp.ones(2)}, {"b"})["b"].tolist()
       [0.0, 0.0]
     """
-    chosen = find_active(params, active)
-    triples = zip(
-        chosen.rows,
-        chosen.treedef.flatten_up_to(params),
-        chosen.treedef.flatten_up_to(updates),
-        strict=True,
-    )
-    return chosen.treedef.unflatten(
-        [
-            x if rows is None or u is None else put(x, rows, _moved(take(x, rows), u))
-            for rows, x, u in triples
-        ]
-    )
+
+    def moved(rows, x, update):
+        if rows is None or update is None:
+            return x
+        return put(x, rows, _moved(take(x, rows), update))
+
+    return find_active(params, active).map(moved, params, updates)
 
 
 def _moved(x: jax.Array, update: jax.Array) -> jax.Array:

@@ -217,9 +217,6 @@ class _Work:
     params: Sequence[Any] | None
     extra_args: dict[str, Any]
 
-    def _shared(self) -> list[int]:
-        return self.per_slot.shared
-
     def _update_one(
         self,
         bundle: Bundle,
@@ -230,7 +227,7 @@ class _Work:
         shared: Sequence[jax.Array],
     ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
         """One inner update of one slot. ``own`` is its state, ``shared`` the vectors over slots."""
-        owned, common = self.per_slot.owned(bundle), self._shared()
+        owned, common = self.per_slot.owned(bundle), self.per_slot.shared
         mine = dict(zip(owned, own, strict=True))
         for i, vector in zip(common, shared, strict=True):
             mine[i] = lax.dynamic_index_in_dim(vector, slot, keepdims=False)
@@ -247,7 +244,7 @@ class _Work:
     def gains(self) -> jax.Array:
         """``float32[slots]``: ``|<g, u>|`` of one inner update that is then forgotten."""
         values = []
-        shared = [self.state[i] for i in self._shared()]
+        shared = [self.state[i] for i in self.per_slot.shared]
         for bundle in self.per_slot.slots.bundles:
             if self.grads[bundle.leaves[0]] is None:
                 values.append(jnp.zeros((bundle.slots,), jnp.float32))
@@ -280,7 +277,7 @@ class _Work:
         """One inner update of all slots at once, where their shared state is known to be equal."""
         per_slot, state = self.per_slot, list(self.state)
         first = jnp.minimum(counts[0], 0)
-        for i in self._shared():
+        for i in self.per_slot.shared:
             # Index 0, but only once `counts` is known: the scoring that it waits for must have
             # read the gradients before updates may take their place.
             state[i] = lax.dynamic_index_in_dim(state[i], first, keepdims=False)
@@ -291,7 +288,7 @@ class _Work:
             **self.extra_args,
         )
         flat = jax.tree.leaves(inner)
-        for i in self._shared():
+        for i in self.per_slot.shared:
             flat[i] = jnp.broadcast_to(flat[i], (len(per_slot.slots), *flat[i].shape))
         return new, per_slot.state_treedef.unflatten(
             [_like(x, old) for x, old in zip(flat, self.state, strict=True)]
@@ -315,7 +312,7 @@ class _Work:
         """
         per_slot = self.per_slot
         updates, state = list(self.grads), list(self.state)
-        common = self._shared()
+        common = self.per_slot.shared
         shared = [state[i] for i in common]
         if len(per_slot.slots):
             slot = jnp.minimum(counts[0], 0)  # 0, but XLA does not know

@@ -226,11 +226,10 @@ def by_priority(*, scoring_share: float = 0.1, always: Iterable[int] = (0,)) -> 
         budget = at.budget
         if scoring and at.steps > 1:
             budget = max(at.budget * at.steps - at.full, 0.0) / (at.steps - 1)
-        values = np.nan_to_num(at.values, nan=0.0, posinf=0.0)
-        worth = np.asarray(priority(values, at.update_counts, np.ones(len(values), np.float32)))
+        worth = np.asarray(priority(at.values, at.update_counts, 1.0))
         must = [i for i, depth in enumerate(at.slots.depths) if depth in always]
-        if not (values > 0).any() or budget <= 0:
-            chosen = np.isin(np.arange(len(values)), must)
+        if not (worth > 0).any() or budget <= 0:
+            chosen = np.isin(np.arange(len(worth)), must)
         else:
             chosen = choose_active(worth, at.slots.depths, at.costs, budget, always=must)
         active = frozenset(name for name, on in zip(at.slots.names, chosen, strict=True) if on)

@@ -21,6 +21,7 @@ from priorityprop_jax.backward.costs import (
     program_flops,
 )
 from priorityprop_jax.backward.partial import (
+    ActiveLeaves,
     apply_active_updates,
     find_active,
     partial_value_and_grad,
@@ -30,6 +31,7 @@ from priorityprop_jax.priority.active import expected_gains, update_active
 from priorityprop_jax.priority.blocks import BLOCK_STATES, BlockState
 from priorityprop_jax.priority.per_slot import PerSlot
 from priorityprop_jax.priority.policies import Policy, Situation, make_policy, step_cost
+from priorityprop_jax.priority.scores import priority
 from priorityprop_jax.priority.slots import Slots, find_slots
 from priorityprop_jax.priority.transform import PriorityPropState
 from priorityprop_jax.training.prefix_cache import PrefixCache, fingerprint, rounded
@@ -180,6 +182,7 @@ class BudgetedStep:
         self._shapes = jax.tree.map(abstract, params)
         self._per_slot = PerSlot(optax.with_extra_args_support(optimizer), self._shapes, self.slots)
         self._everything = frozenset(self.slots.names)
+        self._leaves: dict[frozenset[str], ActiveLeaves] = {}
         self._where = {name: self._stage_of(name) for name in self.slots.names}
 
         self.costs: StepCosts | None = None
@@ -319,7 +322,7 @@ class BudgetedStep:
         start = min((self._where[name] for name in active), default=0)
         x, rest, forward, cached = self._enter(params, rest, batch, start)
         batch = jax.tree.map(jnp.asarray, batch)
-        chosen = find_active(params, self.slots.leaves(active))
+        chosen = self._chosen(active)
         part, frozen = chosen.split(params)
         arguments = (part, frozen, rest, state, batch, x)
         program, flops = self._variants.program(
@@ -337,7 +340,7 @@ class BudgetedStep:
         leaves, compute = self.slots.leaves(active), self._compute
 
         def step(part, frozen, rest, state, batch, x):
-            chosen = find_active(self._shapes, leaves)
+            chosen = self._chosen(active)
             params = chosen.join(part, frozen)
             (loss, (metrics, rest)), grads = partial_value_and_grad(
                 self._loss, leaves, has_aux=True
@@ -478,7 +481,7 @@ class BudgetedStep:
             )
         self.costs = self._planning = unit
         state = jax.tree.map(abstract, jax.eval_shape(self.transformation.init, self._shapes))
-        chosen = find_active(self._shapes, self.slots.leaves(self._everything))
+        chosen = self._chosen(self._everything)
         full = (*chosen.split(self._shapes), arguments[0], state, *arguments[1:])
         _, self._full_flops = self._variants.program(
             self._everything,
@@ -554,7 +557,7 @@ class BudgetedStep:
         self._plan = self._variants.plan(wanted)
         self._move_cache()
         granted = [sum(name in names for names in self._plan) for name in self.slots.names]
-        worth = np.nan_to_num(values, nan=0.0) / np.maximum(counts + 1, 1)
+        worth = priority(values, counts, 1.0)
         return state._replace(
             allocation=_like(granted, state.allocation), priorities=_like(worth, state.priorities)
         )
@@ -587,6 +590,12 @@ class BudgetedStep:
         if self._planning is None:
             return float(len(active))
         return step_cost(self.slots, self._planning, active)
+
+    def _chosen(self, active: frozenset[str]) -> ActiveLeaves:
+        """The leaves of an active set, looked up once rather than at every step."""
+        if active not in self._leaves:
+            self._leaves[active] = find_active(self._shapes, self.slots.leaves(active))
+        return self._leaves[active]
 
     def _deepest(self, active: frozenset[str]) -> int:
         pairs = zip(self.slots.names, self.slots.depths, strict=True)
