@@ -26,6 +26,7 @@ FOLDER = Path(
 MNIST = ("mnist10k-images-idx3-ubyte.gz", "mnist10k-labels-idx1-ubyte.gz")
 SHAKESPEARE = "tinyshakespeare.txt.gz"
 SST2 = ("sst2.train.tsv.gz", "sst2.dev.tsv.gz", "sst2.test.tsv.gz")
+EWT = ("ud_ewt_pos.train.tsv.gz", "ud_ewt_pos.dev.tsv.gz", "ud_ewt_pos.test.tsv.gz")
 
 
 def needs(*names: str) -> pytest.MarkDecorator:
@@ -45,6 +46,7 @@ ALL = [
     pytest.param("mnist-mlp", marks=needs(*MNIST)),
     pytest.param("char-lm", marks=needs(SHAKESPEARE)),
     pytest.param("sst2", marks=(needs(*SST2), needs_minilm)),
+    pytest.param("pos-tag", marks=needs(*EWT)),
 ]
 
 
@@ -166,11 +168,13 @@ def _step(loss_fn, model, optimizer, batch):
 
 class TestAllTasks:
     def test_names(self):
-        assert tasks.TASKS == ("digits", "mnist-mlp", "char-lm", "sst2")
+        assert tasks.TASKS == ("digits", "mnist-mlp", "char-lm", "sst2", "pos-tag")
 
     @pytest.mark.parametrize("name", ["mnist", "", "Digits"])
     def test_unknown_name_lists_the_known(self, name):
-        with pytest.raises(ValueError, match=f"{name!r}.*digits, mnist-mlp, char-lm, sst2"):
+        with pytest.raises(
+            ValueError, match=f"{name!r}.*digits, mnist-mlp, char-lm, sst2, pos-tag"
+        ):
             tasks.load_task(name)
 
     @pytest.mark.parametrize("name", ALL)
@@ -190,7 +194,8 @@ class TestAllTasks:
             batch = next(iter(loader))
             assert len(batch["x"]) == task.batch_size == loader.batch_size
             assert batch["y"].dtype == np.int32
-            assert batch["x"].dtype == (np.int32 if name in ("char-lm", "sst2") else np.float32)
+            floats = name in ("digits", "mnist-mlp")
+            assert batch["x"].dtype == (np.float32 if floats else np.int32)
 
     @pytest.mark.parametrize("name", ALL)
     def test_seed_makes_the_model_and_the_order_and_leaves_the_split(self, name):
@@ -222,6 +227,7 @@ class TestAllTasks:
             pytest.param("mnist-mlp", 15, 64, 0.5, marks=needs(*MNIST)),
             pytest.param("char-lm", 12, 4, 0.8, marks=needs(SHAKESPEARE)),
             pytest.param("sst2", 12, 8, 0.97, marks=(needs(*SST2), needs_minilm)),
+            pytest.param("pos-tag", 10, 8, 0.85, marks=needs(*EWT)),
         ],
     )
     def test_loss_falls(self, name, steps, rows, ratio):
@@ -231,7 +237,7 @@ class TestAllTasks:
         for batch, _ in zip(task.train_data, range(steps), strict=False):
             batch = {key: value[:rows] for key, value in batch.items()}
             losses.append(float(_step(task.loss_fn, task.model, optimizer, batch)[0]))
-        classes = {"char-lm": 65, "sst2": 2}.get(name, 10)
+        classes = {"char-lm": 65, "sst2": 2, "pos-tag": 50}.get(name, 10)
         assert losses[0] == pytest.approx(np.log(classes), rel=0.35)
         assert np.mean(losses[-3:]) < ratio * losses[0]
 
@@ -247,6 +253,36 @@ class TestAllTasks:
         ]
         np.testing.assert_allclose(loss, np.mean([r[0] for r in right]), rtol=1e-5)
         np.testing.assert_allclose(metrics["accuracy"], np.mean([r[1] for r in right]), rtol=1e-6)
+
+        mask = (rng.random((3, 5)) < 0.5).astype(np.float32)
+        batch = {"x": logits, "y": y, "mask": mask}
+        right = [r for r, real in zip(right, mask.ravel(), strict=True) if real]
+        assert 0 < len(right) < 15
+        loss, metrics = tasks.cross_entropy(jnp.asarray, batch)
+        np.testing.assert_allclose(loss, np.mean([r[0] for r in right]), rtol=1e-5)
+        np.testing.assert_allclose(metrics["accuracy"], np.mean([r[1] for r in right]), rtol=1e-6)
+
+    def test_hidden_widths(self):
+        plain, same = (tasks.load_task("digits", hidden=h) for h in (None, (128, 128)))
+        jax.tree.map(np.testing.assert_array_equal, *map(nnx.state, (plain.model, same.model)))
+        for hidden in [(), (7,), (9, 5, 3)]:
+            model = tasks.load_task("digits", hidden=hidden).model
+            widths = [layer.kernel.shape for layer in model.layers]
+            assert widths == list(zip((64, *hidden), (*hidden, 10), strict=True))
+
+    @needs(*MNIST)
+    def test_hidden_widths_of_mnist(self):
+        model = tasks.load_task("mnist-mlp", data_dir=FOLDER, hidden=(16,)).model
+        assert [layer.kernel.shape for layer in model.layers] == [(784, 16), (16, 10)]
+
+    @pytest.mark.parametrize("name", ["char-lm", "sst2", "pos-tag"])
+    def test_hidden_widths_of_others(self, name):
+        with pytest.raises(ValueError, match=f"{name} is no MLP.*only digits and mnist-mlp take"):
+            tasks.load_task(name, hidden=(16,))
+
+    def test_hidden_width_below_one(self):
+        with pytest.raises(ValueError, match=r"hidden is \(8, 0\): every width"):
+            tasks.load_task("digits", hidden=(8, 0))
 
 
 class TestDigits:
@@ -430,3 +466,155 @@ class TestSst2:
         (tmp_path / "dev.tsv").unlink()
         with pytest.raises(data.DataError, match=r"no sst2.dev.tsv .*SST2/dev.tsv"):
             tasks.load_task("sst2", data_dir=tmp_path)
+
+
+def _conllu(*sentences: list[tuple[str, str]]) -> str:
+    """A CoNLL-U file with all that is no word in it."""
+    blocks = []
+    for sentence in sentences:
+        lines = ["# sent_id = 1", "# text = a\ttabbed\tcomment", "1-2\tcan't" + 8 * "\t_"]
+        for i, (form, tag) in enumerate(sentence, 1):
+            lines.append(f"{i}\t{form}\tlemma\tUPOS\t{tag}" + 5 * "\t_")
+        lines.append(f"{len(sentence)}.1\tleft\tout\tUPOS\tXPOS" + 5 * "\t_")
+        blocks.append("\n".join(lines) + "\n\n")
+    return "".join(blocks)
+
+
+class TestPosTag:
+    TRAIN = (
+        [("#", "SYM"), ("The", "DT"), ("Naming", "NN"), ("rare", "JJ")],
+        *([[("the", "DT"), ("gaming", "VBG")]] * 39),
+        [("U2", "NNP")] * 130,
+    )
+    HELD_OUT = ([("THE", "DT"), ("taming", "NN"), ("rare", "XX"), ("#", "SYM"), ("u2", "NNP")],)
+
+    def _write(self, folder, newline="\n"):
+        for part, sentences in [
+            ("train", self.TRAIN),
+            ("dev", self.HELD_OUT),
+            ("test", self.HELD_OUT * 2),
+        ]:
+            text = _conllu(*sentences).replace("\n", newline)
+            (folder / f"en_ewt-ud-{part}.conllu").write_bytes(text.encode())
+
+    @pytest.mark.parametrize("newline", ["\n", "\r\n"])
+    def test_rows_by_hand(self, tmp_path, newline, monkeypatch):
+        self._write(tmp_path, newline)
+        monkeypatch.setenv(data.ENV_VAR, str(tmp_path))
+        task = tasks.load_task("pos-tag")
+        # The sentence of 130 tokens fills two rows and begins a third.
+        train, dev = task.train_data.arrays, task.eval_data.arrays
+        assert task.train_data.rows == 43 and task.test_data and task.test_data.rows == 2
+        assert train["mask"].sum(axis=1).tolist() == [4, *[2] * 39, 64, 64, 2]
+        # Words the, gaming, u2 are 3, 2, 4; suffixes u2, ing, the are 3, 1, 2. Shapes: 1 a capital
+        # in front, 2 one behind, 4 a digit, 8 no letter or digit somewhere.
+        the, gaming = [3, 2, 0], [2, 1, 0]
+        rows = {
+            0: [[1, 0, 8], [3, 2, 1], [1, 1, 1], [1, 0, 0]],
+            1: [the, gaming],
+            42: [[4, 3, 5], [4, 3, 5]],
+        }
+        for i, row in rows.items():
+            assert train["x"][i, : len(row)].tolist() == row
+            assert not train["x"][i, len(row) :].any() and not train["y"][i, len(row) :].any()
+        # DT, JJ, NN, NNP, SYM, VBG are 1 to 6; XX is not among them.
+        assert train["y"][0, :4].tolist() == [5, 1, 3, 2]
+        assert train["y"][1, :2].tolist() == [1, 6]
+        assert dev["x"][0, :5].tolist() == [[3, 2, 3], [1, 1, 0], [1, 0, 0], [1, 0, 8], [4, 3, 4]]
+        assert dev["y"][0, :5].tolist() == [1, 3, 0, 5, 4]
+        assert [embed.num_embeddings for embed in task.model.embed] == [5, 4, 16]
+        assert task.model.head.out_features == 7
+
+    @needs(*EWT)
+    def test_no_token_is_lost(self):
+        task = _load("pos-tag")
+        loaders = (task.train_data, task.eval_data, task.test_data)
+        assert [loader.rows for loader in loaders] == [12620, 2003, 2082]
+        tags, forms = [], []
+        for name in EWT:
+            with gzip.open(FOLDER / name, "rt", encoding="utf-8", newline="\n") as file:
+                lines = [line[:-1].split("\t") for line in file if line != "\n"]
+            forms.append([line[0] for line in lines])
+            tags.append([line[2] for line in lines])
+        names = ["", *sorted(set(tags[0]))]
+        words = np.array(sorted({w for w in map(str.lower, forms[0])}))
+        assert len(names) == 50
+        for loader, part, expected in zip(loaders, forms, tags, strict=True):
+            real = loader.arrays["mask"] == 1
+            assert [names[y] for y in loader.arrays["y"][real]] == expected
+            x = loader.arrays["x"][real]
+            assert not loader.arrays["x"][~real].any() and (x[:, 0] > 0).all()
+            # The same word, the same number; of two words, not the same but for the unknown one.
+            pairs = {(w.lower(), n) for w, n in zip(part, x[:, 0].tolist(), strict=True) if n > 1}
+            assert len({w for w, _ in pairs}) == len({n for _, n in pairs}) == len(pairs)
+            assert {w for w, _ in pairs} <= set(words)
+        assert 0.03 < (task.train_data.arrays["x"][..., 0] == 1).sum() / 204577 < 0.05
+
+    @needs(*EWT)
+    def test_damaged_file(self, tmp_path):
+        self._write(tmp_path)
+        with gzip.open(FOLDER / EWT[1]) as file:
+            (tmp_path / "ud_ewt_pos.dev.tsv").write_bytes(file.read()[:-1])
+        with pytest.raises(
+            data.DataError, match=r"ud_ewt_pos.dev.tsv is damaged .*get it .*ewt-ud-dev.conllu"
+        ):
+            tasks.load_task("pos-tag", data_dir=tmp_path)
+
+    def test_missing_file(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(data, "_download", None)  # It does not try.
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setenv(data.ENV_VAR, str(tmp_path / "mine"))
+        with pytest.raises(
+            data.DataError,
+            match=r"no ud_ewt_pos.train.tsv, .*conllu in .*mine or .*cache.*; get https.*train.con",
+        ):
+            tasks.load_task("pos-tag")
+        self._write(tmp_path)
+        (tmp_path / "en_ewt-ud-test.conllu").unlink()
+        with pytest.raises(data.DataError, match=r"no ud_ewt_pos.test.tsv, "):
+            tasks.load_task("pos-tag", data_dir=tmp_path)
+
+    @pytest.mark.parametrize(
+        ("raw", "match"),
+        [
+            (b"1\tword\n\n", "is no CoNLL-U file"),
+            (b"\xff\xfe\x00", "is no CoNLL-U file"),
+            (b"", "has no word in it"),
+            (b"<html>\n404\n</html>\n", "has no word|is no CoNLL-U"),
+        ],
+    )
+    def test_no_conllu(self, tmp_path, raw, match):
+        self._write(tmp_path)
+        (tmp_path / "en_ewt-ud-dev.conllu").write_bytes(raw)
+        with pytest.raises(data.DataError, match=rf"en_ewt-ud-dev.conllu ({match}).*get it from"):
+            tasks.load_task("pos-tag", data_dir=tmp_path)
+
+    def test_tagger_against_the_formula(self):
+        model = tasks.Tagger((6, 5, 3), 4, embeddings=(3, 2, 2), width=5, rngs=nnx.Rngs(0))
+        rng = np.random.default_rng(0)
+        x = rng.integers(1, 3, (2, 7, 3)).astype(np.int32)
+        lengths = (7, 4)
+        x[1, 4:] = 0
+        logits = nnx.jit(lambda model, x: model(x))(model, x)
+        assert logits.shape == (2, 7, 4)
+
+        def run(cell, inputs):
+            c = h = np.zeros(5)
+            states = []
+            for token in inputs:
+                gates = token @ np.asarray(cell.dense_i.kernel[...])
+                gates = gates + h @ np.asarray(cell.dense_h.kernel[...])
+                i, f, g, o = np.split(gates + np.asarray(cell.dense_h.bias[...]), 4)
+                c = c / (1 + np.exp(-f)) + np.tanh(g) / (1 + np.exp(-i))
+                h = np.tanh(c) / (1 + np.exp(-o))
+                states.append(h)
+            return np.array(states)
+
+        for row, n, found in zip(x, lengths, logits, strict=True):
+            tokens = np.concatenate(
+                [np.asarray(e.embedding[...])[row[:n, i]] for i, e in enumerate(model.embed)], 1
+            )
+            one, other = model.lstm.forward_rnn.cell, model.lstm.backward_rnn.cell
+            states = np.concatenate([run(one, tokens), run(other, tokens[::-1])[::-1]], axis=1)
+            expected = states @ np.asarray(model.head.kernel[...])
+            np.testing.assert_allclose(found[:n], expected, rtol=1e-4, atol=1e-5)
