@@ -1,11 +1,24 @@
 """Spend backprop where it matters: budgeted training for Flax and Optax."""
 
+from priorityprop_jax.backward.compact import meprop_value_and_grad
 from priorityprop_jax.backward.costs import Costs, StepCosts, measure_costs
+from priorityprop_jax.backward.inject import meprop, restore
 from priorityprop_jax.backward.partial import (
     apply_active_updates,
     nnx_partial_value_and_grad,
     partial_value_and_grad,
 )
+from priorityprop_jax.backward.rnn import LinenMePropRNN
+from priorityprop_jax.backward.row_optimizers import (
+    apply_row_updates,
+    row_counts,
+    row_sparse,
+    row_sparse_adam,
+    row_sparse_sgd,
+)
+from priorityprop_jax.backward.row_sparse import RowSparse, densify
+from priorityprop_jax.backward.simplify import prune_unused
+from priorityprop_jax.backward.topk import meprop_conv_general_dilated, meprop_dot_general
 from priorityprop_jax.backward.variants import Variants, merge_upward
 from priorityprop_jax.priority.active import update_active
 from priorityprop_jax.priority.allocation import allocate
@@ -36,6 +49,7 @@ from priorityprop_jax.training.stages import (
     scanned_stages,
     stack_params,
 )
+from priorityprop_jax.training.topk import TopKCompute
 from priorityprop_jax.training.trainer import History, NonFiniteLossError, PriorityPropTrainer
 
 __version__ = "0.1.0"
@@ -46,32 +60,47 @@ __all__ = [
     "Costs",
     "History",
     "Ledger",
+    "LinenMePropRNN",
     "NonFiniteLossError",
     "PrefixCache",
     "PriorityPropState",
     "PriorityPropTrainer",
+    "RowSparse",
     "Situation",
     "Slots",
     "Stages",
     "StepCosts",
+    "TopKCompute",
     "TopKUpdatesState",
     "Variants",
     "active_sets",
     "allocate",
     "apply_active_updates",
+    "apply_row_updates",
     "chain",
     "choose_active",
+    "densify",
     "find_slots",
     "function_stage",
     "linen_stages",
     "make_policy",
     "measure_costs",
+    "meprop",
+    "meprop_conv_general_dilated",
+    "meprop_dot_general",
+    "meprop_value_and_grad",
     "merge_upward",
     "nnx_partial_value_and_grad",
     "nnx_stages",
     "partial_value_and_grad",
     "priorityprop",
+    "prune_unused",
     "repeats",
+    "restore",
+    "row_counts",
+    "row_sparse",
+    "row_sparse_adam",
+    "row_sparse_sgd",
     "scale_by_priority",
     "scanned_stages",
     "stack_params",

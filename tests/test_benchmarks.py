@@ -8,7 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import finetune_sst2, transform_overhead
+from benchmarks import (
+    finetune_sst2,
+    meprop_lstm,
+    meprop_mlp,
+    meprop_speed,
+    meprop_tagging,
+    transform_overhead,
+)
 from priorityprop_jax.training.tasks import ArrayLoader
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +37,61 @@ def test_readme_shows_the_committed_fine_tuning():
     runs = finetune_sst2.read(path.with_suffix(".jsonl"))
     again = finetune_sst2.summary(runs, times["seconds"])
     assert json.loads(json.dumps(again)) == record["summary"]
+
+
+@pytest.mark.parametrize("benchmark", [meprop_speed, meprop_lstm, meprop_mlp, meprop_tagging])
+def test_readme_shows_the_committed_meprop(benchmark):
+    name = benchmark.__name__.rpartition(".")[2]
+    path = ROOT / "benchmarks" / "results" / f"{name}-cpu.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert benchmark.readme_table(record) in (ROOT / "README.md").read_text("utf-8")
+    runs = path.with_suffix(".jsonl")
+    if runs.exists():  # the summary is that of the committed runs and times
+        times = json.loads(path.with_name(f"{name}-cpu-times.json").read_text("utf-8"))
+        again = benchmark.summary(benchmark.read(runs), times["seconds"])
+        assert json.loads(json.dumps(again)) == record["summary"]
+
+
+def test_meprop_speed_runs_on_tiny_shapes(tmp_path, monkeypatch, capsys):
+    options = ["--repeats", "2", "--small", "--fractions", "0.1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["meprop_speed", *options])
+    meprop_speed.main()
+    (path,) = tmp_path.glob("*.json")
+    layer, step = json.loads(path.read_text())["cases"]
+    for case in (layer, step):
+        assert set(case["results"]) == {"dense", *(f"{arm} 0.1" for arm in meprop_speed.ARMS)}
+    # By rows it writes k rows of the kernel, else the whole of it.
+    assert layer["results"]["rows 0.1"]["flops_ratio"] > 7
+    assert "| 10% | 10.0x |" in capsys.readouterr().out
+
+
+def test_meprop_lstm_runs_on_tiny_shapes():
+    results = meprop_lstm.measure(1, 8, 6, 3, 2, (1, 2, 4, 8))
+    assert all(kinds["backward"]["median_seconds"] > 0 for kinds in results.values())
+
+
+def test_time_to_target_of_meprop_with_known_answers():
+    def runs(arm, rate, validation):
+        return [
+            {"width": 500, "arm": arm, "rate": r, "seed": seed, "epochs": 3,
+             "validation": v if r == rate else [0.1], "test": v[-1]}
+            for r in meprop_mlp.RATES
+            for seed, v in enumerate(validation)
+            if seed == 0 or r == rate
+        ]  # fmt: skip
+
+    rate = meprop_mlp.RATES[1]
+    found = meprop_mlp.summary(
+        runs("dense", rate, [[0.9], [0.5, 0.8, 0.9], [0.5, 0.9, 0.8], [0.4, 0.4, 0.9]])
+        + runs("unified 20", rate, [[0.8], [0.8, 0.9, 0.9], [0.8, 0.8, 0.8], [0.9, 0.9, 0.9]]),
+        {"500": {"dense": {"None": 0.004}, "unified 20": {"20": 0.002}}},
+    )["500"]
+    dense, ours = found
+    assert dense["rate"] == rate and dense["reached"] == 3 and dense["speedup"] == 1.0
+    assert ours["reached"] == 2 and ours["pairs"] == 2 and ours["interval"] is None
+    # Seed 1: 3 epochs at 4 ms against 2 at 2 ms; seed 3: 3 against 1.
+    assert ours["speedup"] == pytest.approx((3 * 6) ** 0.5)
+    assert ours["difference"] == pytest.approx(0.0)
 
 
 def test_transform_overhead_runs_on_tiny_shapes(tmp_path, monkeypatch):

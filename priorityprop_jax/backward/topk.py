@@ -269,14 +269,9 @@ class Frame:
     """What a loss is traced with: taps and sizes for layers by name; records who is called."""
 
     def __init__(
-        self,
-        taps: Mapping[str, Any] | None = None,
-        sizes: Mapping[str, Any] | None = None,
-        *,
-        constant_kernels: bool = False,
+        self, taps: Mapping[str, Any] | None = None, sizes: Mapping[str, Any] | None = None
     ) -> None:
         self.taps, self.sizes = dict(taps or {}), dict(sizes or {})
-        self.constant_kernels = constant_kernels
         self.uses: dict[str, LayerUse] = {}
         self.level: Any = None
 
@@ -309,7 +304,8 @@ class Frame:
 _frame: contextvars.ContextVar[Frame | None] = contextvars.ContextVar("meprop", default=None)
 
 
-def _enter(name: str, use: LayerUse) -> tuple[Tap | None, Any]:
+def enter(name: str, use: LayerUse) -> tuple[Tap | None, Any]:
+    """Tells the frame, if there is one, that a layer is called; the layer's tap and size."""
     frame = _frame.get()
     return (None, None) if frame is None or not name else frame.enter(name, use)
 
@@ -428,9 +424,8 @@ class MePropDot(MeProp):
         by_rows = product.by_rows and kernel.ndim == 2 and self.pattern != "example"
         by_rows = by_rows and _varying(x) <= _varying(kernel)
         use = LayerUse(rows, inputs, width, tuple(rule.k for rule in rules), by_rows)
-        tap, size = _enter(self.name, use)
-        frame = _frame.get()
-        if tap is not None or (frame is not None and frame.constant_kernels and use.by_rows):
+        tap, size = enter(self.name, use)
+        if tap is not None:
             kernel = lax.stop_gradient(kernel)  # its gradient is the tap's
         return _multiply(product, x, kernel, tap, size)
 
@@ -650,7 +645,7 @@ class MePropConv(MeProp):
         y = jax.eval_shape(compute, lhs, rhs)
         sizes = tuple(rule.k * rule.groups for rule in rules)
         use = LayerUse(y.size // width, rhs.size // width, width, sizes, by_rows=False)
-        _, size = _enter(self.name, use)
+        _, size = enter(self.name, use)
         return _convolve(convolution, lhs, rhs, size)
 
 

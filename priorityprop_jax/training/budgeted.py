@@ -170,7 +170,7 @@ class BudgetedStep:
         # Then the program is that of the plain optimizer, bit for bit.
         self._uniform = compute.policy == "full" and compute.block_state == "keep"
         if group is None and stacked_axis is None:
-            group = _by_layer(params) if stages is None else lambda path: path.split("/")[0]
+            group = by_layer(params) if stages is None else lambda path: path.split("/")[0]
         where = {"stacked_axis": stacked_axis, "group": group}
         self.slots = find_slots(params, **where)
         if stages is not None:
@@ -660,7 +660,7 @@ class BudgetedStep:
         return self._blocks.restore(state, record["resident"], record["waiting"])
 
 
-def _by_layer(params: Any) -> Callable[[str], str | None]:
+def by_layer(params: Any) -> Callable[[str], str | None]:
     """Puts leaves of one layer in one slot."""
     slots = find_slots(params)
     layer = dict(zip(slots.names, slots.layers, strict=True))

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from priorityprop_jax.training.tasks import Task
     from priorityprop_jax.training.trainer import History, PriorityPropTrainer
 
-TASKS = ("digits", "mnist-mlp", "char-lm", "sst2")
+TASKS = ("digits", "mnist-mlp", "char-lm", "sst2", "pos-tag")
+BACKWARDS = ("dense", "meprop")
 OPTIMIZERS = ("adam", "adamw", "lion", "momentum", "rmsprop", "sgd")
 
 
@@ -80,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser(
         "train",
-        help="train a task, plainly and by priority, at the same budget of updates",
+        help="train a task, plainly and by priority (or by meProp), at the same budget",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     train.set_defaults(run=_train)
@@ -95,6 +96,18 @@ def _parser() -> argparse.ArgumentParser:
         type=_budget,
         default="full",
         help="updates a cycle: a whole number, a fraction of the full budget such as 0.5, or full",
+    )
+    train.add_argument(
+        "--backward",
+        choices=BACKWARDS,
+        default="dense",
+        help="meprop compares meProp's backward pass with the plain one, over the same steps",
+    )
+    train.add_argument(
+        "--k",
+        type=_k,
+        help="for meprop: output features that the gradient flows through, a whole number or a "
+        "fraction such as 0.04; without it, a fraction as --budget decides the k of each layer",
     )
     train.add_argument("--min-updates", type=whole(0), default=1, help="least updates a cycle")
     train.add_argument("--max-updates", type=whole(1), default=20, help="most updates a cycle")
@@ -129,6 +142,18 @@ def _budget(text: str) -> int | float | str:
         ) from None
 
 
+def _k(text: str) -> int | float:
+    try:
+        k = int(text) if text.isdecimal() else rate(text)
+    except argparse.ArgumentTypeError:
+        k = math.inf
+    if k == 0 or (isinstance(k, float) and k > 1):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a whole number from 1 on nor a fraction such as 0.04"
+        )
+    return k
+
+
 @dataclasses.dataclass(frozen=True)
 class _Config:
     """What a run was asked for: the contents of its config.json."""
@@ -143,6 +168,13 @@ class _Config:
     learning_rate: float | None
     epochs: int | None
     seed: int
+    backward: str = "dense"
+    k: int | float | None = None
+
+    @property
+    def ours(self) -> str:
+        """The arm that is compared with the plain one."""
+        return "meprop" if self.backward == "meprop" else "priorityprop"
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -162,6 +194,9 @@ def _train(arguments: argparse.Namespace) -> int:
         if (directory / "report.json").exists():
             raise Failure(f"{directory} is finished: priorityprop report {directory}")
 
+    if config.k is not None and config.backward != "meprop":
+        raise Failure("--k is of meProp: add --backward meprop", 2)
+
     # Imported here, so that --help and wrong arguments answer at once
     from priorityprop_jax.training.tasks import load_task
 
@@ -173,7 +208,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     # Everything that can be wrong with the options shows here, before a run's folder is made
     arms = {config.optimizer: _trainer(config, load(), plain=True)}
-    arms["priorityprop"] = _trainer(config, load(), plain=False)
+    arms[config.ours] = _trainer(config, load(), plain=False)
     task = load()
 
     if directory is None:
@@ -200,11 +235,36 @@ def _trainer(config: _Config, task: Task, *, plain: bool) -> PriorityPropTrainer
     budget = None if isinstance(config.budget, str) else config.budget
     numbers = (None, cycle, cycle) if plain else (budget, config.min_updates, config.max_updates)
     try:
+        if config.backward == "meprop" and not plain:
+            return _meprop_trainer(config, task, optimizers[config.optimizer](), budget)
         return PriorityPropTrainer(
             task.model, optimizers[config.optimizer](), task.loss_fn, *numbers, cycle
         )
     except (ValueError, TypeError) as error:
         raise Failure(str(error), 2) from error
+
+
+def _meprop_trainer(config: _Config, task: Task, optimizer: Any, budget: Any) -> Any:
+    from priorityprop_jax.backward.inject import meprop
+    from priorityprop_jax.training.topk import TopKCompute
+    from priorityprop_jax.training.trainer import PriorityPropTrainer
+
+    k = config.k
+    if k is None and isinstance(budget, float):
+        # From a quarter of what an even share would be to four times that
+        factors = (0.25, 0.5, 0.75, 1, 1.5, 2, 4)
+        meprop(task.model, tuple(sorted({min(1.0, budget * factor) for factor in factors})))
+    elif k is not None and budget is None:
+        meprop(task.model, k)
+    else:
+        raise ValueError(
+            "meprop needs either --k, such as --k 20, or a fraction as --budget, such as "
+            "--budget 0.05, that decides the k of each layer"
+        )
+    return PriorityPropTrainer(
+        task.model, optimizer, task.loss_fn, budget, recalc_every=config.recalc_every,
+        compute=TopKCompute(),
+    )  # fmt: skip
 
 
 class _Limited:
@@ -233,16 +293,15 @@ class _Limited:
 def _run(directory: Path, config: _Config, task: Task, arms: dict[str, PriorityPropTrainer]) -> int:
     epochs = task.epochs if config.epochs is None else config.epochs
     steps = epochs * len(task.train_data)
-    slots = len(arms["priorityprop"].get_priority_report().names)
+    slots = len(arms[config.ours].get_priority_report().names)
     fraction = _fraction(config.budget, config.recalc_every * slots)
-    plain_steps = max(1, round(steps * min(fraction, 1.0)))
-    print(
-        f"{config.task}: {slots} slots, {steps} steps, budget {fraction:.0%} of the full one\n"
-        f"writing to {directory}/"
-    )
+    by_updates = config.backward == "dense"
+    plain_steps = max(1, round(steps * min(fraction, 1.0))) if by_updates else steps
+    what = f"budget {fraction:.0%} of the full one" if config.k is None else f"k={config.k}"
+    print(f"{config.task}: {slots} slots, {steps} steps, {what}\nwriting to {directory}/")
     results: dict[str, dict[str, Any]] = {}
     for name, trainer in arms.items():
-        plain = name != "priorityprop"
+        plain = name != config.ours
         data: Any = _Limited(task.train_data, plain_steps) if plain else task.train_data
         own_epochs = math.ceil(plain_steps / len(task.train_data)) if plain else epochs
         history = _train_arm(directory, name, trainer, data, own_epochs, task)
@@ -251,7 +310,7 @@ def _run(directory: Path, config: _Config, task: Task, arms: dict[str, PriorityP
             return 130
         results[name] = result(trainer, history, task)
 
-    ledger = arms["priorityprop"].get_priority_report()
+    ledger = arms[config.ours].get_priority_report()
     record = {
         "config": dataclasses.asdict(config),
         "steps": steps,
@@ -285,7 +344,7 @@ def _train_arm(
     checkpoints = directory / "checkpoint" / name
     trainer.checkpoint_dir = checkpoints
     resume = has_checkpoint(checkpoints)
-    print(f"\n{name}" if name == "priorityprop" else f"\n{name} (plain)")
+    print(f"\n{name}" if name in ("priorityprop", "meprop") else f"\n{name} (plain)")
     with Metrics(directory / "metrics.jsonl", name) as metrics:
         try:
             history = trainer.train(
@@ -319,7 +378,9 @@ _HEADER = (
 def _rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
-            name if name != "priorityprop" else f"priorityprop({record['config']['optimizer']})",
+            name
+            if name not in ("priorityprop", "meprop")
+            else f"{name}({record['config']['optimizer']})",
             f"{result['validation']:.2%}",
             f"{result['best_validation']:.2%}",
             "-" if result["test"] is None else f"{result['test']:.2%}",
@@ -345,7 +406,7 @@ def _markdown(record: dict[str, Any], ledger: Ledger) -> str:
     options = ", ".join(f"{key}={value}" for key, value in record["config"].items())
     return "\n".join(
         [
-            f"# {record['config']['task']}: plain and by priority, at the same budget of updates",
+            f"# {record['config']['task']}: plain and {_how(record['config'])}",
             "",
             f"{record['metric'].capitalize()} of one seed. {options}",
             "",
@@ -359,6 +420,12 @@ def _markdown(record: dict[str, Any], ledger: Ledger) -> str:
             "",
         ]
     )
+
+
+def _how(config: dict[str, Any]) -> str:
+    if config.get("backward", "dense") == "meprop":
+        return "by meProp, for as many steps"
+    return "by priority, at the same budget of updates"
 
 
 def _report(arguments: argparse.Namespace) -> int:

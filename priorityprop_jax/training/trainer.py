@@ -27,6 +27,7 @@ from priorityprop_jax.priority.slots import find_slots
 from priorityprop_jax.priority.transform import Budget, PriorityPropState, priorityprop
 from priorityprop_jax.training.budgeted import BudgetedStep, Compute
 from priorityprop_jax.training.stages import Stages
+from priorityprop_jax.training.topk import TopKCompute, TopKStep
 
 LossFn = Callable[[Any, Any], Any]
 Record = dict[str, Any]
@@ -127,6 +128,10 @@ class PriorityPropTrainer:
     compiled for them. Slots that are inactive cost nothing, and keep parameters and optimizer state
     bit for bit.
 
+    With ``compute=TopKCompute()``, for a model with `meprop` layers, gradients and updates of these
+    layers are of the rows alone that the gradient flowed through, and ``total_budget`` decides how
+    many that are in which layer.
+
     Args:
       model: a `flax.nnx.Module`, a pytree of parameters, or `Stages`, a model as a chain of stages
         (what a prefix cache needs).
@@ -147,7 +152,8 @@ class PriorityPropTrainer:
       checkpoint_dir: a folder for checkpoints, made if need be: one at the end of each epoch and
         one when interrupted; the latest two are kept.
       progress: whether to show a progress bar, which stays quiet if the output is no terminal.
-      compute: the options of a budget of compute; None for a budget of updates.
+      compute: the options of a budget of compute; None for a budget of updates. With `TopKCompute`
+        ``total_budget`` is a fraction, or None for layers whose k is fixed.
       **options: further options of `priorityprop`, such as `spread`, `magnitude` or `group`; with
         `compute` only `stacked_axis` and `group`.
 
@@ -192,7 +198,7 @@ class PriorityPropTrainer:
         metric_fn: Callable[[Any, Any], Mapping[str, Any]] | None = None,
         checkpoint_dir: str | os.PathLike[str] | None = None,
         progress: bool = True,
-        compute: Compute | None = None,
+        compute: Compute | TopKCompute | None = None,
         **options: Any,
     ):
         if not callable(loss_fn):
@@ -248,12 +254,19 @@ class PriorityPropTrainer:
                 "the optimizer holds a priorityprop or scale_by_priority already; give the trainer "
                 "the inner optimizer, such as optax.adam(1e-3), and it wraps it itself"
             )
-        self._budgeted: BudgetedStep | None = None
-        if compute is not None:
+        self._budgeted: BudgetedStep | TopKStep | None = None
+        if isinstance(compute, TopKCompute):
+            if self._stages is not None:
+                raise ValueError("TopKCompute takes an nnx module or a pytree, not Stages")
+            self._budgeted = TopKStep(
+                self._loss, params, optimizer, compute, total_budget, recalc_every  # type: ignore[arg-type]
+            )  # fmt: skip
+        elif compute is not None:
             self._budgeted = BudgetedStep(
                 self._loss, params, optimizer, compute, total_budget, recalc_every,  # type: ignore[arg-type]
                 stages=self._stages, **options,
             )  # fmt: skip
+        if self._budgeted is not None:
             self.transformation = self._budgeted.transformation
             state, slots = self._budgeted.init(params), self._budgeted.slots
         else:
@@ -848,14 +861,15 @@ def _check_params(params: Any) -> None:
 
 
 def _check_compute(compute: Any, min_updates: Any, max_updates: Any, options: Any) -> None:
-    if not isinstance(compute, Compute):
-        raise TypeError(f"compute must be a Compute(...) or None, got {compute!r}")
+    if not isinstance(compute, Compute | TopKCompute):
+        raise TypeError(f"compute must be Compute(...), TopKCompute(...) or None, got {compute!r}")
     if (min_updates, max_updates) != (1, 20):
         raise ValueError(
             "min_updates and max_updates are of a budget of updates; with compute a slot is "
             "updated once at each step in which it is active"
         )
-    unknown = set(options) - {"stacked_axis", "group"}
+    known = {"stacked_axis", "group"} if isinstance(compute, Compute) else set()
+    unknown = set(options) - known
     if unknown:
         raise TypeError(f"{min(unknown)!r} is no option of a trainer with compute")
 

@@ -104,8 +104,12 @@ def test_forward_values_are_those_of_the_plain_layer_to_the_bit(pattern, dtype):
     x = normal(0, 3, 7, 24, dtype=dtype)
     plain = nnx.Linear(24, 40, dtype=dtype, rngs=nnx.Rngs(0))
     ours = nnx.Linear(
-        24, 40, dtype=dtype, rngs=nnx.Rngs(0), dot_general=meprop_dot_general(4, pattern=pattern, block=4)
-    )  # fmt: skip
+        24,
+        40,
+        dtype=dtype,
+        rngs=nnx.Rngs(0),
+        dot_general=meprop_dot_general(4, pattern=pattern, block=4),
+    )
     for run in (lambda f: f, nnx.jit):
         assert jnp.array_equal(run(plain)(x), run(ours)(x))
     grads = nnx.grad(lambda layer: layer(x).astype(jnp.float32).sum())(ours)
@@ -291,7 +295,8 @@ def test_layers_of_nnx_and_linen_take_it():
 
     layer = nnx.LinearGeneral((8,), (4, 8), dot_general=dot, rngs=nnx.Rngs(0))
     check(nnx.grad(lambda m: loss(m(x)))(layer)["kernel"], 32)
-    for options in ({"dot_general": dot}, {"dot_general_cls": functools.partial(meprop_dot_general, 4)}):  # noqa: E501
+    made = functools.partial(meprop_dot_general, 4)
+    for options in ({"dot_general": dot}, {"dot_general_cls": made}):
         dense = linen.Dense(32, **options)
         params = dense.init(jax.random.key(0), x)
         check(jax.grad(lambda p: loss(dense.apply(p, x)))(params)["params"]["kernel"], 32)  # noqa: B023

@@ -76,6 +76,13 @@ def test_train_and_report(empty_folder, capsys):
         (("train", "--budget", "7000"), "raise max_updates"),
         (("train", "--min-updates", "9", "--max-updates", "3"), "more than max_updates"),
         (("train", "--max-updates", "5"), "full budget"),
+        (("train", "--k", "20"), "--backward meprop"),
+        (("train", "--backward", "meprop"), "--k"),
+        (("train", "--backward", "meprop", "--k", "20", "--budget", "0.1"), "either"),
+        (("train", "--backward", "meprop", "--budget", "20"), "either"),
+        (("train", "--backward", "meprop", "--k", "0"), "0"),
+        (("train", "--backward", "meprop", "--k", "1.5"), "1.5"),
+        (("train", "--backward", "meprop", "--k", "129"), "128 output features of layer"),
     ],
 )
 def test_wrong_arguments_exit_with_2_and_leave_nothing(empty_folder, capsys, arguments, said):
@@ -213,6 +220,24 @@ def test_a_killed_process_leaves_a_run_that_goes_on(empty_folder):
     assert "Traceback" not in finished.stderr and "%|" not in finished.stderr  # no bar in a pipe
     steps = [x["step"] for x in records(directory) if x["arm"] == "adam" and x["kind"] == "step"]
     assert steps == [*range(1, len(steps) + 1)]
+
+
+@pytest.mark.parametrize("option", [("--k", "20"), ("--budget", "0.1")])
+def test_meprop_against_the_plain_backward_pass(empty_folder, capsys, option):
+    arguments = ("train", "--backward", "meprop", *option, "--epochs", "3")
+    assert run(*arguments) == 0
+    out = capsys.readouterr().out
+    directory = empty_folder / "runs" / "digits-adam-1"
+    assert {path.name for path in directory.iterdir()} == FILES
+    record = json.loads((directory / "report.json").read_text())
+    plain, ours = record["results"]["adam"], record["results"]["meprop"]
+    assert plain["steps"] == ours["steps"] == 120 and ours["best_validation"] > 0.5
+    # Of two hidden layers of 128, and all 10 features of the output layer
+    kept = sum(slot["updates"] for slot in record["ledger"]["slots"])
+    assert kept == ours["updates"] and kept <= 120 * (2 * 20 + 10)
+    assert "meprop(adam)" in out and "by meProp" in (directory / "report.md").read_text()
+    assert run("report", str(directory)) == 0
+    assert capsys.readouterr().out.strip() in out
 
 
 def test_choices_are_the_tasks():

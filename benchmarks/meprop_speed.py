@@ -1,0 +1,220 @@
+"""What meProp's backward pass and row-sparse Adam save, against dense JAX with the same donation.
+
+Two parts, each with its arms interleaved in one run:
+
+- `layer`: the backward pass (gradients of inputs and kernel) of one layer 4096 -> 4096, batch 1024.
+- `step`: a whole training step (loss, gradients, Adam, application) of an MLP 784-n-n-10.
+
+Arms: `rows` (kernel ``(out, in)``, gradient and Adam by rows: `meprop` and `row_sparse_adam`),
+`blocks` (the same in blocks of 64), `whole` (kernel ``(out, in)``, a whole gradient and
+`optax.adam`), `drop-in` (Flax's kernel ``(in, out)``, a whole gradient and `optax.adam`).
+
+Run as `python -m benchmarks.meprop_speed`. Writes `benchmarks/results/meprop_speed-<device>.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from tqdm import tqdm
+
+import priorityprop_jax
+from priorityprop_jax import apply_row_updates, row_sparse_adam
+from priorityprop_jax.backward.compact import row_value_and_grad
+from priorityprop_jax.backward.costs import program_flops
+from priorityprop_jax.backward.topk import MePropDot
+
+COLUMNS = (((1,), (0,)), ((), ()))
+ARMS = ("rows", "blocks", "whole", "drop-in")
+
+
+def product(arm: str, fraction: float, name: str) -> Callable[..., jax.Array]:
+    """``(x, kernel) -> y`` of an arm, with kernel ``(out, in)`` except where Flax's is kept."""
+    if arm == "dense":
+        return lambda x, kernel: lax.dot_general(x, kernel, COLUMNS)
+    rows = arm != "drop-in"
+    pattern = "block" if arm == "blocks" else "unified"
+    # Only a layer with a name can have a gradient by rows.
+    dot = MePropDot(
+        fraction, pattern, 64, transposed=rows, name=name if arm in ("rows", "blocks") else ""
+    )
+    return lambda x, kernel: dot(x, kernel, COLUMNS)
+
+
+def draw(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape) / np.sqrt(shape[-1])
+
+
+def layer_program(arm: str, fraction: float, width: int, batch: int):
+    """``(dy, kernel, x) -> gradients``, compiled, and its arguments."""
+    multiply = product(arm, fraction, "layer")
+
+    def backward(dy, kernel, x):
+        def loss(params):
+            return jnp.vdot(multiply(params["x"], params["layer"]["kernel"]), dy)
+
+        return row_value_and_grad(loss, {"layer": {"kernel": kernel}, "x": x})[1]
+
+    arguments = (draw(0, batch, width), draw(1, width, width), draw(2, batch, width))
+    return jax.jit(backward).lower(*arguments).compile(), arguments
+
+
+def step_program(arm: str, fraction: float, width: int, batch: int):
+    """``(params, state, x, y) -> (params, state, loss)``, compiled and donated; its arguments."""
+    widths = (784, width, width, 10)
+    flip = arm not in ("dense", "drop-in")
+    params = {
+        f"layer_{i}": {
+            "kernel": draw(i, b, a) if flip and b > 10 else draw(i, b, a).T,
+            "bias": jnp.zeros(b),
+        }
+        for i, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True))
+    }
+    products = [product(arm, fraction, name) for name in params][:-1]
+    by_rows = arm in ("rows", "blocks")
+    tx = (row_sparse_adam if by_rows else optax.adam)(1e-3)
+
+    def loss(params, x, y):
+        for multiply, layer in zip(products, params.values(), strict=False):
+            x = jax.nn.relu(multiply(x, layer["kernel"]) + layer["bias"])
+        *_, last = params.values()
+        logits = x @ last["kernel"] + last["bias"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    def step(params, state, x, y):
+        value, grads = row_value_and_grad(loss, params, x, y)
+        updates, state = tx.update(grads, state, params)
+        apply = apply_row_updates if by_rows else optax.apply_updates
+        return apply(params, updates), state, value
+
+    arguments = (params, tx.init(params), draw(7, batch, 784), jnp.arange(batch) % 10)
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+    return compiled, arguments
+
+
+def compare(make: Callable[..., Any], cases: dict[str, tuple], repeats: int, keep: int) -> dict:
+    """Seconds of every case, interleaved; the first ``keep`` results are the next arguments."""
+    programs, arguments, results = {}, {}, {}
+    for name, case in cases.items():
+        programs[name], arguments[name] = make(*case)
+        memory = programs[name].memory_analysis()
+        results[name] = {
+            "flops": program_flops(programs[name]),
+            "temporary_megabytes": round(memory.temp_size_in_bytes / 1e6, 1),
+            "seconds": [],
+        }
+    for repeat in tqdm(range(repeats + 2), disable=None):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            new = jax.block_until_ready(program(*arguments[name]))
+            seconds = time.perf_counter() - start
+            if keep:
+                arguments[name] = (*new[:keep], *arguments[name][keep:])
+            if repeat > 1:  # the first ones warm up
+                results[name]["seconds"].append(seconds)
+    dense = results["dense"]
+    for result in results.values():
+        pairs = zip(dense["seconds"], result["seconds"], strict=True)
+        ratios = sorted(a / b for a, b in pairs)
+        result["speedup"] = statistics.median(ratios)
+        result["quartiles"] = [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]]
+        result["milliseconds"] = 1e3 * statistics.median(result["seconds"])
+        result["flops_ratio"] = dense["flops"] / result["flops"]
+    return results
+
+
+def readme_table(record: dict) -> str:
+    """The part of README.md that this benchmark's result is shown in."""
+    lines = [
+        f"Speed over dense JAX, float32, {record['cores']} CPU cores, medians "
+        "(`python -m benchmarks.meprop_speed`; 1.0x is dense):",
+        "",
+        "| what | features kept | ideal | by rows | in blocks of 64 | whole gradients | drop-in |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for case in record["cases"]:
+        for fraction in record["fractions"]:
+            cells = [
+                f"{case['results'][f'{arm} {fraction}']['speedup']:.1f}x"
+                if f"{arm} {fraction}" in case["results"]
+                else "-"
+                for arm in ARMS
+            ]
+            ideal = f"{1 / fraction:.1f}x" if case["kind"] == "layer" else ""
+            lines.append(f"| {case['title']} | {fraction:.0%} | {ideal} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=30, help="counted repeats of every arm")
+    parser.add_argument("--fractions", type=float, nargs="+", default=[0.02, 0.04, 0.08])
+    parser.add_argument("--small", action="store_true", help="tiny shapes, to try the program")
+    parser.add_argument("--only", choices=("layer", "step"), help="one part only")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    sizes = [("layer", 4096, 1024), ("step", 2048, 128), ("step", 2048, 32), ("step", 500, 128)]
+    if options.small:
+        sizes = [("layer", 256, 16), ("step", 128, 8)]
+    load, device = os.getloadavg(), jax.devices()[0]
+    cases = []
+    for kind, width, batch in sizes:
+        if options.only not in (None, kind):
+            continue
+        arms = {"dense": ("dense", 1.0, width, batch)}
+        for fraction in options.fractions:
+            for arm in ARMS:
+                if arm != "blocks" or width % 64 == 0:
+                    arms[f"{arm} {fraction}"] = (arm, fraction, width, batch)
+        make, keep = (layer_program, 0) if kind == "layer" else (step_program, 2)
+        results = compare(make, arms, options.repeats, keep)
+        name = f"layer {width}" if kind == "layer" else f"step of 784-{width}-{width}-10"
+        title = f"{'backward of a ' if kind == 'layer' else ''}{name}, batch {batch}"
+        cases.append({"kind": kind, "title": title, "results": results})
+        for arm, result in results.items():
+            low, high = result["quartiles"]
+            print(
+                f"{title:40} {arm:14} {result['milliseconds']:8.2f} ms  {result['speedup']:5.2f}x "
+                f"({low:.2f} to {high:.2f})  FLOPs {result['flops_ratio']:.1f}x fewer",
+                flush=True,
+            )
+    record = {
+        "benchmark": "meprop_speed",
+        "date": datetime.date.today().isoformat(),
+        "device": device.device_kind,
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "load_before_and_after": [load, os.getloadavg()],
+        "versions": {
+            "priorityprop_jax": priorityprop_jax.__version__,
+            "jax": jax.__version__,
+            "optax": optax.__version__,
+            "python": platform.python_version(),
+        },
+        "fractions": options.fractions,
+        "cases": cases,
+    }
+    suffix = "-small" if options.small else ""
+    path = options.out / f"meprop_speed-{device.platform}{suffix}.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    temporary.replace(path)
+    print(f"wrote {path}\n\n{readme_table(record)}")
+
+
+if __name__ == "__main__":
+    main()
