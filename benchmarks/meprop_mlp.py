@@ -84,6 +84,10 @@ def arms(width: int) -> dict[str, Arm]:
             "dense tenth, unified 8%, half": Arm(((0.1, None), (1.0, 164)), epochs=0.5),
             "unified 8%, batch 32, quarter": fixed(164, batch=32, epochs=0.25),
             "random 8%": fixed(164, pattern="random"),
+            "dense, dropout": Arm(dropout=0.1, **dense),
+            "unified 16%, dropout": fixed(328, dropout=0.1),
+            "unified 8%, dropout, twice the epochs": fixed(164, dropout=0.1, epochs=2.0),
+            "dense tenth, unified 16%, dropout": Arm(((0.1, None), (1.0, 328)), dropout=0.1),
         }
     named = {"dense": Arm(**dense)}
     for k in (80, 40, 20, 10):
@@ -95,6 +99,7 @@ def arms(width: int) -> dict[str, Arm]:
         "blocks of 20, 20": fixed(20, pattern="block"),
         "random 20": fixed(20, pattern="random"),
         "unified 20, dense first tenth": Arm(((0.1, None), (1.0, 20))),
+        "unified 80, dense first tenth": Arm(((0.1, None), (1.0, 80))),
         "unified 20, dense last tenth": Arm(((0.9, 20), (1.0, None))),
         "unified growing 10 to 80": Arm(((0.25, 10), (0.5, 20), (0.75, 40), (1.0, 80))),
         "unified 20, twice the epochs": fixed(20, epochs=2.0),

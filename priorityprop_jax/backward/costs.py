@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -172,6 +173,59 @@ def program_flops(compiled: Any) -> float:
       Floating-point operations of one run.
     """
     return _analysis(compiled)["flops"]
+
+
+def product_flops(jaxpr: Any) -> float:
+    """The FLOPs of all products and convolutions of a traced program, loops as often as they run.
+
+    A compiler counts the body of a loop once, and not what a custom derivative will come to. Here a
+    `jax.lax.scan` counts its body times its length, a branch as its dearest, and a loop of unknown
+    length once. A convolution counts every tap of its window, those on padding too.
+
+    Args:
+      jaxpr: what ``jax.make_jaxpr(f)(...)`` returns.
+
+    Returns:
+      Floating-point operations of one run: two for every product of two numbers.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from priorityprop_jax.backward.costs import product_flops
+      >>> def f(x, w):
+      ...     return jax.lax.scan(lambda x, _: (x @ w, None), x, length=3)[0]
+      >>> product_flops(jax.make_jaxpr(f)(jnp.ones((4, 8)), jnp.ones((8, 8))))
+      1536.0
+    """
+    total = 0.0
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name, params = eqn.primitive.name, eqn.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            total += 2.0 * eqn.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+        elif name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval
+            features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+            total += 2.0 * eqn.outvars[0].aval.size * kernel.size / features
+        else:
+            inner = [product_flops(part) for part in _parts(list(params.values()))]
+            if name == "cond":
+                total += max(inner)
+            else:
+                total += sum(inner) * (params["length"] if name == "scan" else 1)
+    return total
+
+
+def _parts(values: Any) -> list[Any]:
+    """The jaxprs among the parameters of an equation."""
+    found = []
+    for value in values:
+        if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _parts(value)
+    return found
 
 
 def _step_costs(own: Sequence[float], totals: Sequence[float], depths: np.ndarray) -> StepCosts:

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from priorityprop_jax.backward.compact import find_uses, row_value_and_grad
-from priorityprop_jax.backward.costs import abstract
+from priorityprop_jax.backward.costs import abstract, product_flops
 from priorityprop_jax.backward.row_optimizers import (
     RowSparseState,
     apply_row_updates,
@@ -244,10 +244,11 @@ class TopKStep:
           seconds: wall time of the training.
 
         Returns:
-          A dict of numbers, lists and strings, ready for JSON: ``steps``, ``flops`` (those of the
-          compiled step, less what smaller sizes save of two products a layer), ``full_flops``,
-          ``share``, ``programs``, ``compile_seconds``, ``seconds`` and ``layers``, each with its
-          width, sizes, present ``k`` and the mean of all steps.
+          A dict of numbers, lists and strings, ready for JSON: ``steps``, ``flops`` (of all
+          products and convolutions of the steps, as traced, with each layer at its size),
+          ``full_flops`` (the same if every layer kept all features), ``share``, ``programs``,
+          ``compile_seconds``, ``seconds`` and ``layers``, each with its width, sizes, present ``k``
+          and the mean of all steps.
         """
         full = self._full_flops * self._step
         layers = [
@@ -387,8 +388,8 @@ class TopKStep:
         if not self._places:
             self._places = [len(layer.sizes) - 1 for layer in self._layers]
         state = jax.eval_shape(self.init, self._shapes)
-        lowered = jax.jit(self._program).lower(self._shapes, rest, state, batch)
-        self._largest_flops = float((lowered.cost_analysis() or {}).get("flops", 0.0))
+        jaxpr = jax.make_jaxpr(self._program)(self._shapes, rest, state, batch)
+        self._largest_flops = product_flops(jaxpr)
         self.compile_seconds += time.perf_counter() - start
 
     def _new_cycle(self, state: PriorityPropState) -> PriorityPropState:

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from priorityprop_jax import StepCosts, find_slots, measure_costs, partial_value_and_grad
-from priorityprop_jax.backward.costs import Costs, program_flops
+from priorityprop_jax.backward.costs import Costs, product_flops, program_flops
 from priorityprop_jax.priority.policies import step_cost
 
 LAYERS, WIDTH, INNER, BATCH = 2, 24, 48, 16
@@ -260,3 +260,30 @@ def test_errors():
 
 def test_costs_are_plain_data(measured):
     assert Costs(measured.names, measured.flops, measured.bytes) == measured
+
+
+def test_product_flops_count_loops_and_the_dearest_branch():
+    x, w = jnp.ones((4, 8)), jnp.ones((8, 8))
+    one = 2 * 4 * 8 * 8
+
+    def looped(x, w):
+        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, length=5)[0].sum()
+
+    def count(function, *arguments):
+        return product_flops(jax.make_jaxpr(function)(*arguments))
+
+    assert count(looped, x, w) == 5 * one
+    # Backward: two products for each of the forward pass.
+    assert count(jax.grad(looped, (0, 1)), x, w) == 15 * one
+    assert count(
+        jax.jit(lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ w @ w, jnp.sin, x)), x
+    ) == (2 * one)
+    images, kernel = jnp.ones((2, 5, 5, 3)), jnp.ones((3, 3, 3, 7))
+    conv = lambda x, k: jax.lax.conv_general_dilated(  # noqa: E731
+        x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    assert count(conv, images, kernel) == 2 * (2 * 5 * 5 * 7) * (3 * 3 * 3)
+    # What a compiler counts for a program without loops
+    step = jax.grad(lambda w: jnp.sum(jnp.tanh(x @ w) @ w))
+    compiled = program_flops(jax.jit(step).lower(w).compile())
+    assert abs(count(step, w) / compiled - 1) < 0.2
