@@ -331,7 +331,8 @@ class TopKStep:
         updates, inner = self.transformation.update(grads, state.inner_state, params, value=loss)
         if compute.schedule is not None:
             # Through `on_values`, which leaves row numbers alone.
-            scale = on_values(optax.scale(compute.schedule(state.step)))
+            factor: Any = compute.schedule(state.step)
+            scale = on_values(optax.scale(factor))
             updates, _ = scale.update(updates, scale.init(params))
         params = apply_row_updates(params, updates)
         usable = jnp.isfinite(magnitudes)
