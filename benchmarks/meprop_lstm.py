@@ -20,10 +20,7 @@ Run as `python -m benchmarks.meprop_lstm`; `--quick` takes seconds. Writes
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -34,7 +31,7 @@ import jax.numpy as jnp
 from flax import nnx
 from tqdm import tqdm
 
-import priorityprop_jax
+from benchmarks.records import about, write
 from priorityprop_jax.backward.recurrent import LSTMParams, lstm
 from priorityprop_jax.backward.rnn import swap_rnn
 
@@ -143,29 +140,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     sizes = (12, 8, 3, 2, (1, 2, 4)) if options.small else (HIDDEN, INPUTS, STEPS, BATCH, KS)
-    device = jax.devices()[0]
     load = os.getloadavg()
     results = measure(5 if options.quick else options.repeats, *sizes)
-    record = {
-        "benchmark": "meprop_lstm",
-        "date": datetime.date.today().isoformat(),
-        "device": device.device_kind,
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "load_before_and_after": [load, os.getloadavg()],
-        "versions": {
-            "priorityprop_jax": priorityprop_jax.__version__,
-            "jax": jax.__version__,
-            "python": platform.python_version(),
-        },
-        "hidden, inputs, steps, batch": sizes[:4],
-        "results": results,
-    }
+    about_it = {"hidden, inputs, steps, batch": sizes[:4], "results": results}
+    record = about("meprop_lstm", load) | about_it
     suffix = "-small" if options.small else "-quick" if options.quick else ""
-    path = options.out / f"meprop_lstm-{device.platform}{suffix}.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(path)
+    path = options.out / f"meprop_lstm-{jax.default_backend()}{suffix}.json"
+    write(path, record)
     print(f"wrote {path}\n\n{readme_table(record)}")
 
 

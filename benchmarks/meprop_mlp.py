@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import functools
 import json
 import os
@@ -31,6 +30,8 @@ import optax
 from jax import lax
 from tqdm import tqdm
 
+from benchmarks.finetune_sst2 import bootstrap
+from benchmarks.records import about, read_lines, write
 from priorityprop_jax import apply_row_updates, densify, row_sparse_adam
 from priorityprop_jax.backward.compact import row_value_and_grad
 from priorityprop_jax.backward.topk import MePropDot
@@ -221,12 +222,6 @@ def train(arm: Arm, width: int, epochs: int, rate: float, seed: int) -> dict:
     return {"validation": validation, "test": float(evaluate(params, tx, ty))}
 
 
-def read(path: Path) -> list[dict]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def best_rate(runs: list[dict], width: int, name: str) -> float | None:
     """The rate with the best last validation accuracy on the first seed, once all are there."""
     tried = {
@@ -242,7 +237,9 @@ def run(path: Path, width: int, epochs: int, seeds: int, only: list[str] | None)
     bar = tqdm(total=len(chosen) * (len(RATES) + seeds), disable=None)
 
     def one(name: str, arm: Arm, rate: float, seed: int) -> None:
-        known = {(r["width"], r["arm"], r["rate"], r["seed"], r["epochs"]) for r in read(path)}
+        known = {
+            (r["width"], r["arm"], r["rate"], r["seed"], r["epochs"]) for r in read_lines(path)
+        }
         if (width, name, rate, seed, epochs) not in known:
             record = {"width": width, "arm": name, "rate": rate, "seed": seed, "epochs": epochs}
             record |= train(arm, width, epochs, rate, seed)
@@ -253,7 +250,7 @@ def run(path: Path, width: int, epochs: int, seeds: int, only: list[str] | None)
     for name, arm in chosen.items():
         for rate in RATES:
             one(name, arm, rate, 0)
-        rate = best_rate(read(path), width, name)
+        rate = best_rate(read_lines(path), width, name)
         assert rate is not None
         for seed in range(1, seeds + 1):
             one(name, arm, rate, seed)
@@ -358,12 +355,6 @@ def full_time(name: str, arm: Arm, r: dict, own: dict) -> float:
     return sum(8000 // arm.batch * own[name][str(arm.at(epoch / total))] for epoch in range(total))
 
 
-def bootstrap(ratios: list[float]) -> list[float]:
-    """A 95 % interval of the geometric mean."""
-    draws = np.random.default_rng(0).choice(np.log(ratios), (10_000, len(ratios))).mean(1)
-    return [float(np.exp(q)) for q in np.quantile(draws, [0.025, 0.975])]
-
-
 def readme_table(record: dict) -> str:
     """The part of README.md that this benchmark's result is shown in."""
     lines = []
@@ -402,8 +393,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=40, help="of `time`")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    device = jax.devices()[0]
-    runs = options.out / f"meprop_mlp-{device.platform}.jsonl"
+    runs = options.out / f"meprop_mlp-{jax.default_backend()}.jsonl"
     times = runs.with_name(f"{runs.stem}-times.json")
     if options.what == "run":
         run(runs, options.width, options.epochs, options.seeds, options.arms)
@@ -411,26 +401,12 @@ def main() -> None:
     record = json.loads(times.read_text()) if times.exists() else {"seconds": {}}
     if options.what == "time":
         load = os.getloadavg()
-        record |= {"device": device.device_kind, "cores": os.cpu_count(), "jax": jax.__version__}
-        record["seconds"][str(options.width)] = measure(options.width, options.repeats)
-        record[f"load_{options.width}"] = [load, os.getloadavg()]
-        write(times, record)
+        seconds = record["seconds"] | {str(options.width): measure(options.width, options.repeats)}
+        write(times, about("meprop_mlp", load) | {"seconds": seconds})
         return
-    record = {
-        "benchmark": "meprop_mlp",
-        "date": datetime.date.today().isoformat(),
-        "device": device.device_kind,
-        "cores": os.cpu_count(),
-        "summary": summary(read(runs), record["seconds"]),
-    }
+    record = about("meprop_mlp") | {"summary": summary(read_lines(runs), record["seconds"])}
     write(runs.with_suffix(".json"), record)
     print(readme_table(record))
-
-
-def write(path: Path, record: dict) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,8 @@ Run as `python -m benchmarks.meprop_speed`. Writes `benchmarks/results/meprop_sp
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -33,7 +30,7 @@ import optax
 from jax import lax
 from tqdm import tqdm
 
-import priorityprop_jax
+from benchmarks.records import about, write
 from priorityprop_jax import apply_row_updates, row_sparse_adam
 from priorityprop_jax.backward.compact import row_value_and_grad
 from priorityprop_jax.backward.costs import program_flops
@@ -184,7 +181,7 @@ def main() -> None:
     sizes = [("layer", 4096, 1024), ("step", 2048, 128), ("step", 2048, 32), ("step", 500, 128)]
     if options.small:
         sizes = [("layer", 256, 16), ("step", 128, 8)]
-    load, device = os.getloadavg(), jax.devices()[0]
+    load = os.getloadavg()
     cases = []
     for kind, width, batch in sizes:
         if options.only not in (None, kind):
@@ -206,27 +203,10 @@ def main() -> None:
                 f"({low:.2f} to {high:.2f})  FLOPs {result['flops_ratio']:.1f}x fewer",
                 flush=True,
             )
-    record = {
-        "benchmark": "meprop_speed",
-        "date": datetime.date.today().isoformat(),
-        "device": device.device_kind,
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "load_before_and_after": [load, os.getloadavg()],
-        "versions": {
-            "priorityprop_jax": priorityprop_jax.__version__,
-            "jax": jax.__version__,
-            "optax": optax.__version__,
-            "python": platform.python_version(),
-        },
-        "fractions": options.fractions,
-        "cases": cases,
-    }
+    record = about("meprop_speed", load) | {"fractions": options.fractions, "cases": cases}
     suffix = "-small" if options.small else ""
-    path = options.out / f"meprop_speed-{device.platform}{suffix}.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(path)
+    path = options.out / f"meprop_speed-{jax.default_backend()}{suffix}.json"
+    write(path, record)
     print(f"wrote {path}\n\n{readme_table(record)}")
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import itertools
 import json
 import os
@@ -29,7 +28,8 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
-from benchmarks.meprop_mlp import bootstrap, read, write
+from benchmarks.finetune_sst2 import bootstrap
+from benchmarks.records import about, read_lines, write
 from priorityprop_jax import meprop
 from priorityprop_jax.training.tasks import load_task
 
@@ -112,9 +112,9 @@ def run(path: Path, epochs: float, seeds: int, only: list[str] | None) -> None:
     # All first seeds first: a run that is cut short has something of every arm.
     for round_ in range(seeds + 1):
         for name, arm in chosen.items():
-            rates = RATES if round_ == 0 else (best_rate(read(path), name),)
+            rates = RATES if round_ == 0 else (best_rate(read_lines(path), name),)
             for rate in rates:
-                known = {(r["arm"], r["rate"], r["seed"], r["epochs"]) for r in read(path)}
+                known = {(r["arm"], r["rate"], r["seed"], r["epochs"]) for r in read_lines(path)}
                 if (name, rate, round_, epochs) not in known:
                     assert rate is not None
                     record = {"arm": name, "rate": rate, "seed": round_, "epochs": epochs}
@@ -223,25 +223,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10, help="of `time`")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    device = jax.devices()[0]
-    runs = options.out / f"meprop_tagging-{device.platform}.jsonl"
+    runs = options.out / f"meprop_tagging-{jax.default_backend()}.jsonl"
     times = runs.with_name(f"{runs.stem}-times.json")
     if options.what == "run":
         run(runs, options.epochs, options.seeds, options.arms)
     elif options.what == "time":
         load = os.getloadavg()
         seconds = measure(options.repeats)
-        about = {"device": device.device_kind, "cores": os.cpu_count(), "jax": jax.__version__}
-        write(times, about | {"seconds": seconds, "load": [load, os.getloadavg()]})
+        write(times, about("meprop_tagging", load) | {"seconds": seconds})
     else:
         seconds = json.loads(times.read_text())["seconds"] if times.exists() else {}
-        record = {
-            "benchmark": "meprop_tagging",
-            "date": datetime.date.today().isoformat(),
-            "device": device.device_kind,
-            "cores": os.cpu_count(),
-            "summary": summary(read(runs), seconds),
-        }
+        record = about("meprop_tagging") | {"summary": summary(read_lines(runs), seconds)}
         write(runs.with_suffix(".json"), record)
         print(readme_table(record))
 

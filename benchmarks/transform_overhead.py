@@ -15,10 +15,7 @@ Run as `python -m benchmarks.transform_overhead`; needs about 9 GB. Writes
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -28,7 +25,7 @@ import jax.numpy as jnp
 import optax
 from tqdm import tqdm
 
-import priorityprop_jax
+from benchmarks.records import about, write
 from priorityprop_jax import priorityprop
 
 CYCLE = 10
@@ -166,19 +163,7 @@ def main() -> None:
                 f"({pair[name]['compile_seconds']:.1f} s)",
                 flush=True,
             )
-    record = {
-        "benchmark": "transform_overhead",
-        "date": datetime.date.today().isoformat(),
-        "device": device.device_kind,
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "load_before_and_after": [load, os.getloadavg()],
-        "versions": {
-            "priorityprop_jax": priorityprop_jax.__version__,
-            "jax": jax.__version__,
-            "optax": optax.__version__,
-            "python": platform.python_version(),
-        },
+    record = about("transform_overhead", load) | {
         "leaves": len(shapes),
         "parameters": sum(int(jnp.prod(jnp.array(s))) for s in shapes.values()),
         "cycle": CYCLE,
@@ -186,9 +171,7 @@ def main() -> None:
     }
     name = f"transform_overhead-{device.platform}{'-small' if options.small else ''}.json"
     path = options.out / name
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(path)
+    write(path, record)
     print(f"wrote {path}\n\n{readme_table(record)}")
 
 

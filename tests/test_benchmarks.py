@@ -14,6 +14,7 @@ from benchmarks import (
     meprop_mlp,
     meprop_speed,
     meprop_tagging,
+    records,
     transform_overhead,
 )
 from priorityprop_jax.training.tasks import ArrayLoader
@@ -48,7 +49,7 @@ def test_readme_shows_the_committed_meprop(benchmark):
     runs = path.with_suffix(".jsonl")
     if runs.exists():  # the summary is that of the committed runs and times
         times = json.loads(path.with_name(f"{name}-cpu-times.json").read_text("utf-8"))
-        again = benchmark.summary(benchmark.read(runs), times["seconds"])
+        again = benchmark.summary(records.read_lines(runs), times["seconds"])
         assert json.loads(json.dumps(again)) == record["summary"]
 
 

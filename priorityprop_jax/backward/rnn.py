@@ -37,6 +37,11 @@ def _standard(cell: Any, layers: dict[Any, Any]) -> bool:
     )
 
 
+def _options(rnn: Any, **given: bool | None) -> dict[str, Any]:
+    """What a call leaves open is as the module was made."""
+    return {name: getattr(rnn, name) if x is None else x for name, x in given.items()}
+
+
 def _over_sequence(
     run: Callable[..., Any],
     inputs: jax.Array,
@@ -151,13 +156,14 @@ class MePropRNN(nnx.RNN):
         rngs=None,
     ):
         """As `flax.nnx.RNN.__call__`."""
-        options = {
-            "return_carry": self.return_carry if return_carry is None else return_carry,
-            "time_major": self.time_major if time_major is None else time_major,
-            "reverse": self.reverse if reverse is None else reverse,
-            "keep_order": self.keep_order if keep_order is None else keep_order,
-            "seq_lengths": seq_lengths,
-        }
+        options = _options(
+            self,
+            return_carry=return_carry,
+            time_major=time_major,
+            reverse=reverse,
+            keep_order=keep_order,
+        )
+        options["seq_lengths"] = seq_lengths
         if not _nnx_runs(self):
             return super().__call__(inputs, initial_carry=initial_carry, rngs=rngs, **options)
         cell: Any = self.cell
@@ -298,13 +304,14 @@ class LinenMePropRNN(nn.RNN, kw_only=True):
                 f"meProp knows the cells {known} with sigmoid and tanh, got {cell!r}: use nn.RNN"
             )
         resolve_k(self.k, cell.features, "/".join(self.path) or type(self).__name__)
-        options = {
-            "return_carry": self.return_carry if return_carry is None else return_carry,
-            "time_major": self.time_major if time_major is None else time_major,
-            "reverse": self.reverse if reverse is None else reverse,
-            "keep_order": self.keep_order if keep_order is None else keep_order,
-            "seq_lengths": seq_lengths,
-        }
+        options = _options(
+            self,
+            return_carry=return_carry,
+            time_major=time_major,
+            reverse=reverse,
+            keep_order=keep_order,
+        )
+        options["seq_lengths"] = seq_lengths
         if self.is_initializing():
             return super().__call__(
                 inputs, initial_carry=initial_carry, init_key=init_key, **options
