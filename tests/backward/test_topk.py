@@ -86,16 +86,24 @@ def test_gradients_are_those_of_the_papers_formula(pattern, dims):
 )
 def test_all_features_make_the_ordinary_gradient(pattern, dims, x_shape, w_shape):
     x, w = normal(0, *x_shape), normal(1, *w_shape)
+
+    def value_and_grads(dot):
+        return jax.jit(jax.value_and_grad(lambda x, w: loss(dot(x, w, dims)), (0, 1)))(x, w)
+
     # Of two sizes the larger is the default, and it is every feature.
-    for k in (32, 1.0, (4, 32)):
-        dot = meprop_dot_general(k, pattern=pattern, block=4)
-        value, grads = jax.value_and_grad(lambda x, w: loss(dot(x, w, dims)), (0, 1))(x, w)  # noqa: B023
-        plain, expected = jax.value_and_grad(
-            lambda x, w: loss(lax.dot_general(x, w, dims)), (0, 1)
-        )(x, w)
-        assert value == plain
-        for got, want in zip(grads, expected, strict=True):
-            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    value, grads = value_and_grads(meprop_dot_general((4, 32), pattern=pattern, block=4))
+    plain, expected = value_and_grads(lax.dot_general)
+    assert value == plain
+    for got, want in zip(grads, expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_one_size_that_is_every_feature_is_the_plain_product():
+    x, w = normal(0, 6, 5), normal(1, 5, 32)
+    for k in (32, 1.0):
+        assert not meprop_dot_general(k).rules(32)
+        grads = jax.grad(lambda w: loss(meprop_dot_general(k)(x, w, COLUMNS)))(w)  # noqa: B023
+        np.testing.assert_array_equal(grads, jax.grad(lambda w: loss(x @ w))(w))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
