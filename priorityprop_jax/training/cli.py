@@ -399,7 +399,8 @@ def _text(record: dict[str, Any], ledger: Ledger) -> str:
     title = (
         f"\n{record['config']['task']}: {record['metric']}, one seed ({record['config']['seed']})"
     )
-    return "\n".join([title, *lines, "", "where the budget went:", str(ledger)])
+    where = f"where the budget went{_unit(record['config'])}:"
+    return "\n".join([title, *lines, "", where, str(ledger)])
 
 
 def _markdown(record: dict[str, Any], ledger: Ledger) -> str:
@@ -412,7 +413,7 @@ def _markdown(record: dict[str, Any], ledger: Ledger) -> str:
             "",
             *markdown([_HEADER, *_rows(record)]),
             "",
-            "## Where the budget went",
+            f"## Where the budget went{_unit(record['config'])}",
             "",
             "![share of updates by layer](priorities.png)",
             "",
@@ -420,6 +421,11 @@ def _markdown(record: dict[str, Any], ledger: Ledger) -> str:
             "",
         ]
     )
+
+
+def _unit(config: dict[str, Any]) -> str:
+    meprop = config.get("backward", "dense") == "meprop"
+    return " (an update is one output feature that the gradient passed at a step)" if meprop else ""
 
 
 def _how(config: dict[str, Any]) -> str:
