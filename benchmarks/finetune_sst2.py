@@ -47,6 +47,7 @@ from flax import nnx
 from tqdm import tqdm
 
 import priorityprop_jax
+from benchmarks.records import read_lines, write
 from priorityprop_jax import Compute, PrefixCache, PriorityPropTrainer, Situation, nnx_stages
 from priorityprop_jax.training.prefix_cache import fingerprint
 from priorityprop_jax.training.tasks import ArrayLoader, Task, load_task
@@ -265,20 +266,13 @@ def key(record: dict[str, Any]) -> tuple[str, float, int]:
     return record["arm"], record["rate"], record["seed"]
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
 def best_rate(records: list[dict[str, Any]], name: str) -> float:
     mine = [r for r in records if r["arm"] == name and r["seed"] == 0]
     return max(mine, key=lambda r: r["best"])["rate"]
 
 
 def run(path: Path, names: list[str], seeds: int, data: str | None) -> None:
-    done = read(path)
+    done = read_lines(path)
 
     def once(name: str, rate: float, seed: int) -> None:
         if (name, rate, seed) in map(key, done):
@@ -300,7 +294,7 @@ def run(path: Path, names: list[str], seeds: int, data: str | None) -> None:
 def take_times(path: Path, data: str | None, repeats: int) -> dict[str, float]:
     """Median seconds of a step of every program that the runs used, interleaved."""
     used: dict[tuple[int | None, int, str | None, str], dict[str, bool]] = {}
-    for record in read(path):
+    for record in read_lines(path):
         arm = ARMS[record["arm"]]
         for names, missed, cached in record["evals"][-1]["programs"]:
             kind = (arm.lora, arm.batch, arm.cache, arm.block_state)
@@ -498,9 +492,9 @@ def main() -> None:
         load_before = os.getloadavg()
         times = take_times(path, arguments.data, arguments.repeats)
         record = {"load_before": load_before, "load_after": os.getloadavg(), "seconds": times}
-        times_path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write(times_path, record)
     else:
-        records, times = read(path), json.loads(times_path.read_text(encoding="utf-8"))
+        records, times = read_lines(path), json.loads(times_path.read_text(encoding="utf-8"))
         revision = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS
         ).stdout.strip()
@@ -516,7 +510,7 @@ def main() -> None:
             "summary": summary(records, times["seconds"]),
         }  # fmt: skip
         out = RESULTS / f"finetune_sst2-{tag}.json"
-        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write(out, record)
         print(readme_table(record))
 
 

@@ -35,7 +35,7 @@ def test_readme_shows_the_committed_fine_tuning():
     assert finetune_sst2.readme_table(record) in (ROOT / "README.md").read_text("utf-8")
     # The summary is that of the committed runs and times.
     times = json.loads(path.with_name("finetune_sst2-cpu-times.json").read_text("utf-8"))
-    runs = finetune_sst2.read(path.with_suffix(".jsonl"))
+    runs = records.read_lines(path.with_suffix(".jsonl"))
     again = finetune_sst2.summary(runs, times["seconds"])
     assert json.loads(json.dumps(again)) == record["summary"]
 

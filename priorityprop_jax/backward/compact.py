@@ -12,8 +12,9 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from priorityprop_jax.backward.partial import through_module
 from priorityprop_jax.backward.row_sparse import RowSparse
-from priorityprop_jax.backward.topk import Frame, LayerUse, Tap
+from priorityprop_jax.backward.topk import Frame, LayerUse, Tap, varying
 from priorityprop_jax.paths import path_name
 
 _MARK = "meprop tap of "
@@ -70,20 +71,13 @@ def meprop_value_and_grad(
     def value_and_grad(model, *args, **kwargs):
         if not isinstance(model, nnx.Module):
             return row_value_and_grad(loss_fn, model, *args, has_aux=has_aux, **kwargs)
-        graph, params, rest = nnx.split(model, wrt, ...)
-
-        def of_params(pure_params, rest):
-            # A fresh tree: variables may only change at the trace level that made them.
-            merged = nnx.merge(graph, pure_params, jax.tree.map(lambda leaf: leaf, rest))
-            result = loss_fn(merged, *args, **kwargs)
-            value, aux = result if has_aux else (result, None)
-            return value, (aux, nnx.state(merged, nnx.Not(wrt)))
-
-        (value, (aux, rest)), grads = row_value_and_grad(
-            of_params, nnx.as_pure(params), rest, has_aux=True
+        return through_module(
+            lambda loss: functools.partial(row_value_and_grad, loss, has_aux=True),
+            lambda model: loss_fn(model, *args, **kwargs),
+            model,
+            has_aux=has_aux,
+            wrt=wrt,
         )
-        nnx.update(model, rest)
-        return ((value, aux) if has_aux else value), grads
 
     return value_and_grad
 
@@ -241,7 +235,7 @@ def _kernels(params: Any) -> dict[str, int]:
 
 def _tap(k: int, kernel: jax.Array) -> Tap:
     """Zeros, which differ between the shards of a `jax.shard_map` where the kernel does."""
-    axes = tuple(jax.typeof(kernel).manual_axis_type.varying)
+    axes = tuple(varying(kernel))
     tap = Tap.zeros(k, kernel)
     return jax.tree.map(lambda x: lax.pcast(x, axes, to="varying"), tap) if axes else tap
 

@@ -241,24 +241,53 @@ def nnx_partial_value_and_grad(
     active = _checked(loss_fn, active)
 
     def value_and_grad(model, *args, **kwargs):
-        graph, params, rest = nnx.split(model, wrt, ...)
-        pure = nnx.as_pure(params)
+        def of_model(model):
+            return loss_fn(model, *args, **kwargs)
 
-        def of_params(pure_params, rest):
-            # A fresh tree: variables may only change at the trace level that made them.
-            rest = jax.tree.map(lambda leaf: leaf, rest)
-            merged = nnx.merge(graph, pure_params, rest)
-            result = loss_fn(merged, *args, **kwargs)
-            value, aux = result if has_aux else (result, None)
-            return value, (aux, nnx.state(merged, nnx.Not(wrt)))
-
-        (value, (aux, rest)), grads = partial_value_and_grad(of_params, active, has_aux=True)(
-            pure, rest
+        return through_module(
+            lambda loss: partial_value_and_grad(loss, active, has_aux=True),
+            of_model,
+            model,
+            has_aux=has_aux,
+            wrt=wrt,
         )
-        nnx.update(model, rest)
-        return ((value, aux) if has_aux else value), grads
 
     return value_and_grad
+
+
+def through_module(
+    transform: Callable[[Callable[..., Any]], Callable[..., Any]],
+    loss_fn: Callable[[Any], Any],
+    model: nnx.Module,
+    *,
+    has_aux: bool,
+    wrt: Any,
+) -> tuple[Any, Any]:
+    """The value and the gradients of a loss of a module, by a transformation of pure functions.
+
+    Args:
+      transform: makes of a pure ``(params, rest) -> (loss, aux)`` the function
+        ``(params, rest) -> ((loss, aux), grads)``.
+      loss_fn: ``model -> loss``, or ``(loss, aux)`` with ``has_aux``.
+      model: the module; what else than parameters the loss changes in it is changed.
+      has_aux: as in `jax.value_and_grad`.
+      wrt: filter of the variables that are parameters.
+
+    Returns:
+      What ``loss_fn`` returns, and the gradients.
+    """
+    graph, params, rest = nnx.split(model, wrt, ...)
+
+    def of_params(pure_params, rest):
+        # A fresh tree: variables may only change at the trace level that made them.
+        merged = nnx.merge(graph, pure_params, jax.tree.map(lambda leaf: leaf, rest))
+        result = loss_fn(merged)
+        value, aux = result if has_aux else (result, None)
+        return value, (aux, nnx.state(merged, nnx.Not(wrt)))
+
+    (value, (aux, rest)), grads = transform(of_params)(nnx.as_pure(params), rest)
+    nnx.update(model, rest)
+    return ((value, aux) if has_aux else value), grads
 
 
 def apply_active_updates(params: Any, updates: Any, active: Iterable[str]) -> Any:

@@ -42,6 +42,19 @@ def _options(rnn: Any, **given: bool | None) -> dict[str, Any]:
     return {name: getattr(rnn, name) if x is None else x for name, x in given.items()}
 
 
+def _shape_of_step(inputs: jax.Array, time_major: bool) -> tuple[int, ...]:
+    """The shape of one step's inputs."""
+    time_axis = 0 if time_major else inputs.ndim - 2
+    return inputs.shape[:time_axis] + inputs.shape[time_axis + 1 :]
+
+
+def _function(is_gru: bool, input_kernel: Any, kernel: Any, input_bias: Any, bias: Any) -> Any:
+    """`lstm` or `gru`, and its parameters."""
+    if is_gru:
+        return gru, GRUParams(input_kernel, kernel, input_bias, bias)
+    return lstm, LSTMParams(input_kernel, kernel, bias)
+
+
 def _over_sequence(
     run: Callable[..., Any],
     inputs: jax.Array,
@@ -172,8 +185,7 @@ class MePropRNN(nnx.RNN):
         if isinstance(rngs, nnx.Rngs):
             rngs = rngs.carry.fork()
         if initial_carry is None:
-            time_axis = 0 if options["time_major"] else inputs.ndim - 2
-            shape = inputs.shape[:time_axis] + inputs.shape[time_axis + 1 :]
+            shape = _shape_of_step(inputs, options["time_major"])
             initial_carry = cell.initialize_carry(shape, rngs)
         to_input, to_state = (
             [getattr(cell, name) for name in names] for names in _NNX_LAYERS[type(cell)]
@@ -184,16 +196,11 @@ class MePropRNN(nnx.RNN):
             h = initial_carry if is_gru else initial_carry[1]
             xs, input_kernel, input_bias = _nnx_fused(to_input, xs)
             _, kernel, bias = _nnx_fused(to_state, h)
-            function: Any
-            function, params = (
-                (gru, GRUParams(input_kernel, kernel, input_bias))
-                if is_gru
-                else (lstm, LSTMParams(input_kernel, kernel, bias))
-            )
+            function, params = _function(is_gru, input_kernel, kernel, input_bias, bias)
             outputs, hidden = kernel.shape
             kept = outputs // hidden * resolve_k(self.meprop_k, hidden, self.meprop_name)
-            inputs = hidden + input_kernel.shape[1]
-            use = LayerUse(xs.size // xs.shape[-1], inputs, outputs, (kept,), by_rows=False)
+            rows, features = xs.size // xs.shape[-1], hidden + xs.shape[-1]
+            use = LayerUse(rows, features, outputs, (kept,), by_rows=False)
             enter(self.meprop_name, use)
             return function(
                 params,
@@ -317,8 +324,7 @@ class LinenMePropRNN(nn.RNN, kw_only=True):
                 inputs, initial_carry=initial_carry, init_key=init_key, **options
             )
         if initial_carry is None:
-            time_axis = 0 if options["time_major"] else inputs.ndim - 2
-            shape = inputs.shape[:time_axis] + inputs.shape[time_axis + 1 :]
+            shape = _shape_of_step(inputs, options["time_major"])
             init_key = jax.random.key(0) if init_key is None else init_key
             initial_carry = cell.initialize_carry(init_key, shape)
         layers = nn.unbox(cell.variables["params"])
@@ -329,12 +335,7 @@ class LinenMePropRNN(nn.RNN, kw_only=True):
             h = initial_carry if is_gru else initial_carry[1]
             xs, input_kernel, input_bias = _linen_fused(layers, to_input, xs, cell.dtype)
             _, kernel, bias = _linen_fused(layers, to_state, h, cell.dtype)
-            function: Any
-            function, params = (
-                (gru, GRUParams(input_kernel, kernel, input_bias, bias))
-                if is_gru
-                else (lstm, LSTMParams(input_kernel, kernel, bias))
-            )
+            function, params = _function(is_gru, input_kernel, kernel, input_bias, bias)
             return function(
                 params,
                 initial_carry,

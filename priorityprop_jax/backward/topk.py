@@ -135,7 +135,7 @@ def _multiply_backward(product: _Product, residuals: Any, dy: jax.Array) -> Any:
     x, kernel, tap, size = residuals
     # Under `jax.shard_map` each shard keeps columns of its own, so what is to be summed over shards
     # is whole arrays, not the kept columns, which JAX would sum.
-    axes = tuple(_varying(dy) - _varying(kernel))
+    axes = tuple(varying(dy) - varying(kernel))
     if axes:
         kernel = lax.pcast(kernel, axes, to="varying")
     by_rows = product.by_rows
@@ -207,7 +207,7 @@ def _take(x: jax.Array, places: jax.Array, axis: int) -> jax.Array:
     return jnp.take(x, places, axis=axis, mode="clip", unique_indices=True, indices_are_sorted=True)
 
 
-def _varying(x: Any) -> frozenset[str]:
+def varying(x: Any) -> frozenset[str]:
     """The axes of a `jax.shard_map` mesh along which an array differs between shards."""
     return jax.typeof(x).manual_axis_type.varying
 
@@ -422,7 +422,7 @@ class MePropDot(MeProp):
         batch = math.prod(kernel.shape[axis] for axis in kernel_axes[0])
         rows = batch * math.prod(x.shape[axis] for axis in x_axes[1])
         by_rows = product.by_rows and kernel.ndim == 2 and self.pattern != "example"
-        by_rows = by_rows and _varying(x) <= _varying(kernel)
+        by_rows = by_rows and varying(x) <= varying(kernel)
         use = LayerUse(rows, inputs, width, tuple(rule.k for rule in rules), by_rows)
         tap, size = enter(self.name, use)
         if tap is not None:
@@ -597,7 +597,7 @@ def _convolve_backward(convolution: _Convolution, residuals: Any, dy: jax.Array)
         return gradients
 
     branches = [branch(rule) for rule in convolution.rules]
-    axes = tuple(_varying(dy) - _varying(kernel))  # as for products
+    axes = tuple(varying(dy) - varying(kernel))  # as for products
     if axes:
         kernel = lax.pcast(kernel, axes, to="varying")
     dx, gradient = _at_size(size, branches, x, kernel, dy, flat)

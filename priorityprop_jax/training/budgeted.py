@@ -87,10 +87,23 @@ class Compute:
             raise ValueError(f"block_state must be one of {BLOCK_STATES}, got {self.block_state!r}")
         if self.cache is not None and not isinstance(self.cache, PrefixCache):
             raise TypeError(f"cache must be a PrefixCache or None, got {self.cache!r}")
-        if self.schedule is not None and not callable(self.schedule):
-            raise TypeError(f"schedule must be a function of the step, got {self.schedule!r}")
-        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
-            raise ValueError(f"clip_norm must be finite and above 0, got {self.clip_norm}")
+        check_updates(self.schedule, self.clip_norm)
+
+
+def check_updates(schedule: Any, clip_norm: float | None) -> None:
+    """Raises where the options of updates make no sense."""
+    if schedule is not None and not callable(schedule):
+        raise TypeError(f"schedule must be a function of the step, got {schedule!r}")
+    if clip_norm is not None and not 0 < clip_norm < math.inf:
+        raise ValueError(f"clip_norm must be finite and above 0, got {clip_norm}")
+
+
+def check_cycle(recalc_every: Any) -> None:
+    """Raises where this can be no number of steps."""
+    if isinstance(recalc_every, bool) or not isinstance(recalc_every, int | np.integer):
+        raise TypeError(f"recalc_every must be a whole number, got {recalc_every!r}")
+    if recalc_every < 1:
+        raise ValueError(f"recalc_every must be at least 1, got {recalc_every}")
 
 
 @dataclasses.dataclass
@@ -155,10 +168,7 @@ class BudgetedStep:
             )
         if not 0 < total_budget < math.inf:
             raise ValueError(f"total_budget must be finite and above 0, got {total_budget}")
-        if isinstance(recalc_every, bool) or not isinstance(recalc_every, int | np.integer):
-            raise TypeError(f"recalc_every must be a whole number, got {recalc_every!r}")
-        if recalc_every < 1:
-            raise ValueError(f"recalc_every must be at least 1, got {recalc_every}")
+        check_cycle(recalc_every)
         if compute.cache is not None and stages is None:
             raise ValueError(
                 "a prefix cache needs a model in stages: give the trainer nnx_stages([...]) or "

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 TASKS = ("digits", "mnist-mlp", "char-lm", "sst2", "pos-tag")
 BACKWARDS = ("dense", "meprop")
+OURS = ("priorityprop", "meprop")  # the arms that are compared with a plain one
 OPTIMIZERS = ("adam", "adamw", "lion", "momentum", "rmsprop", "sgd")
 
 
@@ -344,7 +345,7 @@ def _train_arm(
     checkpoints = directory / "checkpoint" / name
     trainer.checkpoint_dir = checkpoints
     resume = has_checkpoint(checkpoints)
-    print(f"\n{name}" if name in ("priorityprop", "meprop") else f"\n{name} (plain)")
+    print(f"\n{name}" if name in OURS else f"\n{name} (plain)")
     with Metrics(directory / "metrics.jsonl", name) as metrics:
         try:
             history = trainer.train(
@@ -378,9 +379,7 @@ _HEADER = (
 def _rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
-            name
-            if name not in ("priorityprop", "meprop")
-            else f"{name}({record['config']['optimizer']})",
+            name if name not in OURS else f"{name}({record['config']['optimizer']})",
             f"{result['validation']:.2%}",
             f"{result['best_validation']:.2%}",
             "-" if result["test"] is None else f"{result['test']:.2%}",

@@ -31,7 +31,7 @@ from priorityprop_jax.paths import path_name
 from priorityprop_jax.priority.scores import depth_factors, priority
 from priorityprop_jax.priority.slots import find_slots
 from priorityprop_jax.priority.transform import PriorityPropState, new_state
-from priorityprop_jax.training.budgeted import Loss, by_layer
+from priorityprop_jax.training.budgeted import Loss, by_layer, check_cycle, check_updates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +72,7 @@ class TopKCompute:
             raise TypeError(f"depth_factor must be a function of a name, got {self.depth_factor!r}")
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must be from 0 to below 1, got {self.decay}")
-        if self.schedule is not None and not callable(self.schedule):
-            raise TypeError(f"schedule must be a function of the step, got {self.schedule!r}")
-        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
-            raise ValueError(f"clip_norm must be finite and above 0, got {self.clip_norm}")
+        check_updates(self.schedule, self.clip_norm)
 
 
 def choose_sizes(
@@ -186,10 +183,7 @@ class TopKStep:
                     "with TopKCompute total_budget is the fraction of the backward FLOPs of the "
                     f"meProp layers, above 0 and at most 1, or None for fixed k; got {total_budget}"
                 )
-        if isinstance(recalc_every, bool) or not isinstance(recalc_every, int | np.integer):
-            raise TypeError(f"recalc_every must be a whole number, got {recalc_every!r}")
-        if recalc_every < 1:
-            raise ValueError(f"recalc_every must be at least 1, got {recalc_every}")
+        check_cycle(recalc_every)
         self._loss, self._compute = loss, compute
         self._budget, self._cycle_steps = total_budget, int(recalc_every)
         self._shapes = jax.tree.map(abstract, params)
@@ -216,7 +210,6 @@ class TopKStep:
         self._step = 0
         self._flops = 0.0
         self._largest_flops = 0.0  # of a step with every layer at its largest size
-        self._kept = np.zeros(len(self.slots), np.int64)  # output features kept so far
 
     # What a user can look at.
 
@@ -261,7 +254,8 @@ class TopKStep:
                 "mean_k": float(kept / max(self._step, 1)),
             }
             for name, depth, layer, place, kept in zip(
-                self.slots.names, self.slots.depths, self._layers, self._places, self._kept,
+                self.slots.names, self.slots.depths, self._layers, self._places,
+                np.asarray(state.update_counts),
                 strict=True,
             )
         ] if self._layers else []  # fmt: skip
@@ -299,7 +293,6 @@ class TopKStep:
         )
         self._step += 1
         self._flops += flops
-        self._kept += np.asarray(kept)
         return params, rest, state, values | {"updates": sum(kept), "flops": flops, "cached": 0}
 
     def _program(self, params, rest, state, batch, places=None):
@@ -434,13 +427,12 @@ class TopKStep:
             "step": self._step,
             "flops": self._flops,
             "places": [int(place) for place in self._places],
-            "kept": self._kept.tolist(),
         }
 
     def restore(self, record: Mapping[str, Any], state: PriorityPropState) -> PriorityPropState:
         """The inverse of `record`."""
         self._step, self._flops = record["step"], record["flops"]
-        self._places, self._kept = list(record["places"]), np.asarray(record["kept"], np.int64)
+        self._places = list(record["places"])
         return state
 
 

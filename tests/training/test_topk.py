@@ -12,7 +12,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 
 from priorityprop_jax import PriorityPropTrainer, TopKCompute, meprop, meprop_value_and_grad
 from priorityprop_jax.backward.row_optimizers import (
@@ -33,22 +32,7 @@ X = np.random.default_rng(0).normal(size=(ROWS, 6)).astype(np.float32)
 Y = np.sin(X[:, :1] + X[:, 1:2] * X[:, 2:3]).astype(np.float32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once(tmp_path_factory):
-    """Programs that several trainers compile alike come from a cache on the disk."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 # Choosing sizes.
