@@ -18,6 +18,12 @@ from priorityprop_jax.backward.row_optimizers import (
 )
 from priorityprop_jax.backward.row_sparse import RowSparse, densify
 from priorityprop_jax.backward.simplify import prune_unused
+from priorityprop_jax.backward.sparse.backends import sparse_backend
+from priorityprop_jax.backward.sparse.functional import sparse_conv, sparse_linear
+from priorityprop_jax.backward.sparse.gradual import gradual_pruning
+from priorityprop_jax.backward.sparse.layers import SparseConv, SparseIndex, SparseLinear
+from priorityprop_jax.backward.sparse.masks import magnitude_masks
+from priorityprop_jax.backward.sparse.pattern import SparsePattern, make_pattern
 from priorityprop_jax.backward.topk import meprop_conv_general_dilated, meprop_dot_general
 from priorityprop_jax.backward.variants import Variants, merge_upward
 from priorityprop_jax.priority.active import update_active
@@ -68,6 +74,10 @@ __all__ = [
     "RowSparse",
     "Situation",
     "Slots",
+    "SparseConv",
+    "SparseIndex",
+    "SparseLinear",
+    "SparsePattern",
     "Stages",
     "StepCosts",
     "TopKCompute",
@@ -82,7 +92,10 @@ __all__ = [
     "densify",
     "find_slots",
     "function_stage",
+    "gradual_pruning",
     "linen_stages",
+    "magnitude_masks",
+    "make_pattern",
     "make_policy",
     "measure_costs",
     "meprop",
@@ -103,6 +116,9 @@ __all__ = [
     "row_sparse_sgd",
     "scale_by_priority",
     "scanned_stages",
+    "sparse_backend",
+    "sparse_conv",
+    "sparse_linear",
     "stack_params",
     "top_k_updates",
     "update_active",

@@ -16,7 +16,7 @@ from priorityprop_jax.training.tasks import MLP, CharTransformer
 
 
 def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def rngs():
@@ -126,7 +126,7 @@ def assert_same(got, want):
 
 @pytest.mark.parametrize(
     "name, transpose",
-    [*((name, True) for name in MODELS), ("two axes in", False), ("lstm", False), ("mlp", False)],
+    [*((name, True) for name in MODELS), ("lstm", False)],
 )
 def test_a_model_is_the_same_before_during_and_after(name, transpose):
     make, count = MODELS[name]

@@ -13,14 +13,14 @@ INPUTS, HIDDEN, STEPS, BATCH = 3, 5, 4, 2
 CELLS = {"lstm": lstm, "gru": gru, "gru without biases": gru}
 
 
-def draw(rng, *shape, dtype=jnp.float32):
-    return jnp.asarray(rng.normal(size=shape), dtype)
+def draw(rng, *shape, scale=1.0, dtype=jnp.float32):
+    return jnp.asarray(scale * rng.normal(size=shape), dtype)
 
 
 def make(name, *, inputs=INPUTS, hidden=HIDDEN, steps=STEPS, batch=(BATCH,), seed=0, **kwargs):
     rng = np.random.default_rng(seed)
     gates = 4 if name == "lstm" else 3
-    kernels = [draw(rng, gates * hidden, n, **kwargs) / n**0.5 for n in (inputs, hidden)]
+    kernels = [draw(rng, gates * hidden, n, scale=n**-0.5, **kwargs) for n in (inputs, hidden)]
     state = lambda: draw(rng, *batch, hidden, **kwargs)  # noqa: E731
     if name == "lstm":
         params, carry = (
@@ -139,14 +139,7 @@ def assert_close(a, b, tolerance=2e-5):
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize(
     ("k", "sizes"),
-    [
-        (1, {}),
-        (2, {}),
-        (HIDDEN, {}),
-        (0.5, {"hidden": 8}),
-        (2, {"steps": 1}),
-        (2, {"batch": (1,)}),
-    ],
+    [(2, {}), (0.5, {"hidden": 8}), (1, {"steps": 1, "batch": (1,)})],
 )
 def test_gradients_are_the_papers(name, k, sizes):
     args = make(name, **sizes)
@@ -187,12 +180,11 @@ def test_batch_dimensions_are_one(name, k):
 @pytest.mark.parametrize("name", ["lstm", "gru"])
 def test_under_transformations(name):
     params, carry, xs = make(name)
-    more = jax.tree.map(lambda p: jnp.stack([p, 2 * p, -p]), params)
+    more = jax.tree.map(lambda p: np.stack([p, 2 * np.asarray(p), -np.asarray(p)]), params)
     run = lambda p: jnp.sum(jnp.sin(CELLS[name](p, carry, xs, k=2)[1]))  # noqa: E731
     grad = jax.jit(jax.grad(run))
     grads = [grad(jax.tree.map(lambda p, n=n: p[n], more)) for n in range(3)]
-    expected = jax.tree.map(lambda *g: jnp.stack(g), *grads)
-    assert_close(jax.jit(jax.vmap(jax.grad(run)))(more), expected)
+    expected = jax.tree.map(lambda *g: np.stack(g), *grads)
     assert_close(jax.jit(jax.vmap(jax.grad(jax.checkpoint(run))))(more), expected)
     total = lambda p: jax.lax.scan(lambda s, p: (s + run(p), None), 0.0, p)[0]  # noqa: E731
     assert_close(jax.jit(jax.grad(total))(more), expected)
@@ -234,7 +226,8 @@ def test_bfloat16(name, k):
     if k == HIDDEN:
         exact, _ = gradients(name, jax.tree.map(lambda x: x.astype(jnp.float32), args), k)
         for g, e in zip(jax.tree.leaves(grads), jax.tree.leaves(exact), strict=True):
-            assert np.linalg.norm(g.astype(jnp.float32) - e) < 0.1 * np.linalg.norm(e)
+            g, e = np.asarray(g, np.float32), np.asarray(e)
+            assert np.linalg.norm(g - e) < 0.1 * np.linalg.norm(e)
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru"])

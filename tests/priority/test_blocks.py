@@ -233,13 +233,15 @@ def test_fresh_states_are_no_parameters():
 
 
 @pytest.mark.parametrize("mode", ["reset", "offload"])
-@pytest.mark.parametrize("k", [1, 2, 4])
-def test_bytes_on_the_device_are_those_of_the_active_blocks(mode, k):
+@pytest.mark.parametrize("k", [1, 4])
+def test_bytes_on_the_device_are_those_of_the_active_blocks(mode, k, request):
     blocks, names = 8, [f"w{i}" for i in range(8)]
     params = make_params((32, 32), blocks)
     tx = update_active(INNER["adam"])
     full = nbytes(tx.init(params).inner_state)
     gc.collect()
+    gc.freeze()  # what is here now need not be gone through again
+    request.addfinalizer(gc.unfreeze)
     base = nbytes(jax.live_arrays())
     state = None
     for first in (0, 3, 4):

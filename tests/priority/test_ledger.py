@@ -12,19 +12,23 @@ from flax import nnx
 
 from priorityprop_jax import Ledger, find_slots, priorityprop, scale_by_priority
 
-PARAMS = {f"Dense_{i}": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)} for i in range(3)}
+PARAMS = {
+    f"Dense_{i}": {"kernel": np.ones((3, 2), np.float32), "bias": np.ones(2, np.float32)}
+    for i in range(3)
+}
+STEPS, EVERY = 12, 4
+TX = optax.chain(optax.clip(1.0), scale_by_priority(0.5, 0, 8, EVERY))
+UPDATE = jax.jit(TX.update)
 
 
-def run(steps=12, every=4):
-    tx = optax.chain(optax.clip(1.0), scale_by_priority(0.5, 0, 8, every))
-    state, ledger = tx.init(PARAMS), Ledger(find_slots(PARAMS))
-    update = jax.jit(tx.update)
+def run():
+    state, ledger = TX.init(PARAMS), Ledger(find_slots(PARAMS))
     ledger.record(state)
-    for i in range(steps):
-        grads = jax.tree.map(lambda x, i=i: x * (i + 1.0), PARAMS)
-        grads["Dense_1"]["bias"] = grads["Dense_1"]["bias"] * jnp.nan
-        _, state = update(grads, state)
-        if (i + 1) % every == 0:
+    for i in range(STEPS):
+        grads = jax.tree.map(lambda x, i=i: x * np.float32(i + 1), PARAMS)
+        grads["Dense_1"]["bias"] = grads["Dense_1"]["bias"] * np.float32("nan")
+        _, state = UPDATE(grads, state)
+        if (i + 1) % EVERY == 0:
             ledger.record(state)
     return ledger, state[1]
 
@@ -74,7 +78,12 @@ def test_table_is_aligned():
 def test_finds_the_state_inside_a_flax_optimizer():
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, priorityprop(optax.adam(0.1), 2, 1, 2, 1), wrt=nnx.Param)
-    optimizer.update(model, nnx.grad(lambda m: jnp.sum(m(jnp.ones((1, 3)))))(model))
+
+    @nnx.jit
+    def step(model, optimizer):
+        optimizer.update(model, nnx.grad(lambda m: jnp.sum(m(jnp.ones((1, 3)))))(model))
+
+    step(model, optimizer)
     ledger = Ledger(find_slots(nnx.state(model, nnx.Param)))
     ledger.record(optimizer.opt_state)
     assert ledger.total_updates == 2 and ledger.names == ("bias", "kernel")
@@ -98,12 +107,10 @@ def test_what_is_not_a_budgeted_state_is_refused():
 
 @pytest.mark.parametrize("layers", [1, 3, 40])
 def test_draws_a_picture(tmp_path, layers):
-    params = {f"layer_{i}": jnp.ones(2) for i in range(layers)}
-    tx = scale_by_priority(1.0, 0, 8, 2)
-    state, ledger = tx.init(params), Ledger(find_slots(params))
-    for _ in range(6):
-        _, state = tx.update(params, state)
-        ledger.record(state)
+    params = {f"layer_{i}": np.ones(2, np.float32) for i in range(layers)}
+    state, ledger = scale_by_priority().init(params), Ledger(find_slots(params))
+    for step in range(6):
+        ledger.record(state._replace(step=step, update_counts=np.full(layers, 2 * step)))
     path = ledger.plot(tmp_path / "priorities.png")
     image = matplotlib.image.imread(path)
     assert image.shape[0] > 400 and image.shape[1] > 800

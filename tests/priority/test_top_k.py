@@ -1,5 +1,7 @@
 """Element-level top-k against NumPy's stable sort."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,12 +33,11 @@ def make_updates(seed, ties):
 
 
 @pytest.mark.parametrize("per", ["leaf", "global"])
-@pytest.mark.parametrize("k", [1, 3, 7, 30, 1000, 0.01, 0.25, 1.0])
-@pytest.mark.parametrize("ties", [False, True])
-def test_equals_a_stable_sort(per, k, ties):
+@pytest.mark.parametrize("k", [1, 7, 30, 1000, 0.01, 0.25, 1.0])
+def test_equals_a_stable_sort(per, k):
     tx = top_k_updates(k, per=per)
     step = jax.jit(tx.update)
-    for seed in range(5):
+    for seed, ties in itertools.product(range(5), [False, True]):
         updates = make_updates(seed, ties)
         kept, _ = step(updates, tx.init(updates))
         leaves = jax.tree.leaves(updates)
@@ -60,14 +61,15 @@ def test_error_feedback_delays_and_never_loses():
     tx = top_k_updates(0.1, error_feedback=True)
     params = make_updates(0, False)
     state = tx.init(params)
-    sent = given = jax.tree.map(jnp.zeros_like, params)
+    sent = given = jax.tree.map(np.zeros_like, params)
+    step = jax.jit(tx.update)
     for seed in range(20):
         updates = make_updates(seed, False)
-        kept, state = jax.jit(tx.update)(updates, state)
-        sent = jax.tree.map(jnp.add, sent, kept)
-        given = jax.tree.map(jnp.add, given, updates)
+        kept, state = step(updates, state)
+        sent = jax.tree.map(np.add, sent, kept)
+        given = jax.tree.map(np.add, given, updates)
         for name in params:
-            assert int(jnp.sum(kept[name] != 0)) <= -(-params[name].size // 10)
+            assert np.sum(np.asarray(kept[name]) != 0) <= -(-params[name].size // 10)
             np.testing.assert_allclose(
                 sent[name] + state.residual[name], given[name], rtol=1e-5, atol=1e-5
             )

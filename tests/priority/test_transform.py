@@ -45,6 +45,7 @@ def make_params(seed=0, shapes=SHAPES):
     )
 
 
+@jax.jit
 def gradients(params, step):
     """Gradients that differ in size from leaf to leaf and from step to step."""
     leaves, treedef = jax.tree.flatten(params)
@@ -89,6 +90,12 @@ def reference(inner, params, steps, budget, low, high, every, spread="even", bas
     counts = np.zeros(len(leaves), int)
     factors = depth_factors(slots, base)
     granted = None
+
+    @jax.jit
+    def apply(grads, state, x):
+        updates, state = inner.update(grads, state, x)
+        return optax.apply_updates(x, updates), state
+
     for step in range(steps):
         grads = jax.tree.leaves(gradients(treedef.unflatten(leaves), step))
         t = step % every
@@ -104,13 +111,12 @@ def reference(inner, params, steps, budget, low, high, every, spread="even", bas
             else:
                 r = n // every + (t < n % every)
             for _ in range(r):
-                updates, states[i] = inner.update(grads[i], states[i], leaves[i])
-                leaves[i] = optax.apply_updates(leaves[i], updates)
+                leaves[i], states[i] = apply(grads[i], states[i], leaves[i])
             counts[i] += r
     return treedef.unflatten(leaves), states, counts
 
 
-@pytest.mark.parametrize("name", INNER)
+@pytest.mark.parametrize("name", ["momentum", "adamw", "lamb"])
 def test_full_budget_is_the_inner_optimizer_bit_for_bit(name):
     params = make_params()
     plain_params, plain_state = train(INNER[name], params, 50)
@@ -122,14 +128,15 @@ def test_full_budget_is_the_inner_optimizer_bit_for_bit(name):
         expected = value if ours[path].shape == value.shape else np.broadcast_to(value, (6,))
         np.testing.assert_array_equal(ours[path], expected, err_msg=path)
     assert our_state.update_counts.tolist() == [50] * 6
-    scaled = optax.chain(INNER[name], scale_by_priority(None, 10, 10, 10))
-    assert_same(train(scaled, params, 50)[0], plain_params)
+    if name == "adamw":
+        scaled = optax.chain(INNER[name], scale_by_priority(None, 10, 10, 10))
+        assert_same(train(scaled, params, 50)[0], plain_params)
 
 
 @pytest.mark.parametrize(
     ("name", "budget", "low", "high", "spread"),
     [
-        *((name, 30, 1, 20, "even") for name in INNER),
+        *((name, 30, 1, 20, "even") for name in ("sgd", "adamw", "lion", "rmsprop")),
         ("adam", 17, 0, 5, "nested"),
         ("adam", 60, 0, 40, "even"),
         ("lamb", 70, 2, 30, "nested"),
@@ -222,9 +229,17 @@ def unstack(params):
     }
 
 
-@pytest.mark.parametrize("inner", [optax.adam(0.01), optax.lamb(0.01), optax.adafactor(0.01)])
-@pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("high", [4, 12])
+@pytest.mark.parametrize(
+    ("inner", "grouped", "high"),  # every pair of them
+    [
+        (optax.adam(0.01), False, 4),
+        (optax.adam(0.01), True, 12),
+        (optax.lamb(0.01), False, 12),
+        (optax.lamb(0.01), True, 4),
+        (optax.adafactor(0.01), False, 12),
+        (optax.adafactor(0.01), True, 4),
+    ],
+)
 def test_layers_of_a_stack_are_slots_like_any_other(inner, grouped, high):
     params = make_params(1, STACKED)
     slots = 4 if grouped else 7
@@ -235,13 +250,17 @@ def test_layers_of_a_stack_are_slots_like_any_other(inner, grouped, high):
     apart = priorityprop(inner, 2 * slots, 0, high, 4, group=group, depth_base=1.5)
     a, state_a, b, state_b = params, stacked.init(params), unstack(params), None
     state_b = apart.init(b)
-    step_a, step_b = jax.jit(stacked.update), jax.jit(apart.update)
-    for i in range(12):
+
+    @jax.jit
+    def step(a, state_a, b, state_b, i):
         grads = gradients(a, i)
-        u, state_a = step_a(grads, state_a, a)
-        v, state_b = step_b(unstack(grads), state_b, b)
-        a, b = optax.apply_updates(a, u), optax.apply_updates(b, v)
-        chex.assert_trees_all_close(unstack(a), b, rtol=1e-5, atol=1e-6)
+        u, state_a = stacked.update(grads, state_a, a)
+        v, state_b = apart.update(unstack(grads), state_b, b)
+        return optax.apply_updates(a, u), state_a, optax.apply_updates(b, v), state_b
+
+    for i in range(12):
+        a, state_a, b, state_b = step(a, state_a, b, state_b, i)
+        chex.assert_trees_all_close(unstack(jax.device_get(a)), b, rtol=1e-5, atol=1e-6)
     names_a = find_slots(params, stacked_axis=axis_of, group=group).names
     names_b = find_slots(b, group=group).names
     counts_a = dict(zip(names_a, state_a.update_counts.tolist(), strict=True))
@@ -259,7 +278,8 @@ def test_absent_gradients_touch_nothing_and_keep_their_magnitude():
     params = make_params()
     tx = priorityprop(optax.adam(0.01), 24, 1, 10, 4, spread="nested")
     state = tx.init(params)
-    _, state = tx.update(gradients(params, 0), state, params)  # the scoring step is a full one
+    # the scoring step is a full one
+    _, state = jax.jit(tx.update)(gradients(params, 0), state, params)
     grads = gradients(params, 1)
     grads["Dense_1"] = {"kernel": None, "bias": None}
     updates, new = jax.jit(tx.update)(grads, state, params)
@@ -317,7 +337,7 @@ def test_magnitudes_priorities_and_counts_are_the_formulas(face):
         grads = gradients(params, i)
         _, state = update(grads, state, params)
         if i % 4 == 0:
-            rms = [np.sqrt(np.mean(np.square(g))) for g in jax.tree.leaves(grads)]
+            rms = [np.sqrt(np.mean(np.square(g))) for g in jax.tree.leaves(jax.device_get(grads))]
             factor = [2.0 if "kernel" in name else 1.0 for name in names]
             expected = np.array(rms) / (1 + counts) * factor / np.arange(1, 7)
             np.testing.assert_allclose(state.priorities, expected, rtol=1e-5)
@@ -338,8 +358,8 @@ def test_gain_is_the_decrease_that_the_inner_update_promises():
         grads = gradients(params, i)
         updates, state = jax.jit(tx.update)(grads, state, params)
         if i == 0:
-            promised, _ = inner.update(grads, inner.init(params), params)
-            product = jax.tree.map(lambda g, u: g * u, grads, promised)
+            promised, _ = jax.jit(inner.update)(grads, inner.init(params), params)
+            product = jax.tree.map(lambda g, u: np.multiply(g, u), grads, promised)
             expected = np.concatenate(
                 [
                     np.abs(np.sum(product["blocks"]["bias"], axis=0)),
@@ -354,12 +374,12 @@ def test_moving_average_of_the_magnitude_is_unbiased():
     params = {"a": jnp.ones(4), "b": jnp.ones(4)}
     tx = scale_by_priority(4, 0, 4, 1, magnitude_decay=0.9, depth_base=1.0)
     state = tx.init(params)
-    seen = {"a": [], "b": []}
+    seen, update = {"a": [], "b": []}, jax.jit(tx.update)
     for i in range(4):
         grads = {"a": jnp.full(4, 1.0 + i), "b": jnp.full(4, 5.0 - i)}
         seen = {k: [*v, float(grads[k][0])] for k, v in seen.items()}
         counts = np.asarray(state.update_counts)
-        _, state = tx.update(grads, state, params)
+        _, state = update(grads, state, params)
         weights = 0.9 ** np.arange(i, -1, -1)
         means = [np.sum(weights * np.array(seen[k])) / np.sum(weights) for k in ("a", "b")]
         np.testing.assert_allclose(state.priorities, np.array(means) / (1 + counts), rtol=1e-5)
@@ -381,7 +401,7 @@ def test_traced_budgets_are_clamped_and_flagged():
     params = make_params()
     for budget, expected, flagged in ((jnp.int32(1), 6, 1), (jnp.int32(500), 120, 1), (50, 50, 0)):
         tx = scale_by_priority(budget)
-        _, state = tx.update(params, tx.init(params), params)
+        _, state = jax.jit(tx.update)(params, tx.init(params), params)
         assert int(state.allocation.sum()) == expected
         assert int(state.clamped_cycles) == flagged
 
@@ -406,13 +426,13 @@ def test_scale_by_priority_multiplies_after_an_optimizer():
         scale_by_priority(24, 0, 20, 5, depth_factor=lambda path: 9.0 if "0" in path else 1.0),
     )
     plain = optax.adam(0.01)
-    state, plain_state = tx.init(params), plain.init(params)
+    state, plain_state, plain_step = tx.init(params), plain.init(params), jax.jit(plain.update)
     zeros = most = 0
     for i in range(7):
         grads = gradients(params, i)
         before = np.asarray(state[1].update_counts)
         updates, state = jax.jit(tx.update)(grads, state, params)
-        u, plain_state = plain.update(grads, plain_state, params)
+        u, plain_state = plain_step(grads, plain_state, params)
         times = np.asarray(state[1].update_counts) - before
         expected = [r * np.asarray(x) for r, x in zip(times, jax.tree.leaves(u), strict=True)]
         chex.assert_trees_all_close(jax.tree.leaves(updates), expected, rtol=1e-5)

@@ -210,16 +210,6 @@ class TestAllTasks:
         assert not np.array_equal(_rows(one.train_data), _rows(other.train_data))
         np.testing.assert_array_equal(_rows(one.eval_data, "x"), _rows(other.eval_data, "x"))
 
-    @pytest.mark.parametrize("name", ALL)
-    def test_gradient_under_strict_promotion(self, name):
-        task = _load(name)
-        batch = {key: rows[:2] for key, rows in next(iter(task.train_data)).items()}
-        with jax.numpy_dtype_promotion("strict"):
-            grads, metrics = nnx.jit(nnx.grad(task.loss_fn, has_aux=True))(task.model, batch)
-        assert metrics.keys() == {"accuracy"} and metrics["accuracy"].dtype == np.float32
-        for path, grad in nnx.to_flat_state(grads):
-            assert jnp.isfinite(grad[...]).all() and (grad[...] != 0).any(), path
-
     @pytest.mark.parametrize(
         ("name", "steps", "rows", "ratio"),
         [
@@ -230,13 +220,23 @@ class TestAllTasks:
             pytest.param("pos-tag", 10, 8, 0.85, marks=needs(*EWT)),
         ],
     )
-    def test_loss_falls(self, name, steps, rows, ratio):
+    def test_loss_falls_by_gradients_under_strict_promotion(self, name, steps, rows, ratio):
         task = _load(name)
         optimizer = nnx.Optimizer(task.model, optax.adam(task.learning_rate), wrt=nnx.Param)
+        gradient = nnx.jit(nnx.value_and_grad(task.loss_fn, has_aux=True))
+        update = nnx.jit(lambda model, optimizer, grads: optimizer.update(model, grads))
         losses = []
         for batch, _ in zip(task.train_data, range(steps), strict=False):
             batch = {key: value[:rows] for key, value in batch.items()}
-            losses.append(float(_step(task.loss_fn, task.model, optimizer, batch)[0]))
+            with jax.numpy_dtype_promotion("strict"):
+                (loss, metrics), grads = gradient(task.model, batch)
+            if not losses:
+                assert metrics.keys() == {"accuracy"} and metrics["accuracy"].dtype == np.float32
+                for path, grad in nnx.to_flat_state(grads):
+                    g = np.asarray(grad[...])
+                    assert np.isfinite(g).all() and (g != 0).any(), path
+            losses.append(float(loss))
+            update(task.model, optimizer, grads)
         classes = {"char-lm": 65, "sst2": 2, "pos-tag": 50}.get(name, 10)
         assert losses[0] == pytest.approx(np.log(classes), rel=0.35)
         assert np.mean(losses[-3:]) < ratio * losses[0]
@@ -265,7 +265,7 @@ class TestAllTasks:
     def test_hidden_widths(self):
         plain, same = (tasks.load_task("digits", hidden=h) for h in (None, (128, 128)))
         jax.tree.map(np.testing.assert_array_equal, *map(nnx.state, (plain.model, same.model)))
-        for hidden in [(), (7,), (9, 5, 3)]:
+        for hidden in [(), (9, 5, 3)]:
             model = tasks.load_task("digits", hidden=hidden).model
             widths = [layer.kernel.shape for layer in model.layers]
             assert widths == list(zip((64, *hidden), (*hidden, 10), strict=True))

@@ -16,6 +16,8 @@ from flax import nnx
 from priorityprop_jax import PriorityPropState, priorityprop, scale_by_priority
 from priorityprop_jax.training.trainer import History, NonFiniteLossError, PriorityPropTrainer
 
+pytestmark = pytest.mark.usefixtures("compile_once")
+
 ROWS = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
 TARGETS = (ROWS @ np.array([[1.0], [-2.0], [0.5], [3.0]]) + 0.5).astype(np.float32)
 
@@ -71,10 +73,14 @@ def _nnx_loss(model, batch):
 
 
 def _params(width=6):
-    keys = jax.random.split(jax.random.key(3), 2)
+    rng = np.random.default_rng(3)
+    shapes = {"Dense_0": (4, width), "Dense_1": (width, 1)}
     return {
-        "Dense_0": {"w": jax.random.normal(keys[0], (4, width)) * 0.3, "b": jnp.zeros(width)},
-        "Dense_1": {"w": jax.random.normal(keys[1], (width, 1)) * 0.3, "b": jnp.zeros(1)},
+        name: {
+            "w": jnp.asarray(0.3 * rng.normal(size=shape), jnp.float32),
+            "b": jnp.asarray(np.zeros(shape[1], np.float32)),
+        }
+        for name, shape in shapes.items()
     }
 
 

@@ -1,0 +1,1 @@
+"""Weights that are sparse: layers, products and the kernels behind them (SparseProp)."""

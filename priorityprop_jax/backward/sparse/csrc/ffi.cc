@@ -1,0 +1,188 @@
+// What XLA calls: the kernels behind its foreign function interface.
+#include <cstdint>
+#include <cstring>
+
+#include "conv.h"
+#include "linear.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace priorityprop {
+inline namespace PRIORITYPROP_ISA {
+namespace {
+
+using Floats = ffi::Buffer<ffi::F32>;
+using Indices = ffi::Buffer<ffi::S32>;
+using FloatsOut = ffi::ResultBuffer<ffi::F32>;
+
+ffi::Error result(const char* error) {
+  return error == nullptr ? ffi::Error::Success() : ffi::Error::InvalidArgument(error);
+}
+
+// A buffer of shape (0,) stands for an output that is not wanted, whatever its shape would be.
+float* wanted(FloatsOut& buffer, bool flag) { return flag ? buffer->typed_data() : nullptr; }
+
+bool is_matrix(const ffi::AnyBuffer::Dimensions& shape, int64_t rows, int64_t columns) {
+  return shape.size() == 2 && shape[0] == rows && shape[1] == columns;
+}
+
+bool same_length(int64_t capacity, const Indices& indices, const Floats& values) {
+  return static_cast<int64_t>(indices.element_count()) == capacity &&
+         static_cast<int64_t>(values.element_count()) == capacity;
+}
+
+constexpr const char* kBadShapes = "the shapes of a sparse product do not fit together";
+
+ffi::Error linear_forward_call(ffi::ThreadPool pool, Floats values, Indices row_starts,
+                               Indices columns, Floats x, FloatsOut y) {
+  const auto in = x.dimensions(), out = y->dimensions();
+  const int64_t capacity = columns.element_count();
+  if (in.size() != 2 || !is_matrix(out, row_starts.element_count() - 1, in[1]) ||
+      !same_length(capacity, columns, values)) {
+    return result(kBadShapes);
+  }
+  const Lines lines{out[0], in[0], capacity, row_starts.typed_data(), columns.typed_data()};
+  return result(linear_forward(pool, lines, values.typed_data(), x.typed_data(), y->typed_data(),
+                               in[1]));
+}
+
+ffi::Error linear_backward_call(ffi::ThreadPool pool, Floats values, Indices column_starts,
+                                Indices rows, Indices order, Floats x, Floats dy, bool inputs,
+                                bool weights, FloatsOut dx, FloatsOut dvalues) {
+  const auto in = x.dimensions(), out = dy.dimensions();
+  const int64_t capacity = rows.element_count();
+  if (out.size() != 2 || !is_matrix(in, column_starts.element_count() - 1, out[1]) ||
+      !same_length(capacity, order, values) ||
+      (inputs && !is_matrix(dx->dimensions(), in[0], in[1])) ||
+      (weights && !same_length(capacity, order, *dvalues))) {
+    return result(kBadShapes);
+  }
+  const Lines lines{in[0], out[0], capacity, column_starts.typed_data(), rows.typed_data()};
+  return result(linear_backward(pool, lines, order.typed_data(), values.typed_data(),
+                                x.typed_data(), dy.typed_data(), wanted(dx, inputs),
+                                wanted(dvalues, weights), in[1]));
+}
+
+// The shapes of images and of a pattern [out channels, in channels / groups * kernel] as the kernels
+// take them; `geometry` holds kernel, strides, low padding and dilation, each of height and width,
+// and groups. False if they do not fit together.
+bool conv_shape(ffi::Span<const int64_t> geometry, const Floats& x,
+                const ffi::AnyBuffer::Dimensions& out, const Indices& row_starts,
+                const Indices& columns, const Floats& values, ConvShape& shape) {
+  const auto in = x.dimensions();
+  if (geometry.size() != 9 || in.size() != 4 || out.size() != 4 || in[0] != out[0] ||
+      static_cast<int64_t>(row_starts.element_count()) != out[3] + 1 ||
+      !same_length(columns.element_count(), columns, values)) {
+    return false;
+  }
+  const int64_t* g = geometry.begin();
+  for (int i : {0, 1, 2, 3, 6, 7, 8}) {
+    if (g[i] < 1) return false;
+  }
+  shape = {in[0],        in[3],        out[3],       g[8],         {in[1], in[2]}, {g[0], g[1]},
+           {g[2], g[3]}, {g[4], g[5]}, {g[6], g[7]}, {out[1], out[2]}};
+  return in[3] % g[8] == 0 && out[3] % g[8] == 0;
+}
+
+ffi::Error conv_forward_call(ffi::ThreadPool pool, Floats values, Indices row_starts,
+                             Indices columns, Floats x, ffi::Span<const int64_t> geometry,
+                             FloatsOut y) {
+  ConvShape shape;
+  if (!conv_shape(geometry, x, y->dimensions(), row_starts, columns, values, shape)) {
+    return result(kBadShapes);
+  }
+  return result(conv_forward(pool, shape, x.typed_data(), row_starts.typed_data(),
+                             columns.typed_data(), columns.element_count(), values.typed_data(),
+                             y->typed_data()));
+}
+
+ffi::Error conv_backward_call(ffi::ThreadPool pool, Floats values, Indices row_starts,
+                              Indices columns, Floats x, Floats dy,
+                              ffi::Span<const int64_t> geometry, bool inputs, bool weights,
+                              FloatsOut dx, FloatsOut dvalues) {
+  ConvShape shape;
+  if (!conv_shape(geometry, x, dy.dimensions(), row_starts, columns, values, shape) ||
+      (inputs && dx->element_count() != x.element_count()) ||
+      (weights && !same_length(columns.element_count(), columns, *dvalues))) {
+    return result(kBadShapes);
+  }
+  return result(conv_backward(pool, shape, x.typed_data(), dy.typed_data(),
+                              row_starts.typed_data(), columns.typed_data(),
+                              columns.element_count(), values.typed_data(), wanted(dx, inputs),
+                              wanted(dvalues, weights)));
+}
+
+}  // namespace
+}  // inline namespace PRIORITYPROP_ISA
+}  // namespace priorityprop
+
+#pragma GCC visibility push(default)
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(priorityprop_linear_forward, priorityprop::linear_forward_call,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Arg<priorityprop::Indices>()
+                                  .Arg<priorityprop::Indices>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Ret<priorityprop::Floats>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(priorityprop_linear_backward, priorityprop::linear_backward_call,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Arg<priorityprop::Indices>()
+                                  .Arg<priorityprop::Indices>()
+                                  .Arg<priorityprop::Indices>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Attr<bool>("inputs")
+                                  .Attr<bool>("weights")
+                                  .Ret<priorityprop::Floats>()
+                                  .Ret<priorityprop::Floats>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(priorityprop_conv_forward, priorityprop::conv_forward_call,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Arg<priorityprop::Indices>()
+                                  .Arg<priorityprop::Indices>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Attr<ffi::Span<const int64_t>>("geometry")
+                                  .Ret<priorityprop::Floats>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(priorityprop_conv_backward, priorityprop::conv_backward_call,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Arg<priorityprop::Indices>()
+                                  .Arg<priorityprop::Indices>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Attr<ffi::Span<const int64_t>>("geometry")
+                                  .Attr<bool>("inputs")
+                                  .Attr<bool>("weights")
+                                  .Ret<priorityprop::Floats>()
+                                  .Ret<priorityprop::Floats>());
+
+// What the loader asks before it registers anything.
+
+// The interface that this library was built against, as major * 1000 + minor.
+extern "C" int priorityprop_ffi_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }
+
+// Whether this processor, and its operating system, can run a library of a name. Only the library
+// of the name "base" may be asked: loading another one could already execute what is missing.
+extern "C" int priorityprop_can_run(const char* name) {
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (std::strcmp(name, "avx2") == 0) return avx2;
+  if (std::strcmp(name, "avx512") == 0) {
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  }
+#endif
+  return std::strcmp(name, "base") == 0;
+}
+
+#pragma GCC visibility pop
