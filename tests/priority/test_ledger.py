@@ -108,7 +108,7 @@ def test_what_is_not_a_budgeted_state_is_refused():
 @pytest.mark.parametrize("layers", [1, 3, 40])
 def test_draws_a_picture(tmp_path, layers):
     params = {f"layer_{i}": np.ones(2, np.float32) for i in range(layers)}
-    state, ledger = scale_by_priority().init(params), Ledger(find_slots(params))
+    state, ledger = scale_by_priority(0.5).init(params), Ledger(find_slots(params))
     for step in range(6):
         ledger.record(state._replace(step=step, update_counts=np.full(layers, 2 * step)))
     path = ledger.plot(tmp_path / "priorities.png")

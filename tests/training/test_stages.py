@@ -296,7 +296,7 @@ class TestScanned:
     def test_is_the_scan(self):
         stages = scanned_stages(self.layer, self.stacked)
         y, state = stages.run(stages.params, stages.state, X)
-        np.testing.assert_array_equal(y, self.model(self.stacked, X))
+        np.testing.assert_allclose(y, self.model(self.stacked, X), rtol=1e-6)
         assert state == {f"block_{i}": {} for i in range(4)}
         _assert_equal(stack_params(stages.params), jax.tree.map(jnp.asarray, self.stacked))
         assert stages.write_back is None
@@ -324,7 +324,7 @@ class TestScanned:
         x = X[:, :2]
         y, state = stages.run(stages.params, stages.state, x)
         expected = self.model(self.stacked, nnx.relu(embed(x))) @ jnp.ones([3, 1])
-        np.testing.assert_array_equal(y, expected)
+        np.testing.assert_allclose(y, expected, rtol=1e-6)
         _assert_equal(
             stack_params(stages.params, name="layer"), jax.tree.map(jnp.asarray, self.stacked)
         )
