@@ -16,7 +16,7 @@ from priorityprop_jax.backward.row_optimizers import (
     row_sparse_adam,
     row_sparse_sgd,
 )
-from priorityprop_jax.backward.row_sparse import RowSparse, densify
+from priorityprop_jax.backward.row_sparse import RowSparse
 from priorityprop_jax.backward.simplify import prune_unused
 from priorityprop_jax.backward.sparse.backends import sparse_backend
 from priorityprop_jax.backward.sparse.functional import sparse_conv, sparse_linear
@@ -24,6 +24,8 @@ from priorityprop_jax.backward.sparse.gradual import gradual_pruning
 from priorityprop_jax.backward.sparse.layers import SparseConv, SparseIndex, SparseLinear
 from priorityprop_jax.backward.sparse.masks import magnitude_masks
 from priorityprop_jax.backward.sparse.pattern import SparsePattern, make_pattern
+from priorityprop_jax.backward.sparse.sparsify import sparsify
+from priorityprop_jax.backward.sparse.swap import apply_further_mask, densify, prune, sparse_start
 from priorityprop_jax.backward.topk import meprop_conv_general_dilated, meprop_dot_general
 from priorityprop_jax.backward.variants import Variants, merge_upward
 from priorityprop_jax.priority.active import update_active
@@ -46,6 +48,7 @@ from priorityprop_jax.priority.transform import (
 )
 from priorityprop_jax.training.budgeted import Compute
 from priorityprop_jax.training.prefix_cache import PrefixCache
+from priorityprop_jax.training.sparse import DynamicSparsity
 from priorityprop_jax.training.stages import (
     Stages,
     chain,
@@ -64,6 +67,7 @@ __all__ = [
     "BlockState",
     "Compute",
     "Costs",
+    "DynamicSparsity",
     "History",
     "Ledger",
     "LinenMePropRNN",
@@ -86,6 +90,7 @@ __all__ = [
     "active_sets",
     "allocate",
     "apply_active_updates",
+    "apply_further_mask",
     "apply_row_updates",
     "chain",
     "choose_active",
@@ -107,6 +112,7 @@ __all__ = [
     "nnx_stages",
     "partial_value_and_grad",
     "priorityprop",
+    "prune",
     "prune_unused",
     "repeats",
     "restore",
@@ -119,6 +125,8 @@ __all__ = [
     "sparse_backend",
     "sparse_conv",
     "sparse_linear",
+    "sparse_start",
+    "sparsify",
     "stack_params",
     "top_k_updates",
     "update_active",

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from flax.nnx import initializers
 from flax.nnx.nn.dtypes import promote_dtype
+from jax import lax
 
 from priorityprop_jax.backward.sparse.functional import Padding, sparse_conv, sparse_linear
 from priorityprop_jax.backward.sparse.masks import random_mask
@@ -245,13 +246,15 @@ class SparseLinear(SparseLayer):
           TypeError: if the layer is no `nnx.Linear`.
           ValueError: if a mask does not fit.
         """
-        kernel, mask = _dense(layer, mask, nnx.Linear)
-        bias = None if layer.bias is None else layer.bias[...]
-        new = object.__new__(cls)
-        new._set(
-            kernel, mask, bias, capacity=capacity, block=block, dtype=layer.dtype, backend=backend
+        options = _taken_over(layer, mask, nnx.Linear)
+        return cls(
+            layer.in_features,
+            layer.out_features,
+            capacity=capacity,
+            block=block,
+            backend=backend,
+            **options,
         )
-        return new
 
     def to_dense(self) -> nnx.Linear:
         """The dense layer, with zeros where this one has no places."""
@@ -388,27 +391,25 @@ class SparseConv(SparseLayer):
           TypeError: if the layer is no `nnx.Conv`.
           ValueError: if a mask does not fit, or the layer has more axes or dilates its input.
         """
-        kernel, mask = _dense(layer, mask, nnx.Conv)
+        options = _taken_over(layer, mask, nnx.Conv)
         if not convertible(layer):
             raise ValueError(
-                "sparse convolutions have one or two axes and no input_dilation; this layer has "
+                "sparse convolutions have one or two axes, no input_dilation and no "
+                "conv_general_dilated of their own (see restore); this layer has "
                 f"kernel_size={layer.kernel_size}, input_dilation={layer.input_dilation}"
             )
-        new = object.__new__(cls)
-        new._set(
-            kernel,
-            mask,
-            None if layer.bias is None else layer.bias[...],
-            capacity=capacity,
-            block=1,
-            dtype=layer.dtype,
-            backend=backend,
-            strides=layer.strides,
+        return cls(
+            layer.in_features,
+            layer.out_features,
+            layer.kernel_size,
+            layer.strides,
             padding=layer.padding,
             kernel_dilation=layer.kernel_dilation,
             feature_group_count=layer.feature_group_count,
+            capacity=capacity,
+            backend=backend,
+            **options,
         )
-        return new
 
     def to_dense(self) -> nnx.Conv:
         """The dense layer, with zeros where this one has no places."""
@@ -461,13 +462,16 @@ def convertible(layer: Any) -> bool:
     Args:
       layer: any module.
     """
+    # What works on another product, as `meprop` makes it do, may store its kernel differently.
     if isinstance(layer, nnx.Linear):
-        return layer.kernel.shape == (layer.in_features, layer.out_features)
+        return layer.dot_general is lax.dot_general
     if not isinstance(layer, nnx.Conv):
         return False
     dilation = layer.input_dilation
-    return len(layer.kernel_size) in (1, 2) and (
-        dilation is None or set(np.atleast_1d(dilation)) == {1}
+    return (
+        layer.conv_general_dilated is lax.conv_general_dilated
+        and len(layer.kernel_size) in (1, 2)
+        and (dilation is None or set(np.atleast_1d(dilation)) == {1})
     )
 
 
@@ -501,17 +505,28 @@ def _mask(sparsity: Any, mask: Any, shape: tuple[int, ...], rngs: nnx.Rngs) -> A
     return mask
 
 
-def _dense(layer: Any, mask: Any, kind: type) -> tuple[jax.Array, Any]:
-    """Kernel and mask of a dense layer."""
+def _taken_over(layer: Any, mask: Any, kind: type) -> dict[str, Any]:
+    """What a sparse layer is made with to have the mask and the parameters of a dense one."""
     if not isinstance(layer, kind):
         raise TypeError(f"the layer must be an nnx.{kind.__name__}, got {type(layer).__name__}")
-    kernel = layer.kernel[...]
     if isinstance(layer, nnx.Linear) and not convertible(layer):
-        raise ValueError("the layer's kernel is not stored (in, out): call restore(model) first")
+        raise ValueError(
+            "the layer multiplies by a dot_general of its own: call restore(model) first"
+        )
+    kernel = layer.kernel[...]
     own = getattr(layer, "mask", None)  # of a convolution
     if own is not None:
         kernel = kernel * own
-    return kernel, kernel != 0 if mask is None else mask
+    bias = None if layer.bias is None else layer.bias[...]
+    return {
+        "mask": kernel != 0 if mask is None else mask,
+        "kernel_init": lambda *_: kernel,
+        "bias_init": lambda *_: bias,
+        "use_bias": bias is not None,
+        "dtype": layer.dtype,
+        "param_dtype": kernel.dtype,
+        "rngs": nnx.Rngs(0),
+    }
 
 
 def _filled(layer: Any, sparse: SparseLayer) -> Any:
