@@ -1,6 +1,7 @@
 """The command `priorityprop`: train on a budget, and show the ledger.
 
-`train` trains a task twice, at the same budget of updates; `finetune` is in a module of its own.
+`train` trains a task twice, at the same budget of updates or for as many steps; `finetune` is in
+a module of its own.
 """
 
 from __future__ import annotations
@@ -15,14 +16,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from priorityprop_jax.tables import aligned, markdown
 from priorityprop_jax.training import finetune
 from priorityprop_jax.training.runs import (
     Failure,
     Metrics,
-    aligned,
     command_of,
     has_checkpoint,
-    markdown,
     new_directory,
     rate,
     read_config,
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 TASKS = ("digits", "mnist-mlp", "char-lm", "sst2", "pos-tag")
 BACKWARDS = ("dense", "meprop")
-OURS = ("priorityprop", "meprop")  # the arms that are compared with a plain one
+SPARSE_METHODS = ("static", "gmp", "rigl")
+OURS = ("priorityprop", "meprop", "sparse")  # the arms that are compared with a plain one
 OPTIMIZERS = ("adam", "adamw", "lion", "momentum", "rmsprop", "sgd")
 
 
@@ -82,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser(
         "train",
-        help="train a task, plainly and by priority (or by meProp), at the same budget",
+        help="train a task, plainly and by priority (or by meProp, or sparse)",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     train.set_defaults(run=_train)
@@ -109,6 +110,26 @@ def _parser() -> argparse.ArgumentParser:
         type=_k,
         help="for meprop: output features that the gradient flows through, a whole number or a "
         "fraction such as 0.04; without it, a fraction as --budget decides the k of each layer",
+    )
+    train.add_argument(
+        "--sparsity",
+        type=_sparsity,
+        help="compares sparse weights with dense ones, over the same steps: the share of each "
+        "layer's weights to leave out, such as 0.95, but for the output layer",
+    )
+    train.add_argument(
+        "--sparse-method",
+        choices=SPARSE_METHODS,
+        help="where sparse weights come from: static (places drawn at random, or those that "
+        "--prune leaves), gmp (gradual magnitude pruning, dense for the first 60%% of the epochs) "
+        "or rigl (places move while training); with --sparsity alone it is static",
+    )
+    train.add_argument(
+        "--prune",
+        type=Path,
+        metavar="RUN",
+        help="fine-tune what another run of the task has trained: both arms start from the "
+        "weights of its plain arm, and the smallest of them are left out",
     )
     train.add_argument("--min-updates", type=whole(0), default=1, help="least updates a cycle")
     train.add_argument("--max-updates", type=whole(1), default=20, help="most updates a cycle")
@@ -155,6 +176,16 @@ def _k(text: str) -> int | float:
     return k
 
 
+def _sparsity(text: str) -> float:
+    try:
+        value = rate(text)
+    except argparse.ArgumentTypeError:
+        value = 1.0
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction above 0 and below 1")
+    return value
+
+
 @dataclasses.dataclass(frozen=True)
 class _Config:
     """What a run was asked for: the contents of its config.json."""
@@ -171,10 +202,15 @@ class _Config:
     seed: int
     backward: str = "dense"
     k: int | float | None = None
+    sparsity: float | None = None
+    sparse_method: str | None = None
+    prune: str | None = None
 
     @property
     def ours(self) -> str:
         """The arm that is compared with the plain one."""
+        if self.sparsity is not None:
+            return "sparse"
         return "meprop" if self.backward == "meprop" else "priorityprop"
 
 
@@ -184,9 +220,10 @@ def _train(arguments: argparse.Namespace) -> int:
             **{
                 field.name: getattr(arguments, field.name)
                 for field in dataclasses.fields(_Config)
-                if field.name != "data_dir"
+                if field.name not in ("data_dir", "prune")
             },
             data_dir=None if arguments.data_dir is None else str(arguments.data_dir.absolute()),
+            prune=None if arguments.prune is None else str(arguments.prune.absolute()),
         )
         directory = None
     else:
@@ -197,31 +234,37 @@ def _train(arguments: argparse.Namespace) -> int:
 
     if config.k is not None and config.backward != "meprop":
         raise Failure("--k is of meProp: add --backward meprop", 2)
+    if config.sparsity is None and (config.sparse_method or config.prune):
+        raise Failure("--sparse-method and --prune need a --sparsity, such as 0.95", 2)
+    if config.sparsity is not None and (config.backward != "dense" or config.budget != "full"):
+        raise Failure("--sparsity goes with neither --budget nor --backward meprop", 2)
 
     # Imported here, so that --help and wrong arguments answer at once
     from priorityprop_jax.training.tasks import load_task
 
     def load() -> Task:
         try:
-            return load_task(config.task, data_dir=config.data_dir, seed=config.seed)
+            task = load_task(config.task, data_dir=config.data_dir, seed=config.seed)
         except ValueError as error:
             raise Failure(str(error)) from error
+        if config.prune is not None:
+            _start_from(Path(config.prune), task)
+        return task
 
     # Everything that can be wrong with the options shows here, before a run's folder is made
     arms = {config.optimizer: _trainer(config, load(), plain=True)}
     arms[config.ours] = _trainer(config, load(), plain=False)
     task = load()
+    pruning = _pruning_trainer(config, load()) if config.sparse_method == "gmp" else None
 
     if directory is None:
         directory = new_directory(f"{config.task}-{config.optimizer}")
         write(directory / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    return _run(directory, config, task, arms)
+    return _run(directory, config, task, arms, pruning)
 
 
-def _trainer(config: _Config, task: Task, *, plain: bool) -> PriorityPropTrainer:
+def _optimizer(config: _Config, task: Task) -> Any:
     import optax
-
-    from priorityprop_jax.training.trainer import PriorityPropTrainer
 
     rate = task.learning_rate if config.learning_rate is None else config.learning_rate
     optimizers: dict[str, Callable[[], optax.GradientTransformation]] = {
@@ -232,15 +275,22 @@ def _trainer(config: _Config, task: Task, *, plain: bool) -> PriorityPropTrainer
         "rmsprop": lambda: optax.rmsprop(rate),
         "sgd": lambda: optax.sgd(rate),
     }
+    return optimizers[config.optimizer]()
+
+
+def _trainer(config: _Config, task: Task, *, plain: bool) -> PriorityPropTrainer:
+    from priorityprop_jax.training.trainer import PriorityPropTrainer
+
     cycle = config.recalc_every
     budget = None if isinstance(config.budget, str) else config.budget
     numbers = (None, cycle, cycle) if plain else (budget, config.min_updates, config.max_updates)
     try:
+        optimizer = _optimizer(config, task)
         if config.backward == "meprop" and not plain:
-            return _meprop_trainer(config, task, optimizers[config.optimizer](), budget)
-        return PriorityPropTrainer(
-            task.model, optimizers[config.optimizer](), task.loss_fn, *numbers, cycle
-        )
+            return _meprop_trainer(config, task, optimizer, budget)
+        if config.sparsity is not None and not plain:
+            return _sparse_trainer(config, task, optimizer)
+        return PriorityPropTrainer(task.model, optimizer, task.loss_fn, *numbers, cycle)
     except (ValueError, TypeError) as error:
         raise Failure(str(error), 2) from error
 
@@ -268,6 +318,66 @@ def _meprop_trainer(config: _Config, task: Task, optimizer: Any, budget: Any) ->
     )  # fmt: skip
 
 
+def _sparse_trainer(config: _Config, task: Task, optimizer: Any) -> PriorityPropTrainer:
+    """Of sparse layers; for gmp their places are to be changed when pruning has chosen them."""
+    from priorityprop_jax.backward.sparse.swap import sparse_start
+    from priorityprop_jax.training.sparse import DynamicSparsity
+    from priorityprop_jax.training.trainer import PriorityPropTrainer
+
+    assert config.sparsity is not None
+    places = "random" if config.prune is None else "largest"
+    sparse_start(task.model, config.sparsity, places=places, seed=config.seed)
+    moves = None
+    if config.sparse_method == "rigl":
+        steps = _epochs(config, task) * len(task.train_data)
+        moves = DynamicSparsity(end=max(1, steps * 3 // 4), every=min(100, max(1, steps // 20)))
+    cycle = config.recalc_every
+    return PriorityPropTrainer(
+        task.model, optimizer, task.loss_fn, None, cycle, cycle, cycle, sparsity=moves
+    )
+
+
+def _pruning_trainer(config: _Config, task: Task) -> PriorityPropTrainer:
+    """Of the dense model, pruned from a tenth of the run on until its part of the epochs ends."""
+    from priorityprop_jax.training.sparse import pruned_optimizer
+    from priorityprop_jax.training.trainer import PriorityPropTrainer
+
+    assert config.sparsity is not None
+    epochs = _epochs(config, task)
+    if epochs < 2:
+        raise Failure("gmp prunes in the first 60% of the epochs: give it at least --epochs 2", 2)
+    # The last step of a whole epoch, where the layers are changed
+    end = _pruning_epochs(epochs) * len(task.train_data) - 1
+    optimizer = pruned_optimizer(
+        _optimizer(config, task), task.model, config.sparsity,
+        begin=min(end, epochs * len(task.train_data) // 10), end=end,
+    )  # fmt: skip
+    cycle = config.recalc_every
+    return PriorityPropTrainer(task.model, optimizer, task.loss_fn, None, cycle, cycle, cycle)
+
+
+def _epochs(config: _Config, task: Task) -> int:
+    return task.epochs if config.epochs is None else config.epochs
+
+
+def _pruning_epochs(epochs: int) -> int:
+    return max(1, epochs * 6 // 10)
+
+
+def _start_from(directory: Path, task: Task) -> None:
+    """Gives a task's model the weights that the plain arm of a run has trained."""
+    theirs = read_config(_Config, directory, "train")
+    if theirs.task != task.name:
+        raise Failure(f"{directory} is a run of {theirs.task}, and not of {task.name}")
+    if not (directory / "report.json").exists():
+        raise Failure(f"{directory} is not finished: priorityprop train --resume {directory}")
+    trainer = _trainer(theirs, task, plain=True)
+    try:
+        trainer.restore(directory / "checkpoint" / theirs.optimizer)
+    except (ValueError, FileNotFoundError) as error:
+        raise Failure(str(error)) from error
+
+
 class _Limited:
     """The batches of a loader, but only so many over all epochs.
 
@@ -291,25 +401,38 @@ class _Limited:
         return itertools.islice(iter(self.loader), len(self))
 
 
-def _run(directory: Path, config: _Config, task: Task, arms: dict[str, PriorityPropTrainer]) -> int:
-    epochs = task.epochs if config.epochs is None else config.epochs
+def _run(
+    directory: Path,
+    config: _Config,
+    task: Task,
+    arms: dict[str, PriorityPropTrainer],
+    pruning: PriorityPropTrainer | None = None,
+) -> int:
+    epochs = _epochs(config, task)
     steps = epochs * len(task.train_data)
     slots = len(arms[config.ours].get_priority_report().names)
     fraction = _fraction(config.budget, config.recalc_every * slots)
     by_updates = config.backward == "dense"
     plain_steps = max(1, round(steps * min(fraction, 1.0))) if by_updates else steps
     what = f"budget {fraction:.0%} of the full one" if config.k is None else f"k={config.k}"
+    if config.sparsity is not None:
+        what = f"sparsity {config.sparsity:g} ({config.sparse_method or 'static'})"
     print(f"{config.task}: {slots} slots, {steps} steps, {what}\nwriting to {directory}/")
     results: dict[str, dict[str, Any]] = {}
     for name, trainer in arms.items():
         plain = name != config.ours
         data: Any = _Limited(task.train_data, plain_steps) if plain else task.train_data
         own_epochs = math.ceil(plain_steps / len(task.train_data)) if plain else epochs
-        history = _train_arm(directory, name, trainer, data, own_epochs, task)
+        if pruning is not None and not plain:
+            history = _train_pruned(directory, trainer, pruning, epochs, task)
+        else:
+            history = _train_arm(directory, name, trainer, data, own_epochs, task)
         if history.interrupted:
             print(f"interrupted; go on with: priorityprop train --resume {directory}")
             return 130
         results[name] = result(trainer, history, task)
+        if config.sparsity is not None:
+            results[name] |= _sparse_result(trainer, results[name])
 
     ledger = arms[config.ours].get_priority_report()
     record = {
@@ -334,6 +457,39 @@ def _fraction(budget: int | float | str, full: int) -> float:
     return budget / full if isinstance(budget, int) else budget
 
 
+def _train_pruned(
+    directory: Path,
+    trainer: PriorityPropTrainer,
+    pruning: PriorityPropTrainer,
+    epochs: int,
+    task: Task,
+) -> History:
+    """Trains densely while weights are pruned, then goes on with the sparse layers left."""
+    from priorityprop_jax.training.sparse import continue_pruned
+
+    if not has_checkpoint(directory / "checkpoint" / "sparse"):
+        dense = _pruning_epochs(epochs)
+        history = _train_arm(
+            directory, "sparse", pruning, task.train_data, dense, task, folder="pruning"
+        )
+        if history.interrupted:
+            return history
+        continue_pruned(trainer, pruning)
+        epochs -= dense
+    return _train_arm(directory, "sparse", trainer, task.train_data, epochs, task)
+
+
+def _sparse_result(trainer: PriorityPropTrainer, result: dict[str, Any]) -> dict[str, Any]:
+    from priorityprop_jax.training.sparse import layer_table
+
+    layers = layer_table(trainer.model)
+    return {
+        "nonzeros": sum(layer["nonzeros"] for layer in layers),
+        "step_seconds": result["seconds"] / result["steps"],
+        "layers": layers,
+    }
+
+
 def _train_arm(
     directory: Path,
     name: str,
@@ -341,11 +497,14 @@ def _train_arm(
     loader: Iterable[Any],
     epochs: int,
     task: Task,
+    *,
+    folder: str | None = None,
 ) -> History:
-    checkpoints = directory / "checkpoint" / name
+    checkpoints = directory / "checkpoint" / (folder or name)
     trainer.checkpoint_dir = checkpoints
     resume = has_checkpoint(checkpoints)
-    print(f"\n{name}" if name in OURS else f"\n{name} (plain)")
+    part = "" if name in OURS else " (plain)"
+    print(f"\n{name}{part if folder is None else f' ({folder})'}")
     with Metrics(directory / "metrics.jsonl", name) as metrics:
         try:
             history = trainer.train(
@@ -377,7 +536,9 @@ _HEADER = (
 
 
 def _rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
-    return [
+    sparse = record["config"].get("sparsity") is not None
+    header = (*_HEADER, "non-zeros", "ms a step") if sparse else _HEADER
+    rows = [
         (
             name if name not in OURS else f"{name}({record['config']['optimizer']})",
             f"{result['validation']:.2%}",
@@ -388,35 +549,55 @@ def _rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
             f"{result['updates']:,}",
             f"{result['seconds']:.1f}",
             f"{result['compile_seconds']:.1f}",
+            *((f"{result['nonzeros']:,}", f"{1e3 * result['step_seconds']:.2f}") if sparse else ()),
         )
         for name, result in record["results"].items()
     ]
+    return [header, *rows]
+
+
+def _spent(record: dict[str, Any], ledger: Ledger) -> tuple[str, list[tuple[str, ...]] | Ledger]:
+    """What a table of the layers, or of the slots, tells, and the table."""
+    if record["config"].get("sparsity") is None:
+        return f"where the budget went{_unit(record['config'])}", ledger
+    rows = [
+        (
+            layer["layer"],
+            "x".join(map(str, layer["shape"])),
+            f"{layer['nonzeros']:,}",
+            f"{1 - layer['nonzeros'] / layer['weights']:.1%}",
+        )
+        for layer in record["results"]["sparse"]["layers"]
+    ]
+    return "where the non-zeros are", [("layer", "shape", "non-zeros", "sparsity"), *rows]
 
 
 def _text(record: dict[str, Any], ledger: Ledger) -> str:
-    lines = aligned([_HEADER, *_rows(record)])
+    lines = aligned(_rows(record))
     title = (
         f"\n{record['config']['task']}: {record['metric']}, one seed ({record['config']['seed']})"
     )
-    where = f"where the budget went{_unit(record['config'])}:"
-    return "\n".join([title, *lines, "", where, str(ledger)])
+    where, table = _spent(record, ledger)
+    shown = aligned(table) if isinstance(table, list) else [str(table)]
+    return "\n".join([title, *lines, "", f"{where}:", *shown])
 
 
 def _markdown(record: dict[str, Any], ledger: Ledger) -> str:
     options = ", ".join(f"{key}={value}" for key, value in record["config"].items())
+    where, table = _spent(record, ledger)
     return "\n".join(
         [
             f"# {record['config']['task']}: plain and {_how(record['config'])}",
             "",
             f"{record['metric'].capitalize()} of one seed. {options}",
             "",
-            *markdown([_HEADER, *_rows(record)]),
+            *markdown(_rows(record)),
             "",
-            f"## Where the budget went{_unit(record['config'])}",
+            f"## {where[0].upper()}{where[1:]}",
             "",
             "![share of updates by layer](priorities.png)",
             "",
-            ledger.to_markdown(),
+            *(markdown(table) if isinstance(table, list) else [table.to_markdown()]),
             "",
         ]
     )
@@ -428,6 +609,8 @@ def _unit(config: dict[str, Any]) -> str:
 
 
 def _how(config: dict[str, Any]) -> str:
+    if config.get("sparsity") is not None:
+        return "with sparse weights, for as many steps"
     if config.get("backward", "dense") == "meprop":
         return "by meProp, for as many steps"
     return "by priority, at the same budget of updates"

@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from priorityprop_jax.tables import aligned, markdown
 from priorityprop_jax.training.runs import (
     Failure,
     Metrics,
-    aligned,
     has_checkpoint,
-    markdown,
     new_directory,
     rate,
     read_config,

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -189,17 +189,3 @@ def result(trainer: PriorityPropTrainer, history: History, task: Task) -> dict[s
         "seconds": sum(record["seconds"] for record in history.steps),
         "compile_seconds": history.compile_seconds,
     }
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table: the first column to the left, all others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    ]
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The same as a table of Markdown; the first row is the header."""
-    ruled = [rows[0], ("---", *["---:"] * (len(rows[0]) - 1)), *rows[1:]]
-    return ["| " + " | ".join(row) + " |" for row in ruled]

@@ -26,6 +26,7 @@ from priorityprop_jax.priority.ledger import Ledger
 from priorityprop_jax.priority.slots import find_slots
 from priorityprop_jax.priority.transform import Budget, PriorityPropState, priorityprop
 from priorityprop_jax.training.budgeted import BudgetedStep, Compute
+from priorityprop_jax.training.sparse import DynamicSparsity, SparsityChange
 from priorityprop_jax.training.stages import Stages
 from priorityprop_jax.training.topk import TopKCompute, TopKStep
 
@@ -154,6 +155,8 @@ class PriorityPropTrainer:
       progress: whether to show a progress bar, which stays quiet if the output is no terminal.
       compute: the options of a budget of compute; None for a budget of updates. With `TopKCompute`
         ``total_budget`` is a fraction, or None for layers whose k is fixed.
+      sparsity: when the places of a module's sparse layers move; None for places that stay. Not
+        together with `compute`.
       **options: further options of `priorityprop`, such as `spread`, `magnitude` or `group`; with
         `compute` only `stacked_axis` and `group`.
 
@@ -199,6 +202,7 @@ class PriorityPropTrainer:
         checkpoint_dir: str | os.PathLike[str] | None = None,
         progress: bool = True,
         compute: Compute | TopKCompute | None = None,
+        sparsity: DynamicSparsity | None = None,
         **options: Any,
     ):
         if not callable(loss_fn):
@@ -207,6 +211,8 @@ class PriorityPropTrainer:
             raise TypeError(f"metric_fn must be a function or None, got {metric_fn!r}")
         if checkpoint_dir is not None and not isinstance(checkpoint_dir, str | os.PathLike):
             raise TypeError(f"checkpoint_dir must be a path or None, got {checkpoint_dir!r}")
+        if sparsity is not None:
+            _check_sparsity(sparsity, model, compute)
         if compute is not None:
             _check_compute(compute, min_updates, max_updates, options)
         else:
@@ -225,6 +231,7 @@ class PriorityPropTrainer:
         self._params: Any = None
         self._rest: Any = None
         self._training = False
+        self._change: SparsityChange | None = None
         if self._stages is not None:
             self._params, self._rest = _copy(self._stages.params), _copy(self._stages.state)
         elif self._model is None:
@@ -238,6 +245,8 @@ class PriorityPropTrainer:
             nnx.pop(twin, nnx.Intermediate)
             twin.train()
             self._train_graph = nnx.graphdef(twin)
+            if sparsity is not None:
+                self._change = SparsityChange(sparsity, loss_fn, twin)
             twin.eval()
             self._eval_graph = nnx.graphdef(twin)
         params, _ = self._current()
@@ -411,6 +420,34 @@ class PriorityPropTrainer:
                 self._ledger.record(self._opt_state)
         return self.history
 
+    def restore(self, source: str | os.PathLike[str]) -> None:
+        """Loads the latest checkpoint, and trains nothing.
+
+        Args:
+          source: a folder that holds checkpoints of a trainer made with the same arguments.
+
+        Raises:
+          ValueError: if the checkpoint does not fit.
+          FileNotFoundError: if there is none.
+        """
+        self._restore(_directory(source))
+
+    def take_over(self, other: PriorityPropTrainer, optimizer_state: PriorityPropState) -> None:
+        """Goes on where another trainer stopped, as after a change of the model's layers.
+
+        The next `train` is of the epoch after the other's last, and adds to the same history.
+
+        Args:
+          other: a trainer of as many slots, at the end of an epoch.
+          optimizer_state: what the other's has become, for this trainer's parameters.
+        """
+        ledger = Ledger.from_dict(other._ledger.as_dict())
+        for name in ("names", "depths", "layers", "shapes"):
+            setattr(ledger, name, getattr(self._ledger, name))
+        self._ledger, self._opt_state = ledger, _copy(optimizer_state)
+        self.history = History.from_dict(other.history.as_dict())
+        self._step, self._epoch, self._batch = other._step, other._epoch, other._batch
+
     def evaluate(self, data: Iterable[Any]) -> dict[str, float]:
         """Averages the metrics over all rows of some data, with the model in evaluation mode.
 
@@ -472,6 +509,12 @@ class PriorityPropTrainer:
             self._save(manager)
 
     def _run_step(self, batch: Any) -> None:
+        if self._change is not None:
+            before = self._change.compile_seconds
+            self._params, self._rest, self._opt_state = self._change(
+                self._step, self._params, self._rest, self._opt_state, batch
+            )
+            self._compiling += self._change.compile_seconds - before
         traces, start = self._traces, time.perf_counter()
         if self._budgeted is not None:
             before = self._budgeted.compile_seconds
@@ -872,6 +915,16 @@ def _check_compute(compute: Any, min_updates: Any, max_updates: Any, options: An
     unknown = set(options) - known
     if unknown:
         raise TypeError(f"{min(unknown)!r} is no option of a trainer with compute")
+
+
+def _check_sparsity(sparsity: Any, model: Any, compute: Any) -> None:
+    if not isinstance(sparsity, DynamicSparsity):
+        raise TypeError(f"sparsity must be DynamicSparsity(...) or None, got {sparsity!r}")
+    if not isinstance(model, nnx.Module) or compute is not None:
+        raise ValueError(
+            "sparsity moves the places of the sparse layers of an nnx module, trained without "
+            "compute; leave one of the two out"
+        )
 
 
 def _split_loss(result: Any) -> tuple[jax.Array, dict[str, jax.Array]]:

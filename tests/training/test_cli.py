@@ -33,6 +33,10 @@ def records(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
+def without_seconds(directory):
+    return [{k: v for k, v in x.items() if k != "seconds"} for x in records(directory)]
+
+
 def test_train_and_report(empty_folder, capsys):
     assert run("train", "--epochs", "3", "--budget", "0.5") == 0
     out = capsys.readouterr().out
@@ -85,6 +89,12 @@ def test_train_and_report(empty_folder, capsys):
         (("train", "--backward", "meprop", "--k", "0"), "0"),
         (("train", "--backward", "meprop", "--k", "1.5"), "1.5"),
         (("train", "--backward", "meprop", "--k", "129"), "128 output features of layer"),
+        (("train", "--sparsity", "1"), "'1' is not a fraction"),
+        (("train", "--sparsity", "nan"), "nan"),
+        (("train", "--sparse-method", "rigl"), "need a --sparsity"),
+        (("train", "--prune", "runs/digits-adam-1"), "need a --sparsity"),
+        (("train", "--sparsity", "0.9", "--budget", "0.5"), "neither --budget nor"),
+        (("train", "--sparsity", "0.9", "--sparse-method", "gmp", "--epochs", "1"), "--epochs 2"),
     ],
 )
 def test_wrong_arguments_exit_with_2_and_leave_nothing(empty_folder, capsys, arguments, said):
@@ -190,9 +200,6 @@ def test_an_interrupted_run_goes_on_to_the_same_end(empty_folder, capsys, monkey
         file.write('{"arm": "pri')  # as a killed process leaves it
     assert run("train", "--resume", str(directory)) == 0
 
-    def without_seconds(directory):
-        return [{k: v for k, v in x.items() if k != "seconds"} for x in records(directory)]
-
     assert without_seconds(directory) == without_seconds(whole)
     ledgers = [json.loads((d / "report.json").read_text())["ledger"] for d in (whole, directory)]
     assert ledgers[0]["slots"] == ledgers[1]["slots"]
@@ -240,6 +247,60 @@ def test_meprop_against_the_plain_backward_pass(empty_folder, capsys, option):
     assert "meprop(adam)" in out and "by meProp" in (directory / "report.md").read_text()
     assert run("report", str(directory)) == 0
     assert capsys.readouterr().out.strip() in out
+
+
+@pytest.mark.parametrize("method", ["static", "gmp", "rigl"])
+def test_sparse_weights_against_dense_ones(empty_folder, capsys, monkeypatch, method):
+    arguments = ("train", "--sparsity", "0.8", "--sparse-method", method, "--epochs", "3")
+    assert run(*arguments) == 0
+    out = capsys.readouterr().out
+    directory = empty_folder / "runs" / "digits-adam-1"
+    assert {path.name for path in directory.iterdir()} == FILES
+    record = json.loads((directory / "report.json").read_text())
+    plain, ours = record["results"]["adam"], record["results"]["sparse"]
+    assert plain["steps"] == ours["steps"] == 120 and ours["best_validation"] > 0.5
+    # A fifth of two hidden layers, and all of the output layer
+    kept = [layer["nonzeros"] for layer in ours["layers"]]
+    assert kept == [round(64 * 128 / 5), round(128 * 128 / 5), 1280]
+    assert ours["nonzeros"] == sum(kept) and plain["nonzeros"] == (64 + 128 + 10) * 128
+    assert "where the non-zeros are" in out and "sparse(adam)" in out
+    assert "## Where the non-zeros are" in (directory / "report.md").read_text()
+    assert run("report", str(directory)) == 0
+    assert capsys.readouterr().out.strip() in out
+    # Interrupted while it prunes (or while places still move), and behind that
+    plain_iter, seen = tasks.ArrayLoader.__iter__, [0]
+    for place, stop in enumerate({"static": (), "gmp": (25, 60), "rigl": (60,)}[method]):
+
+        def interrupt(loader, stop=stop):
+            for batch in plain_iter(loader):
+                seen[0] += loader.shuffle
+                if seen[0] == 120 + stop:
+                    signal.raise_signal(signal.SIGINT)
+                yield batch
+
+        seen[0] = 0
+        monkeypatch.setattr(tasks.ArrayLoader, "__iter__", interrupt)
+        assert run(*arguments) == 130
+        monkeypatch.setattr(tasks.ArrayLoader, "__iter__", plain_iter)
+        again = empty_folder / "runs" / f"digits-adam-{2 + place}"
+        assert run("train", "--resume", str(again)) == 0
+        assert without_seconds(again) == without_seconds(directory)
+
+
+def test_a_trained_network_is_pruned_and_tuned(empty_folder, capsys):
+    assert run("train", "--epochs", "2") == 0
+    directory = empty_folder / "runs" / "digits-adam-1"
+    trained = json.loads((directory / "report.json").read_text())["results"]["adam"]
+    assert run("train", "--sparsity", "0.8", "--prune", str(directory), "--epochs", "1") == 0
+    record = json.loads((empty_folder / "runs" / "digits-adam-2" / "report.json").read_text())
+    plain, ours = record["results"]["adam"], record["results"]["sparse"]
+    assert plain["steps"] == ours["steps"] == 40
+    # Both start where the first run has ended, far from where a new one would.
+    assert min(plain["train_loss"], ours["train_loss"]) < trained["train_loss"] + 0.1
+    assert ours["validation"] > trained["validation"] - 0.1
+    capsys.readouterr()
+    assert run("train", "--sparsity", "0.8", "--prune", "nowhere") == 1
+    assert "nowhere" in one_line(capsys)
 
 
 def test_choices_are_the_tasks():
