@@ -15,8 +15,11 @@ from benchmarks import (
     meprop_speed,
     meprop_tagging,
     records,
+    sparse_layers,
+    sparse_mlp,
     transform_overhead,
 )
+from priorityprop_jax import sparse_backend
 from priorityprop_jax.training.tasks import ArrayLoader
 
 ROOT = Path(__file__).parent.parent
@@ -168,3 +171,99 @@ def test_chunks_of_an_epoch_are_the_epoch():
         loader.set_epoch(epoch)
         expected = [batch["x"] for batch in loader]
         np.testing.assert_array_equal(seen[5 * epoch : 5 * epoch + 5], expected)
+
+
+def test_sparse_layers_run_on_tiny_shapes(monkeypatch):
+    few = {"native": (0.9,), "csr": (0.9,)}
+    monkeypatch.setattr(sparse_layers, "LINEAR", few)
+    monkeypatch.setattr(sparse_layers, "CONV", few)
+    monkeypatch.setattr(sparse_layers, "BLOCKS", (0.5,))
+    monkeypatch.setattr(sparse_layers, "SIDES", (16,))
+    small = {"batch": 4, "width": 32, "depth": 1}
+    conv = {"batch": 2, "size": 4, "channels": 2, "features": 3, "kernel": 3, "stride": 2}
+    cases = {
+        "linear": {"kind": "linear", **small},
+        "blocks": {"kind": "blocks", **small},
+        "conv": {"kind": "conv", **conv},
+    }
+    results = {name: sparse_layers.measure(case, 1) for name, case in cases.items()}
+    for name, result in results.items():
+        assert set(result["arms"]) == set(sparse_layers.arms_of(cases[name]))
+        for arm in result["arms"].values():
+            assert arm["programs"] and arm["weight_bytes"] > 0
+            assert all(program["speedup"] > 0 for program in arm["programs"].values())
+    record = {"threads": {"1": results}, "bars": sparse_layers.bars({"1": results})}
+    shown = sparse_layers.readme_table(json.loads(json.dumps(record)))
+    assert "| blocks | blocks of 16 | 1 |" in shown and "| conv | pure JAX | 1 |" in shown
+
+
+def test_bars_of_sparse_layers_with_known_answers():
+    def programs(**milliseconds):
+        return {"programs": {name: {"milliseconds": ms} for name, ms in milliseconds.items()}}
+
+    arms = {
+        "dense": programs(forward=10.0, backward=90.0),
+        "native 0.9": programs(forward=2.0, backward=20.0),
+        "csr 0.9": programs(forward=40.0, backward=40.0),
+        "csr 0.85": {"programs": {"forward": {"skipped_after_seconds": 3.0}}},
+        "torch": programs(forward=4.0, backward=58.0),
+        "torch, channels last": programs(forward=2.4, backward=60.0),
+    }
+    found = sparse_layers.bars({"2": {"a": {"case": {"kind": "conv"}, "arms": arms}}})
+    at = {bar["what"]: (bar["measured"], bar["met"]) for bar in found if bar["sparsity"] == 0.9}
+    if sparse_backend().name == "native":
+        assert at["forward over dense"] == (5.0, True)
+        assert at["backward over dense"] == (4.5, False)
+        # The faster of torch's layouts, of each pass.
+        assert at["forward over dense torch"] == (pytest.approx(1.2), False)
+        assert at["backward over dense torch"] == (pytest.approx(2.9), True)
+    assert at["pure JAX, both passes, over dense"] == (1.25, True)
+    (skipped,) = [bar for bar in found if bar["sparsity"] == 0.85]
+    assert skipped["measured"] is None and not skipped["met"]
+
+
+def test_sparse_mlp_trains_and_is_timed_on_tiny_shapes(monkeypatch):
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 10, 300)
+    # Pictures of ten kinds, and noise.
+    x = (rng.normal(size=(10, 784))[y] + rng.normal(size=(300, 784))).astype(np.float32)
+    parts = [part for part in np.split(np.arange(300), [200, 250])]
+    arrays = tuple(array[part] for part in parts for array in (x, y))
+    monkeypatch.setattr(sparse_mlp, "data", lambda: arrays)
+    for method in ("rigl", "gmp"):
+        found = sparse_mlp.train(sparse_mlp.Arm(method, batch=50), 4, 0.01, 0, width=64)
+        assert len(found["validation"]) == 4 and found["test"] > 0.5
+    results = sparse_mlp.measure(1, (50,), width=64)
+    assert {"dense", "sparse", "pruning", "pruning, when it prunes", "move"} <= set(results["50"])
+    assert all(len(turns) == 1 and turns[0] > 0 for turns in results["50"].values())
+
+
+def test_time_to_target_of_sparse_training_with_known_answers():
+    def runs(arm, validation):
+        return [
+            {"arm": arm, "rate": rate, "seed": seed, "epochs": 3,
+             "validation": v if rate == 1e-3 else [0.1], "test": v[-1]}
+            for rate in sparse_mlp.RATES
+            for seed, v in enumerate(validation)
+            if seed == 0 or rate == 1e-3
+        ]  # fmt: skip
+
+    times = {"dense": 0.01, "sparse": 0.002, "pruning": 0.02, "pruning, when it prunes": 1.02}
+    seconds = {"128": {name: [t, t] for name, t in (times | {"move": 0.5}).items()}}
+    found = sparse_mlp.summary(
+        runs("dense", [[0.9], [0.5, 0.9, 0.9]])
+        + runs("rigl", [[0.8], [0.5, 0.8, 0.9]])
+        + runs("gmp", [[0.8], [0.5, 0.6, 0.7]]),
+        seconds,
+    )
+    dense, rigl, gmp = found["arms"]
+    steps = 8000 // 128
+    assert found["steps"]["128"]["sparse"]["speedup"] == pytest.approx(5)
+    assert dense["speedup"] == 1.0 and dense["seconds"] == pytest.approx(steps * 0.03)
+    # Places move behind the second of three epochs.
+    assert rigl["seconds"] == pytest.approx(steps * 0.006 + 0.5)
+    assert rigl["speedup"] == pytest.approx(steps * 0.02 / (steps * 0.006 + 0.5))
+    # One epoch is dense and ends with a pruning.
+    assert gmp["seconds"] == pytest.approx(steps * 0.024 + 1.0)
+    assert gmp["reached"] == 0 and gmp["speedup"] is None
+    assert gmp["difference"] == pytest.approx(-20)
