@@ -75,12 +75,15 @@ def test_products_are_those_of_the_dense_weight(name):
 
 def test_patterns_of_few_places_take_the_other_way_for_the_values():
     mask = masks()["99%"]
-    pattern, values, x, dy, weight = case(mask, capacity=mask.sum() + 3)
+    pattern, values, x, dy, _ = case(mask, capacity=mask.sum() + 3)
     assert not csr.cheaper_dense(pattern)
-    check(pattern, values, x, dy, weight, mask)
+    _, dvalues = BACKWARD(values, pattern, x, dy, inputs=False)
+    dense = dy.astype(np.float64) @ x.astype(np.float64).T
+    close(dvalues[:-3], dense[mask], largest=dense)
+    assert not np.asarray(dvalues[-3:]).any()
 
 
-@pytest.mark.parametrize("batch", [1, 130, 1100])
+@pytest.mark.parametrize("batch", [1, 1100])
 def test_batches_of_any_size(batch):
     mask = np.random.default_rng(2).random((9, 21)) < 0.4
     check(*case(mask, batch), mask)
@@ -97,15 +100,11 @@ def test_batches_of_nothing(shape):
 
 
 def test_halves_that_are_not_wanted_are_none_and_cost_nothing():
-    mask = masks()["90%"]
-    pattern, values, x, dy, _ = case(mask, capacity=OUT * IN)
-    both = BACKWARD(values, pattern, x, dy)
-    dx, none = csr.backward(values, pattern, x, dy, weights=False)
-    np.testing.assert_array_equal(dx, both[0])
-    assert none is None
-    none, dvalues = csr.backward(values, pattern, x, dy, inputs=False)
-    np.testing.assert_array_equal(dvalues, both[1])
-    assert none is None
+    pattern, values, x, dy, _ = case(masks()["90%"])
+    for inputs, weights in ((True, False), (False, True), (False, False)):
+        both = functools.partial(csr.backward, inputs=inputs, weights=weights)
+        dx, dvalues = jax.eval_shape(both, values, pattern, x, dy)
+        assert (dx is not None, dvalues is not None) == (inputs, weights)
     # Gradients that do not need an argument do not read it.
     only = functools.partial(csr.backward, weights=False)
     used = jax.make_jaxpr(only)(values, pattern, x, dy).jaxpr

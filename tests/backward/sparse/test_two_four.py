@@ -14,16 +14,21 @@ def make(shape, seed=0):
     return weight, np.asarray(two_four_mask(weight))
 
 
-@pytest.mark.parametrize("ins", [4, 8, 12, 24])
+@jax.jit
+def there_and_back(weight, pattern):
+    values = two_four.take_two_four(weight, pattern)
+    return values, two_four.densify_two_four(values, pattern)
+
+
+@pytest.mark.parametrize("ins", [4, 8, 12])
 def test_packing_and_back(ins):
     weight, mask = make((5, ins), ins)
     pattern = two_four.pack_two_four(mask)
     assert pattern.positions.dtype == np.uint8 and pattern.positions.shape == (5, -(-ins // 8))
     assert two_four.is_two_four(mask)
-    np.testing.assert_array_equal(two_four.mask_of_two_four(pattern), mask)
-    values = two_four.take_two_four(weight, pattern)
+    values, dense = there_and_back(weight, pattern)
     np.testing.assert_array_equal(values, weight[mask].reshape(5, ins // 2))
-    np.testing.assert_array_equal(two_four.densify_two_four(values, pattern), weight * mask)
+    np.testing.assert_array_equal(dense, weight * mask)
 
 
 def test_all_six_pairs():
@@ -40,7 +45,7 @@ def test_products_are_those_of_the_dense_weight():
     rng = np.random.default_rng(1)
     x, dy = (rng.normal(size=shape).astype(np.float32) for shape in ((12, 3), (6, 3)))
     pattern = two_four.pack_two_four(mask)
-    values = two_four.take_two_four(weight, pattern)
+    values, _ = there_and_back(weight, pattern)
     exact = (weight * mask).astype(np.float64)
     y = jax.jit(two_four.forward)(values, pattern, x)
     dx, dvalues = jax.jit(two_four.backward)(values, pattern, x, dy)
@@ -52,11 +57,13 @@ def test_products_are_those_of_the_dense_weight():
 
 
 def test_a_nan_among_the_values_stays_in_its_row():
-    weight, mask = make((3, 8))
+    _, mask = make((3, 8))
     pattern = two_four.pack_two_four(mask)
-    values = np.array(two_four.take_two_four(weight, pattern))
+    values = np.ones((3, 4), np.float32)
     values[1, 2] = np.nan
     dense = np.asarray(two_four.densify_two_four(values, pattern))
+    np.testing.assert_array_equal(dense != 0, mask)
+    np.testing.assert_array_equal(two_four.mask_of_two_four(pattern), mask)
     assert np.isnan(dense).sum() == 1 and np.isnan(dense[1]).any()
 
 
