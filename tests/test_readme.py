@@ -7,7 +7,13 @@ import pytest
 
 README = Path(__file__).parent.parent / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-PRINTED = ["100.0%", "[", "4 of 5 steps began at the last block", "1 layer changed", "layers/0     95.0%"]
+PRINTED = [
+    "100.0%",
+    "[",
+    "4 of 5 steps began at the last block",
+    "1 layer changed",
+    "layers/0     95.0%",
+]
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))

@@ -43,7 +43,7 @@ class Backend(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """The two functions of a backend: see `products.Product` for what they take.
+    """The two functions of a backend, for arrays ``[batch, features]`` or images.
 
     Attributes:
       forward: ``(values, pattern, x) -> y``.
@@ -166,7 +166,7 @@ def kernel_of(name: str, geometry: ConvGeometry | None) -> Kernel:
     module = importlib.import_module(f"priorityprop_jax.backward.sparse.{place}")
     opaque = name == "native"
     if geometry is None:
-        return Kernel(module.forward, module.backward, opaque)
+        return Kernel(module.forward, module.backward, opaque) if opaque else _turned(module)
 
     def forward(values, pattern, x):
         return module.conv_forward(values, pattern, x, geometry)
@@ -175,6 +175,22 @@ def kernel_of(name: str, geometry: ConvGeometry | None) -> Kernel:
         return module.conv_backward(values, pattern, x, dy, geometry, **wanted)
 
     return Kernel(forward, backward, opaque)
+
+
+def _turned(module: Any) -> Kernel:
+    """The kernels of a module that has the batch innermost, for arrays that have it first.
+
+    The compiler sees the transposes, and drops those between neighbours.
+    """
+
+    def forward(values, pattern, x):
+        return module.forward(values, pattern, x.T).T
+
+    def backward(values, pattern, x, dy, **wanted):
+        dx, dvalues = module.backward(values, pattern, x.T, dy.T, **wanted)
+        return None if dx is None else dx.T, dvalues
+
+    return Kernel(forward, backward, opaque=False)
 
 
 def _platform() -> str:

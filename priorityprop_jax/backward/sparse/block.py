@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from priorityprop_jax.backward.sparse.csr import zeros
 from priorityprop_jax.backward.sparse.pattern import SparsePattern
 
 # How long the inner axis of a chunk's product is, at least. On a CPU 64 was the best of 64, 128 and
@@ -137,7 +138,7 @@ def _multiply_loop(
         product += lax.dynamic_slice(y, row, (block, batch))
         return lax.dynamic_update_slice(y, product, row)
 
-    y = jnp.zeros(((starts.shape[0] - 1) * block, batch), x.dtype)
+    y = zeros(((starts.shape[0] - 1) * block, batch), x.dtype, values, starts, x)
     return lax.fori_loop(0, chunks.used, add, y)
 
 
@@ -177,7 +178,7 @@ def _outer_loop(starts: jax.Array, others: jax.Array, dy: jax.Array, x: jax.Arra
         # What stands behind the end of a line is written over by the next chunk.
         return lax.dynamic_update_slice(dvalues, found, (start, 0, 0))
 
-    dvalues = jnp.zeros((capacity + size, block, block), x.dtype)
+    dvalues = zeros((capacity + size, block, block), x.dtype, starts, dy, x)
     dvalues = lax.fori_loop(0, chunks.used, put, dvalues)[:capacity]
     return jnp.where((jnp.arange(capacity) < starts[-1])[:, None, None], dvalues, 0)
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from priorityprop_jax.backward.sparse.pattern import SparsePattern
+from priorityprop_jax.backward.topk import varying
 
 # Rows of a slice, and places of each row in one fused step.
 _ROWS = 128
@@ -178,9 +179,8 @@ def product(values: jax.Array, indices: jax.Array, lines: Lines, x: jax.Array) -
                     total += weight[:, None] * _take(tile, row)
                 return total
 
-            return lax.fori_loop(
-                0, _steps(lines), step, jnp.zeros((lines.starts.shape[0], tile.shape[1]), wide)
-            )
+            nothing = zeros((lines.starts.shape[0], tile.shape[1]), wide, values, lines.starts, x)
+            return lax.fori_loop(0, _steps(lines), step, nothing)
 
         return lax.map(of_slice, slices).reshape(-1, tile.shape[1])
 
@@ -205,7 +205,7 @@ def sampled_product(indices: jax.Array, lines: Lines, x: jax.Array, dy: jax.Arra
     """
     capacity, dtype = indices.shape[0], jnp.result_type(x, dy)
     wide = jnp.promote_types(dtype, jnp.float32)
-    total = jnp.zeros(capacity, wide)
+    total = zeros((capacity,), wide, lines.starts, x, dy)
     if 0 in x.shape or 0 in dy.shape:
         return total.astype(dtype)
     slices, order, _ = _slices(lines)
@@ -234,6 +234,16 @@ def sampled_product(indices: jax.Array, lines: Lines, x: jax.Array, dy: jax.Arra
 
     tiles = _tiles(x.astype(wide)), _tiles(dy.astype(wide))
     return lax.scan(of_tile, total, tiles)[0].astype(dtype)
+
+
+def zeros(shape: tuple[int, ...], dtype: Any, *like: jax.Array) -> jax.Array:
+    """Zeros for a loop to start from that adds up what comes of other arrays.
+
+    Inside of `jax.shard_map` they must be of a type that differs between shards as those do.
+    """
+    axes = tuple(frozenset().union(*map(varying, like)))
+    start = jnp.zeros(shape, dtype)
+    return lax.pcast(start, axes, to="varying") if axes else start
 
 
 def _check(pattern: SparsePattern) -> None:

@@ -14,6 +14,7 @@ from priorityprop_jax.backward.sparse.csr import (
     product,
     sampled_product,
     take_places,
+    zeros,
 )
 from priorityprop_jax.backward.sparse.geometry import ConvGeometry
 from priorityprop_jax.backward.sparse.pattern import SparsePattern
@@ -126,7 +127,8 @@ def conv_backward(
     if inputs:
         by_column = jnp.take(values, pattern.order, mode="clip")
         lines = _column_lines(pattern, geometry)
-        some_x = jax.ShapeDtypeStruct(xs.shape[1:], jnp.result_type(values, dy))
+        dtype = jnp.result_type(values, dy)
+        some_x = zeros(xs.shape[1:], dtype, values, pattern.columns, dy)
         add_up = jax.linear_transpose(_patches(geometry), some_x)
 
         def some(dy):
@@ -148,7 +150,7 @@ def conv_backward(
             return total + part.reshape(total.shape), None
 
         shape = pattern.shape if dense else (pattern.capacity,)
-        dvalues = lax.scan(more, jnp.zeros(shape, wide), (xs, dys))[0]
+        dvalues = lax.scan(more, zeros(shape, wide, pattern.columns, x, dy), (xs, dys))[0]
         if dense:
             dvalues = take_places(dvalues, pattern)
         dvalues = dvalues.astype(values.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,9 +56,8 @@ def sparse_linear(
     if x.ndim < 1 or x.shape[-1] != ins:
         raise ValueError(f"x must be [..., {ins}] for a weight {pattern.shape}, got {x.shape}")
     product = Product(choose_backend(backend, pattern, dtype, None))
-    # Batch innermost: the compiler keeps elementwise neighbours in that layout.
-    y = multiply(product, values, pattern, x.reshape(-1, ins).T)
-    return y.T.reshape(*x.shape[:-1], pattern.shape[0])
+    y = multiply(product, values, pattern, x.reshape(math.prod(x.shape[:-1]), ins))
+    return y.reshape(*x.shape[:-1], pattern.shape[0])
 
 
 def sparse_conv(
@@ -122,7 +122,7 @@ def sparse_conv(
             "groups: x is [..., *sizes, in], the kernel (out, in / groups * taps)"
         )
     batch, image = x.shape[: -axes - 1], x.shape[-axes - 1 :]
-    x = x.reshape(-1, *image)
+    x = x.reshape(math.prod(batch), *image)
     x, pads = _pad(x, sizes, steps, dilation, padding)
     if axes == 1:  # an image of height 1
         x = x[:, None]

@@ -49,22 +49,22 @@ def native_status() -> tuple[bool, str]:
 
 
 def forward(values: jax.Array, pattern: SparsePattern, x: jax.Array) -> jax.Array:
-    """``y = W x``.
+    """``y = x W^T``.
 
     Args:
       values: float32 ``[capacity]``; those at places not used are not read.
       pattern: of a weight ``(out, in)``, of single values.
-      x: float32 ``[in, batch]``.
+      x: float32 ``[batch, in]``.
 
     Returns:
-      float32 ``[out, batch]``.
+      float32 ``[batch, out]``.
 
     Raises:
       RuntimeError: if there are no native kernels; `native_status` says why.
       ValueError: if the pattern is one of blocks, or shapes do not fit together.
     """
     _check(pattern, values, (x, 1))
-    shape = (pattern.shape[0], x.shape[1])
+    shape = (x.shape[0], pattern.shape[0])
     (y,) = _call("linear_forward", [shape], values, pattern.row_starts, pattern.columns, x)
     return y
 
@@ -78,18 +78,18 @@ def backward(
     inputs: bool = True,
     weights: bool = True,
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """``dx = W^T dy``, and ``dvalues = dy x^T`` at the places of the pattern.
+    """``dx = dy W``, and ``dvalues = dy^T x`` at the places of the pattern.
 
     Args:
       values: float32 ``[capacity]``.
       pattern: of a weight ``(out, in)``, of single values.
-      x: float32 ``[in, batch]``.
-      dy: float32 ``[out, batch]``.
+      x: float32 ``[batch, in]``.
+      dy: float32 ``[batch, out]``.
       inputs: whether ``dx`` is wanted.
       weights: whether ``dvalues`` is wanted.
 
     Returns:
-      float32 ``dx`` ``[in, batch]`` and ``dvalues`` ``[capacity]``, zero at places not used; None
+      float32 ``dx`` ``[batch, in]`` and ``dvalues`` ``[capacity]``, zero at places not used; None
       for what is not wanted.
 
     Raises:
@@ -97,7 +97,7 @@ def backward(
       ValueError: if the pattern is one of blocks, or shapes do not fit together.
     """
     _check(pattern, values, (x, 1), (dy, 0))
-    if x.shape[1] != dy.shape[1]:
+    if len(x) != len(dy):
         raise ValueError(f"batches of x {x.shape} and dy {dy.shape} differ")
     places = (pattern.column_starts, pattern.rows, pattern.order)
     shapes = [x.shape if inputs else (0,), values.shape if weights else (0,)]
@@ -193,17 +193,17 @@ def _flat(geometry: ConvGeometry) -> np.ndarray:
 
 
 def _check(pattern: SparsePattern, values: jax.Array, *arrays: tuple[jax.Array, int]) -> None:
-    """Checks shapes; each array comes with the side of the weight that its first axis is."""
+    """Checks shapes; each array comes with the side of the weight that its features are."""
     if pattern.block != 1:
         raise ValueError("native kernels take patterns of single values, not of blocks")
     fits = values.shape == (pattern.capacity,) and all(
-        array.ndim == 2 and array.shape[0] == pattern.shape[side] for array, side in arrays
+        array.ndim == 2 and array.shape[1] == pattern.shape[side] for array, side in arrays
     )
     if not fits:
         shapes = ", ".join(str(array.shape) for array in (values, *(array for array, _ in arrays)))
         raise ValueError(
             f"a weight of shape {pattern.shape} and capacity {pattern.capacity} takes values "
-            f"[capacity], x [in, batch] and dy [out, batch], got shapes {shapes}"
+            f"[capacity], x [batch, in] and dy [batch, out], got shapes {shapes}"
         )
 
 

@@ -34,11 +34,6 @@ class Product(NamedTuple):
     geometry: ConvGeometry | None = None
 
     @property
-    def batch_axis(self) -> int:
-        """Matrices are ``[features, batch]``, images ``[batch, height, width, channels]``."""
-        return 1 if self.geometry is None else 0
-
-    @property
     def kernel(self) -> Kernel:
         """The functions that do the work."""
         return kernel_of(self.backend, self.geometry)
@@ -52,16 +47,16 @@ class _Wanted(NamedTuple):
 
 
 def multiply(product: Product, values: jax.Array, pattern: Any, x: jax.Array) -> jax.Array:
-    """``y = W x`` of a weight that is zero outside of a pattern.
+    """``y = x W^T`` of a weight that is zero outside of a pattern.
 
     Args:
       product: which, and by which kernels.
       values: the weight at the places of the pattern.
       pattern: those places.
-      x: ``[in, batch]``, or images ``[batch, height, width, in]``.
+      x: ``[batch, in]``, or images ``[batch, height, width, in]``.
 
     Returns:
-      ``[out, batch]`` or ``[batch, height, width, out]``, in the dtype that ``values`` and ``x``
+      ``[batch, out]`` or ``[batch, height, width, out]``, in the dtype that ``values`` and ``x``
       promote to. Dtypes of 16 bits are accumulated in float32.
     """
     # Kernels see one set of axes; that the values' gradient is summed over those that they lacked
@@ -120,11 +115,11 @@ def _gradients_forward(
 
 
 def _gradients_backward(product: Product, wanted: _Wanted, residuals: Any, cotangents: Any) -> Any:
-    """Gradients of gradients: with ``dx = W^T dy`` and ``dvalues = (dy x^T)`` at the places.
+    """Gradients of gradients: with ``dx = dy W`` and ``dvalues = (dy^T x)`` at the places.
 
     For cotangents ``u`` of ``dx`` and ``c`` of ``dvalues``, with ``C`` the matrix of values ``c``:
-    that of ``dy`` is ``W u + C x``, that of ``x`` is ``C^T dy``, and that of ``values`` is
-    ``(dy u^T)`` at the places.
+    that of ``dy`` is ``u W^T + x C^T``, that of ``x`` is ``dy C``, and that of ``values`` is
+    ``(dy^T u)`` at the places.
     """
     values, pattern, x, dy = residuals
     multiply_again: Any = _multiply  # custom rules have no type of their own
@@ -179,7 +174,6 @@ def _accumulator(dtype: Any) -> Any:
 def _mapped_forward(product: Product) -> Any:
     """The forward kernel with a rule for `jax.vmap`: mapped examples join the batch."""
     forward = _partitioned_forward(product)
-    axis = product.batch_axis
 
     @custom_vmap
     def mapped(values, pattern, x):
@@ -189,7 +183,7 @@ def _mapped_forward(product: Product) -> Any:
     def rule(size, batched, values, pattern, x):
         in_values, in_pattern, in_x = _any_batched(batched)
         if not (in_values or in_pattern) and in_x:
-            return _unfold(mapped(values, pattern, _fold(x, axis)), size, axis), True
+            return _unfold(mapped(values, pattern, _fold(x)), size), True
         return _one_by_one(lambda *a: mapped(*a), size, batched, values, pattern, x), True
 
     return mapped
@@ -202,7 +196,6 @@ def _mapped_backward(product: Product, wanted: _Wanted) -> Any:
     Gradients of inputs join the batch; those of the values are wanted for each example.
     """
     backward = _partitioned_backward(product, wanted)
-    axis = product.batch_axis
 
     @custom_vmap
     def mapped(values, pattern, x, dy):
@@ -219,8 +212,8 @@ def _mapped_backward(product: Product, wanted: _Wanted) -> Any:
         x = x if in_x else jnp.broadcast_to(x, (size, *x.shape))
         dy = dy if in_dy else jnp.broadcast_to(dy, (size, *dy.shape))
         only_inputs = _mapped_backward(product, _Wanted(True, False))
-        [dx] = only_inputs(values, pattern, _fold(x, axis), _fold(dy, axis))
-        found = [_unfold(dx, size, axis)]
+        [dx] = only_inputs(values, pattern, _fold(x), _fold(dy))
+        found = [_unfold(dx, size)]
         if wanted.weights:
             only_weights = _mapped_backward(product, _Wanted(False, True))
             found += lax.map(lambda a: only_weights(values, pattern, *a), (x, dy))
@@ -247,16 +240,14 @@ def _one_by_one(function: Any, size: int, batched: Any, *arguments: Any) -> Any:
     return lax.map(one, mapped, batch_size=None)
 
 
-def _fold(x: jax.Array, axis: int) -> jax.Array:
-    """``[mapped, ..., batch, ...]`` with the mapped axis in the batch."""
-    x = jnp.moveaxis(x, 0, axis)
-    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+def _fold(x: jax.Array) -> jax.Array:
+    """``[mapped, batch, ...]`` with the mapped axis in the batch."""
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
-def _unfold(y: jax.Array, size: int, axis: int) -> jax.Array:
+def _unfold(y: jax.Array, size: int) -> jax.Array:
     """The inverse of `_fold`."""
-    y = y.reshape(*y.shape[:axis], size, -1, *y.shape[axis + 1 :])
-    return jnp.moveaxis(y, axis, 0)
+    return y.reshape(size, y.shape[0] // size, *y.shape[1:])
 
 
 def _partitioned_forward(product: Product) -> Any:
@@ -298,18 +289,15 @@ def _with_partitions(product: Product, function: Any, wanted: _Wanted, arguments
     """
     if any(varying(leaf) for leaf in jax.tree.leaves(arguments)):
         return function(*arguments)  # inside of `jax.shard_map` all is split already
-    axis = product.batch_axis
     gradients = any(wanted)
 
     def batch_names(shape):
         spec = tuple(shape.sharding.spec)
-        return spec[axis] if axis < len(spec) else None
+        return spec[0] if spec else None
 
     def partition(mesh, shapes, _):
         names = batch_names(shapes[2])
-        split = [None] * shapes[2].ndim
-        split[axis] = names
-        over_batch, whole = NamedSharding(mesh, jax.P(*split)), NamedSharding(mesh, jax.P())
+        over_batch, whole = NamedSharding(mesh, jax.P(names)), NamedSharding(mesh, jax.P())
         by_argument = [
             jax.tree.map(lambda _, place=place: over_batch if place >= 2 else whole, argument)
             for place, argument in enumerate(shapes)
@@ -338,7 +326,7 @@ def _sharding_rule(product: Product, wanted: _Wanted, arguments: Any) -> dict[st
     values, pattern, *arrays = arguments
     fixed = [f"w{place}" for place in range(1 + len(jax.tree.leaves(pattern)))]
     inputs, outputs = (
-        (["i", "b"], ["o", "b"])
+        (["b", "i"], ["b", "o"])
         if product.geometry is None
         else (["b", "h", "v", "i"], ["b", "y", "z", "o"])
     )

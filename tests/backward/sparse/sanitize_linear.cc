@@ -98,9 +98,9 @@ void check_one(Pool& pool, std::mt19937& random, int outs, int ins, int batch, d
   for (int i = 0; i < outs; i++) {
     for (int k = row_starts[i]; k < row_starts[i + 1]; k++) {
       for (int b = 0; b < batch; b++) {
-        const float xb = x[columns[k] * batch + b], dyb = dy[i * batch + b];
-        y_sums[i * batch + b] += double(values[k]) * xb;
-        dx_sums[columns[k] * batch + b] += double(values[k]) * dyb;
+        const float xb = x[b * ins + columns[k]], dyb = dy[b * outs + i];
+        y_sums[b * outs + i] += double(values[k]) * xb;
+        dx_sums[b * ins + columns[k]] += double(values[k]) * dyb;
         dvalue_sums[k] += double(dyb) * xb;
       }
     }

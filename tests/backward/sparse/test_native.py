@@ -40,8 +40,8 @@ def random_case(outs, ins, batch, density, *, spare=3, seed=0):
     pattern = make_pattern(mask, capacity=int(mask.sum()) + spare)
     values = rng.normal(size=pattern.capacity).astype(np.float32)
     values[pattern.capacity - spare :] = np.nan
-    x = rng.normal(size=(ins, batch)).astype(np.float32)
-    dy = rng.normal(size=(outs, batch)).astype(np.float32)
+    x = rng.normal(size=(batch, ins)).astype(np.float32)
+    dy = rng.normal(size=(batch, outs)).astype(np.float32)
     return mask, pattern, jnp.asarray(values), jnp.asarray(x), jnp.asarray(dy)
 
 
@@ -51,8 +51,8 @@ def reference(mask, values, x, dy):
     weight[mask] = np.asarray(values)[: mask.sum()]
     x, dy = np.asarray(x, np.float64), np.asarray(dy, np.float64)
     dvalues = np.zeros(len(values))
-    dvalues[: mask.sum()] = (dy @ x.T)[mask]
-    return weight @ x, weight.T @ dy, dvalues
+    dvalues[: mask.sum()] = (dy.T @ x)[mask]
+    return x @ weight.T, dy @ weight, dvalues
 
 
 @needs_native
@@ -67,6 +67,8 @@ def reference(mask, values, x, dy):
         (9, 8, 16, 0.0),
         (4, 4, 3, 1.0),
         (3, 4, 0, 1.0),
+        (257, 1100, 513, 0.3),
+        (1, 3000, 17, 0.9),
     ],
 )
 def test_products_are_those_of_the_dense_weight(instruction_set, outs, ins, batch, density):
@@ -88,16 +90,16 @@ def test_products_are_those_of_the_dense_weight(instruction_set, outs, ins, batc
 @needs_native
 def test_what_is_not_finite_goes_only_where_it_belongs(instruction_set):
     mask, pattern, values, x, dy = random_case(40, 50, 20, 0.2)
-    x = x.at[3, 5].set(jnp.nan)
-    dy = dy.at[7, 2].set(jnp.inf)
+    x = x.at[5, 3].set(jnp.nan)
+    dy = dy.at[2, 7].set(jnp.inf)
     y = np.asarray(native.forward(values, pattern, x))
     dx, dvalues = map(np.asarray, native.backward(values, pattern, x, dy))
     rows, columns = np.nonzero(mask)
     expected = np.zeros(y.shape, bool)
-    expected[mask[:, 3], 5] = True
+    expected[5, mask[:, 3]] = True
     np.testing.assert_array_equal(np.isnan(y), expected)
     expected = np.zeros(dx.shape, bool)
-    expected[mask[7], 2] = True
+    expected[2, mask[7]] = True
     np.testing.assert_array_equal(np.isinf(dx), expected)
     np.testing.assert_array_equal(np.isfinite(dvalues[:-3]), (columns != 3) & (rows != 7))
     assert not dvalues[-3:].any()
@@ -168,7 +170,7 @@ def test_shards_of_a_batch(check_vma):
         assert dvalues is not None
         return native.forward(values, pattern, x), dx, lax.psum(dvalues, "data")
 
-    batch, whole = P(None, "data"), P()
+    batch, whole = P("data"), P()
     sharded = jax.shard_map(
         shard,
         mesh=mesh,
@@ -193,12 +195,12 @@ def test_vmap_goes_one_by_one():
 @needs_native
 def test_shapes_that_do_not_fit_are_an_error():
     _, pattern, values, x, dy = random_case(6, 8, 5, 0.5)
-    with pytest.raises(ValueError, match=r"x \[in, batch\]"):
-        native.forward(values, pattern, x[:-1])
+    with pytest.raises(ValueError, match=r"x \[batch, in\]"):
+        native.forward(values, pattern, x[:, :-1])
     with pytest.raises(ValueError, match="capacity"):
         native.forward(values[:-1], pattern, x)
     with pytest.raises(ValueError, match="batches"):
-        native.backward(values, pattern, x, dy[:, :-1])
+        native.backward(values, pattern, x, dy[:-1])
     with pytest.raises(ValueError, match="blocks"):
         native.forward(values, make_pattern(np.ones((4, 4)), block=2), x)
     with pytest.raises(ValueError, match=r"height, width, 2\]"):

@@ -13,6 +13,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <limits>
 #include <memory>
 #include <new>
@@ -504,7 +505,7 @@ const char* conv_forward(Pool& pool, const ConvShape& shape, const float* x,
   const Sweep sweep{shape, blocks, in, out, std::move(lists), 1, x, nullptr, y, nullptr};
   sweep.run_all(pool, blocks.total);
   return nullptr;
-} catch (const std::bad_alloc&) {
+} catch (const std::exception&) {
   return conv::kNoMemory;
 }
 
@@ -587,7 +588,7 @@ const char* conv_backward(Pool& pool, const ConvShape& shape, const float* x, co
     std::memset(dvalues + used, 0, sizeof(float) * (capacity - used));
   }
   return nullptr;
-} catch (const std::bad_alloc&) {
+} catch (const std::exception&) {
   return conv::kNoMemory;
 }
 

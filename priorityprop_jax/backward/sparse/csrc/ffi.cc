@@ -38,13 +38,13 @@ ffi::Error linear_forward_call(ffi::ThreadPool pool, Floats values, Indices row_
                                Indices columns, Floats x, FloatsOut y) {
   const auto in = x.dimensions(), out = y->dimensions();
   const int64_t capacity = columns.element_count();
-  if (in.size() != 2 || !is_matrix(out, row_starts.element_count() - 1, in[1]) ||
+  if (in.size() != 2 || !is_matrix(out, in[0], row_starts.element_count() - 1) ||
       !same_length(capacity, columns, values)) {
     return result(kBadShapes);
   }
-  const Lines lines{out[0], in[0], capacity, row_starts.typed_data(), columns.typed_data()};
+  const Lines lines{out[1], in[1], capacity, row_starts.typed_data(), columns.typed_data()};
   return result(linear_forward(pool, lines, values.typed_data(), x.typed_data(), y->typed_data(),
-                               in[1]));
+                               in[0]));
 }
 
 ffi::Error linear_backward_call(ffi::ThreadPool pool, Floats values, Indices column_starts,
@@ -52,16 +52,16 @@ ffi::Error linear_backward_call(ffi::ThreadPool pool, Floats values, Indices col
                                 bool weights, FloatsOut dx, FloatsOut dvalues) {
   const auto in = x.dimensions(), out = dy.dimensions();
   const int64_t capacity = rows.element_count();
-  if (out.size() != 2 || !is_matrix(in, column_starts.element_count() - 1, out[1]) ||
+  if (out.size() != 2 || !is_matrix(in, out[0], column_starts.element_count() - 1) ||
       !same_length(capacity, order, values) ||
       (inputs && !is_matrix(dx->dimensions(), in[0], in[1])) ||
       (weights && !same_length(capacity, order, *dvalues))) {
     return result(kBadShapes);
   }
-  const Lines lines{in[0], out[0], capacity, column_starts.typed_data(), rows.typed_data()};
+  const Lines lines{in[1], out[1], capacity, column_starts.typed_data(), rows.typed_data()};
   return result(linear_backward(pool, lines, order.typed_data(), values.typed_data(),
                                 x.typed_data(), dy.typed_data(), wanted(dx, inputs),
-                                wanted(dvalues, weights), in[1]));
+                                wanted(dvalues, weights), in[0]));
 }
 
 // The shapes of images and of a pattern [out channels, in channels / groups * kernel] as the kernels
