@@ -22,6 +22,8 @@ from benchmarks import (
 from priorityprop_jax import sparse_backend
 from priorityprop_jax.training.tasks import ArrayLoader
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parent.parent
 
 

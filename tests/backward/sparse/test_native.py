@@ -233,6 +233,7 @@ def test_version_of_this_jaxlib_is_known():
     assert version is not None and version >= 3
 
 
+@pytest.mark.once
 def test_sanitizers_find_nothing(tmp_path):
     if sys.platform != "linux":
         pytest.skip("sanitizers are asked for on Linux only")

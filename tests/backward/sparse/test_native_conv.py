@@ -215,6 +215,7 @@ def test_shapes_that_do_not_fit_are_refused():
         )
 
 
+@pytest.mark.once
 def test_kernels_are_clean_under_sanitizers(tmp_path):
     """On the baseline instruction set, so that it runs everywhere."""
     if sys.platform != "linux":
