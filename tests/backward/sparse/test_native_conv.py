@@ -242,3 +242,29 @@ def test_kernels_are_clean_under_sanitizers(tmp_path):
         assert build.returncode == 0, errors
         run = subprocess.run([binary], capture_output=True, text=True)
         assert run.returncode == 0 and "all agree" in run.stdout, run.stdout + run.stderr
+
+
+@needs_kernels
+def test_arrays_that_the_caches_do_not_keep():
+    """They are written past the caches, in huge pages; a batch that fills no tile is not."""
+    case = (35, 66, 64, 32, 32, ConvGeometry((3, 3), padding=SAME), 0.05)
+    values, pattern, x, dy, geometry = make(case)
+    assert x.nbytes > 16 << 20 and dy.nbytes > 16 << 20
+    mask = mask_of(pattern)
+    weight = np.zeros(mask.shape, np.float32)
+    weight[mask] = values[: mask.sum()]
+    kernel = weight.reshape(32, 32, 3, 3).transpose(2, 3, 1, 0)
+
+    def dense(x, kernel):
+        names = lax.conv_dimension_numbers(x.shape, kernel.shape, ("NHWC", "HWIO", "NHWC"))
+        return lax.conv_general_dilated(x, kernel, (1, 1), SAME, dimension_numbers=names)
+
+    y, pull = jax.vjp(dense, x, kernel)
+    dx, dkernel = pull(dy)
+    expected = np.asarray(dkernel).transpose(3, 2, 0, 1).reshape(mask.shape)[mask]
+    for _ in range(2):  # once in fresh memory, once perhaps not
+        found = native.conv_forward(values, pattern, x, geometry)
+        np.testing.assert_allclose(found, y, rtol=1e-4, atol=1e-4)
+        found, dvalues = native.conv_backward(values, pattern, x, dy, geometry)
+        np.testing.assert_allclose(found, dx, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(dvalues[:-3], expected, rtol=1e-3, atol=0.02)

@@ -20,6 +20,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "pool.h"
 #include "vec.h"
 
@@ -50,8 +54,13 @@ namespace conv {
 // Positions whose sums stay in registers. Backward, their x does as well where there is room.
 constexpr int kPositions = kRegisters >= 32 ? 14 : 12;
 constexpr int64_t kOuts = 64;           // channels whose sums are worked on together
-constexpr int64_t kInBytes = 256 << 10;  // of the packed images that these read together
+constexpr int64_t kInBytes = 256 << 10;  // of the packed images that these read together, at most
+// As many as fit the first cache, as a strip reads about half of their rows; but more if an output
+// had too few entries among them, since it takes up its sums again for each such group.
+constexpr int64_t kNearBytes = 96 << 10;
+constexpr int64_t kEntries = 14;
 constexpr int64_t kPackChannels = 64;   // of a pixel, packed together
+constexpr int64_t kFarBytes = 16 << 20;  // of outputs that the caches would not keep
 constexpr int64_t kSlices = 8;          // parts of the batch with a gradient of their own
 
 struct Buffer {
@@ -62,6 +71,23 @@ struct Buffer {
   Buffer(Buffer&& other) noexcept : data(std::exchange(other.data, nullptr)) {}
   ~Buffer() { ::operator delete(data, std::align_val_t(64)); }
 };
+
+// Large arrays may be new to the process. Their pages would then come one by one, 4 KB each, as
+// they are written, which takes longer than what is computed here. Only whole huge pages are asked
+// for: the neighbours of an array are left alone.
+inline void want_huge_pages(float* array, int64_t floats) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(array) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = reinterpret_cast<uintptr_t>(array + floats) / kPage * kPage;
+  // Advice: whether it is taken does not matter.
+  if (end >= begin + 4 * kPage) {
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  }
+#else
+  (void)array, (void)floats;
+#endif
+}
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t floor_mod(int64_t a, int64_t b) { return ((a % b) + b) % b; }
@@ -101,29 +127,40 @@ struct Side {
   int64_t channels, size[2], origin_step[2];
   Axis rows, columns;
   int64_t row() const { return columns.length() * kLanes; }
-  int64_t channel() const { return rows.length() * row(); }
+  // An odd number of vectors: channels of a pixel do not all go to the same few sets of a cache.
+  int64_t channel() const { return rows.length() * row() | kLanes; }
 };
 
+// Calls fn(pixel, later, at) for each: where it starts in an image and where the one after it does,
+// -1 for padding, and where it goes in a packed channel.
 template <class F>
 void each_pixel(const Side& side, const int64_t* block, F&& fn) {
+  const int64_t columns = side.columns.length();
   for (int64_t r = 0; r < side.rows.length(); r++) {
     const int64_t h = block[0] * side.origin_step[0] + side.rows.source[r];
-    for (int64_t c = 0; c < side.columns.length(); c++) {
+    auto pixel = [&](int64_t c) -> int64_t {
+      if (c == columns) return -1;
       const int64_t w = block[1] * side.origin_step[1] + side.columns.source[c];
       const bool inside = h >= 0 && h < side.size[0] && w >= 0 && w < side.size[1];
-      fn(inside ? (h * side.size[1] + w) * side.channels : -1,
-         r * side.row() + c * kLanes);
-    }
+      return inside ? (h * side.size[1] + w) * side.channels : -1;
+    };
+    for (int64_t c = 0; c < columns; c++) fn(pixel(c), pixel(c + 1), r * side.row() + c * kLanes);
   }
 }
 
 inline void pack(const Side& side, const int64_t* block, const float* image, int64_t lanes,
                  int64_t first, int64_t last, float* packed) {
+  constexpr int64_t kLine = 16;  // floats
   const int64_t stride = side.size[0] * side.size[1] * side.channels;
   for (int64_t c = first; c < last; c += kPackChannels) {
     const int64_t count = std::min(kPackChannels, last - c);
     float* to = packed + (c - first) * side.channel();
-    each_pixel(side, block, [&](int64_t pixel, int64_t at) {
+    each_pixel(side, block, [&](int64_t pixel, int64_t later, int64_t at) {
+      // Images are more streams than the processor follows by itself.
+      for (int64_t lane = 0; later >= 0 && lane < lanes; lane++) {
+        const float* from = image + later + c + lane * stride;
+        for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(from + i);
+      }
       if (pixel >= 0) {
         transpose_block(image + pixel + c, stride, to + at, side.channel(), lanes, count, kLanes);
       } else {
@@ -133,14 +170,37 @@ inline void pack(const Side& side, const int64_t* block, const float* image, int
   }
 }
 
+// `far`: whether to write past the caches, without reading first what is overwritten.
 inline void unpack(const Side& side, const int64_t* block, const float* packed, int64_t lanes,
-                   int64_t first, int64_t last, float* image) {
-  const int64_t stride = side.size[0] * side.size[1] * side.channels;
-  each_pixel(side, block, [&](int64_t pixel, int64_t at) {
+                   int64_t first, int64_t last, float* image, bool far) {
+  const int64_t stride = side.size[0] * side.size[1] * side.channels, count = last - first;
+#if defined(__AVX512F__)
+  // Only whole lines.
+  far &= lanes == kLanes && count <= kOuts && count % kLanes == 0 && side.channels % kLanes == 0 &&
+         reinterpret_cast<uintptr_t>(image + first) % sizeof(Vec) == 0;
+#else
+  far = false;
+#endif
+  each_pixel(side, block, [&](int64_t pixel, int64_t, int64_t at) {
     if (pixel < 0) return;
-    transpose_block(packed + at, side.channel(), image + pixel + first, stride, last - first, lanes,
-                    last - first);
+    float* to = image + pixel + first;
+    if (!far) {
+      transpose_block(packed + at, side.channel(), to, stride, count, lanes, count);
+      return;
+    }
+#if defined(__AVX512F__)
+    alignas(64) float lines[kLanes * kOuts];
+    transpose_block(packed + at, side.channel(), lines, count, count, lanes, count);
+    for (int64_t lane = 0; lane < lanes; lane++) {
+      for (int64_t i = 0; i < count; i += kLanes) {
+        _mm512_stream_ps(to + lane * stride + i, (__m512)load(lines + lane * count + i));
+      }
+    }
+#endif
   });
+#if defined(__AVX512F__)
+  if (far) _mm_sfence();  // for what other threads are told next
+#endif
 }
 
 // ---------------------------------------------------------------- the innermost loop
@@ -162,9 +222,10 @@ struct Strip {
 };
 
 // For kRows x kColumns positions p and all entries k:
-//   kOutputs: out[p] += value[k] in[offset[k] + p];   kWeights: sums[k] += in[offset[k] + p] x[p].
+//   kOutputs: out[p] += value[k] in[offset[k] + p];  kWeights: sums[k] += in[offset[k] + p] x[p].
 template <bool kOutputs, bool kWeights, int kRows, int kColumns>
-void run_strip(const Strip& s, const Entry* entries, int64_t count) {
+void run_strip(const Strip& strip, const Entry* entries, int64_t count) {
+  const Strip s = strip;  // which no store changes
   constexpr bool kHoldX = kRegisters >= 32;
   Vec out[kRows][kColumns], x[kRows][kColumns];
 #pragma GCC unroll 16
@@ -266,13 +327,18 @@ Lists make_lists(Pool& pool, const ConvShape& shape, bool by_rows, const std::ve
   lists.parts = parts;
   lists.out_block = std::clamp<int64_t>((kInBytes / 4) / out_floats, 1, kOuts);
   if (lists.out_block > kLanes) lists.out_block = lists.out_block / kLanes * kLanes;
-  lists.in_block = std::clamp<int64_t>((kInBytes / 4) / in.channel(), 1, std::max<int64_t>(lists.ins, 1));
+  const int64_t used = row_starts[shape.out_channels];
+  const int64_t all = lists.outs * (lists.ins / shape.groups) * parts;
+  const int64_t enough =
+      std::max((kNearBytes / 4) / in.channel(), used ? kEntries * all / used : 0);
+  lists.in_block = std::clamp<int64_t>(std::min(enough, (kInBytes / 4) / in.channel()), 1,
+                                       std::max<int64_t>(lists.ins, 1));
   lists.in_blocks = std::max<int64_t>(1, ceil_div(lists.ins, lists.in_block));
   lists.out_blocks = ceil_div(lists.outs, lists.out_block);
   const int64_t cells = lists.out_blocks * lists.in_blocks * lists.out_block * parts;
   lists.starts.assign(cells + 2, 0);
-  lists.entries.reset(new Entry[row_starts[shape.out_channels]]);
-  if (want_places) lists.places.reset(new int32_t[row_starts[shape.out_channels]]);
+  lists.entries.reset(new Entry[used]);
+  if (want_places) lists.places.reset(new int32_t[used]);
 
   // Rows of different ranges never share a cell: ranges are filled side by side.
   const int64_t range = by_rows ? lists.out_block : lists.in_block;
@@ -321,8 +387,9 @@ struct Sweep {
 
   int64_t longest() const {
     int64_t longest = 0;
-    for (size_t i = 0; i + 2 < lists.starts.size(); i++) {
-      longest = std::max<int64_t>(longest, lists.starts[i + 1] - lists.starts[i]);
+    const int64_t cells = lists.out_block * lists.parts;
+    for (size_t i = 0; i + 2 < lists.starts.size(); i += cells) {
+      longest = std::max<int64_t>(longest, lists.starts[i + cells] - lists.starts[i]);
     }
     return longest;
   }
@@ -367,29 +434,31 @@ struct Sweep {
         const bool empty = cell[0] == cell[lists.out_block * lists.parts];
         // Sums of nothing are written all the same, once.
         if (empty && !(fresh && out_image && ib + 1 == lists.in_blocks)) continue;
-        for (int64_t o = 0; o < out_last - out_first; o++) {
-          for (int64_t part = 0; part < lists.parts; part++, cell++) {
-            const int64_t count = cell[1] - cell[0];
+        // Strip by strip, for what it reads to stay in the first cache.
+        const int64_t cells = (out_last - out_first) * lists.parts;
+        for (int64_t r = 0; r < rows;) {
+          const bool whole = r + many <= rows;
+          for (int64_t i = 0; i < cells; i++) {
+            const int64_t count = cell[i + 1] - cell[i];
             if (count == 0 && !(fresh && out_image)) continue;
-            const int64_t corner = o * out.channel() +
-                                   part / part_columns * blocks.block[0] * out.row() +
-                                   part % part_columns * blocks.block[1] * kLanes;
-            for (int64_t r = 0; r < rows;) {
-              const bool whole = r + many <= rows;
-              const int64_t place = corner + r * out.row();
-              const Strip strip{scratch.in.data + r * in.row(), in.row(), scratch.x.data + place,
-                                scratch.out.data + place, out.row(), scratch.sums.data, fresh,
-                                r == 0};
-              (whole ? runs.many : runs.one)(strip, lists.entries.get() + cell[0], count);
-              r += whole ? many : 1;
-            }
-            if (sums) add_sums(scratch.sums.data, count, sums + cell[0]);
+            const int64_t o = i / lists.parts, part = i % lists.parts;
+            const int64_t place = o * out.channel() +
+                                  (part / part_columns * blocks.block[0] + r) * out.row() +
+                                  part % part_columns * blocks.block[1] * kLanes;
+            const Strip strip{scratch.in.data + r * in.row(), in.row(), scratch.x.data + place,
+                              scratch.out.data + place, out.row(),
+                              scratch.sums.data + (cell[i] - cell[0]) * kLanes, fresh,
+                              r == 0};
+            (whole ? runs.many : runs.one)(strip, lists.entries.get() + cell[i], count);
           }
+          r += whole ? many : 1;
         }
+        if (sums) add_sums(scratch.sums.data, cell[cells] - cell[0], sums + cell[0]);
         fresh = false;
       }
       if (out_image) {
-        unpack(out, at, scratch.out.data, lanes, out_first, out_last, image(out_image, out));
+        const bool far = shape.batch * out.size[0] * out.size[1] * out.channels >= kFarBytes / 4;
+        unpack(out, at, scratch.out.data, lanes, out_first, out_last, image(out_image, out), far);
       }
     }
   }
@@ -476,6 +545,7 @@ const char* conv_forward(Pool& pool, const ConvShape& shape, const float* x,
   using namespace conv;
   if (const char* wrong = check(shape, row_starts, columns, capacity)) return wrong;
   if (!shape.batch || !shape.output[0] || !shape.output[1] || !shape.out_channels) return nullptr;
+  want_huge_pages(y, shape.batch * shape.output[0] * shape.output[1] * shape.out_channels);
   const Blocks blocks = make_blocks(shape.batch, shape.output[0], shape.output[1], 4);
 
   Side in{shape.in_channels, {}, {}, {}, {}}, out{shape.out_channels, {}, {1, 1}, {}, {}};
@@ -551,10 +621,25 @@ const char* conv_backward(Pool& pool, const ConvShape& shape, const float* x, co
     out.origin_step[axis] = stride;
   }
   const int64_t part_count = parts[0].size() * parts[1].size();
+  if (dx) want_huge_pages(dx, shape.batch * image);
   // Places that no tap reaches have no part, and nothing below writes them.
   if (dx && (nothing || part_count < shape.strides[0] * shape.strides[1])) {
+    auto written = [&](int axis, int64_t at) {
+      const auto& all = parts[axis];
+      return !nothing && std::find(all.begin(), all.end(), at % shape.strides[axis]) != all.end();
+    };
+    const int64_t pixel = shape.in_channels, row = shape.size[1] * pixel;
     parallel_for(pool, shape.batch, [&](int64_t b) {
-      std::memset(dx + b * image, 0, sizeof(float) * image);
+      for (int64_t h = 0; h < shape.size[0]; h++) {
+        float* to = dx + b * image + h * row;
+        if (!written(0, h)) {
+          std::memset(to, 0, sizeof(float) * row);
+          continue;
+        }
+        for (int64_t w = 0; w < shape.size[1]; w++) {
+          if (!written(1, w)) std::memset(to + w * pixel, 0, sizeof(float) * pixel);
+        }
+      }
     });
   }
   if (dvalues && nothing) std::memset(dvalues, 0, sizeof(float) * capacity);
