@@ -2,11 +2,26 @@
 
 from priorityprop_jax.backward.compact import meprop_value_and_grad
 from priorityprop_jax.backward.costs import Costs, StepCosts, measure_costs
+from priorityprop_jax.backward.highway import (
+    HighwayReport,
+    highway_nnx,
+    highway_report,
+    highway_scan,
+)
+from priorityprop_jax.backward.highway_rnn import highway_rnn
+from priorityprop_jax.backward.highway_stages import communication, highway_stages
 from priorityprop_jax.backward.inject import meprop, restore
+from priorityprop_jax.backward.lean import LinenLeanRNN, lean_rnn
 from priorityprop_jax.backward.partial import (
     apply_active_updates,
     nnx_partial_value_and_grad,
     partial_value_and_grad,
+)
+from priorityprop_jax.backward.quality import (
+    format_quality,
+    gradient_quality,
+    gradient_quality_table,
+    plot_quality,
 )
 from priorityprop_jax.backward.rnn import LinenMePropRNN
 from priorityprop_jax.backward.row_optimizers import (
@@ -68,8 +83,10 @@ __all__ = [
     "Compute",
     "Costs",
     "DynamicSparsity",
+    "HighwayReport",
     "History",
     "Ledger",
+    "LinenLeanRNN",
     "LinenMePropRNN",
     "NonFiniteLossError",
     "PrefixCache",
@@ -94,10 +111,20 @@ __all__ = [
     "apply_row_updates",
     "chain",
     "choose_active",
+    "communication",
     "densify",
     "find_slots",
+    "format_quality",
     "function_stage",
+    "gradient_quality",
+    "gradient_quality_table",
     "gradual_pruning",
+    "highway_nnx",
+    "highway_report",
+    "highway_rnn",
+    "highway_scan",
+    "highway_stages",
+    "lean_rnn",
     "linen_stages",
     "magnitude_masks",
     "make_pattern",
@@ -111,6 +138,7 @@ __all__ = [
     "nnx_partial_value_and_grad",
     "nnx_stages",
     "partial_value_and_grad",
+    "plot_quality",
     "priorityprop",
     "prune",
     "prune_unused",

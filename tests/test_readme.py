@@ -13,6 +13,7 @@ PRINTED = [
     "4 of 5 steps began at the last block",
     "1 layer changed",
     "layers/0     95.0%",
+    "1 RNN changed",
 ]
 
 

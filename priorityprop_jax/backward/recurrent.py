@@ -42,16 +42,29 @@ class GRUParams(NamedTuple):
     recurrent_bias: jax.Array | None = None  # [hidden], of the new gate, inside r * (...)
 
 
+class Diagonals(NamedTuple):
+    """A step's Jacobian without the kernels: products of gates, ``[..., hidden]`` or a few of it.
+
+    What enters the linear maps of the state and of the input is the same but for a GRU's new gate.
+    """
+
+    to_state: jax.Array  # [..., gates * hidden]
+    to_input: jax.Array | None  # [..., hidden], the last gate's where it differs
+    of_h: jax.Array | None  # of h on c, where the state is not h itself
+    direct: jax.Array  # of the state before on the state
+
+
 class _Cell(NamedTuple):
     """What tells LSTM and GRU apart. A carry is a tuple that ends in h.
 
-    Of the four blocks of columns of a step's gradient, those that enter the linear map of the
-    input and of the state are named in the order of the kernel's gates.
+    Of the four blocks of columns that meProp chooses from, those of the input and of the state are
+    named in the order of the kernel's gates.
     """
 
-    step: Callable[..., Any]  # (params, carry, x) -> carry, diagonals
-    pull: Callable[..., Any]  # (diagonals, gradient of the carry) -> [batch, 4 * hidden], the same
-    bias: Callable[..., Any]  # (params, sum of the former over batch and time) -> gradients
+    name: str
+    gates: int
+    step: Callable[..., Any]  # (params, carry, product with the input) -> carry, Diagonals
+    bias: Callable[..., Any]  # (params, sum of all blocks over all rows) -> gradients
     to_input: tuple[int, ...]
     to_state: tuple[int, ...]
 
@@ -62,33 +75,27 @@ class _Options(NamedTuple):
     all_carries: bool
     unroll: int
     per_gate: bool
+    hoist: bool
+    adjoint: Callable[..., Any] | None
 
 
 def _linear(x: jax.Array, kernels: Sequence[jax.Array]) -> jax.Array:
     return jnp.concatenate([jnp.dot(x.astype(k.dtype), k) for k in kernels], axis=-1)
 
 
-def _lstm_step(params: Any, carry: Any, x: jax.Array) -> Any:
+def _lstm_step(params: Any, carry: Any, of_x: jax.Array) -> Any:
     c, h = carry
-    y = _linear(x, params.input_kernel) + (_linear(h, params.recurrent_kernel) + params.bias)
+    y = of_x + (_linear(h, params.recurrent_kernel) + params.bias)
     i, f, g, o = jnp.split(y, 4, axis=-1)
     i, f, g, o = jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
     new_c = f * c + i * g
     t = jnp.tanh(new_c)
     gates = (g * i * (1 - i), c * f * (1 - f), i * (1 - g * g), t * o * (1 - o))
-    return (new_c, o * t), (jnp.concatenate(gates, axis=-1), o * (1 - t * t), f)
+    return (new_c, o * t), Diagonals(jnp.concatenate(gates, axis=-1), None, o * (1 - t * t), f)
 
 
-def _lstm_pull(diagonals: Any, dcarry: Any) -> Any:
-    gates, of_c, f = diagonals
-    dc, dh = dcarry
-    dc = dc + dh * of_c
-    return jnp.concatenate([dc, dc, dc, dh], axis=-1) * gates, (dc * f, jnp.zeros_like(dh))
-
-
-def _gru_step(params: Any, carry: Any, x: jax.Array) -> Any:
+def _gru_step(params: Any, carry: Any, of_x: jax.Array) -> Any:
     (h,) = carry
-    of_x = _linear(x, params.input_kernel)
     if params.input_bias is not None:
         of_x = of_x + params.input_bias
     x_r, x_z, x_n = jnp.split(of_x, 3, axis=-1)
@@ -98,81 +105,132 @@ def _gru_step(params: Any, carry: Any, x: jax.Array) -> Any:
     r, z = jax.nn.sigmoid(x_r + h_r), jax.nn.sigmoid(x_z + h_z)
     n = jnp.tanh(x_n + r * h_n)
     of_n = (1 - z) * (1 - n * n)
-    gates = (of_n * h_n * r * (1 - r), (h - n) * z * (1 - z), of_n, of_n * r)
-    return ((1.0 - z) * n + z * h,), (jnp.concatenate(gates, axis=-1), z)
-
-
-def _gru_pull(diagonals: Any, dcarry: Any) -> Any:
-    gates, z = diagonals
-    (dh,) = dcarry
-    return jnp.concatenate([dh] * 4, axis=-1) * gates, (dh * z,)
+    gates = (of_n * h_n * r * (1 - r), (h - n) * z * (1 - z), of_n * r)
+    return ((1.0 - z) * n + z * h,), Diagonals(jnp.concatenate(gates, axis=-1), of_n, None, z)
 
 
 def _gru_bias(params: GRUParams, total: jax.Array) -> dict[str, Any]:
-    cut = params.recurrent_kernel.shape[0]
-    parts = {"input_bias": total[:cut], "recurrent_bias": total[cut:]}
+    parts = {
+        "input_bias": _take(total, (0, 1, 3)),
+        "recurrent_bias": _take(total, (2,)),
+    }
     return {name: g for name, g in parts.items() if getattr(params, name) is not None}
 
 
-_LSTM = _Cell(_lstm_step, _lstm_pull, lambda _, total: {"bias": total}, (0, 1, 2, 3), (0, 1, 2, 3))
-_GRU = _Cell(_gru_step, _gru_pull, _gru_bias, (0, 1, 2), (0, 1, 3))
+_CELLS: dict[type, _Cell] = {
+    LSTMParams: _Cell(
+        "lstm", 4, _lstm_step, lambda _, total: {"bias": total}, (0, 1, 2, 3), (0, 1, 2, 3)
+    ),
+    GRUParams: _Cell("gru", 3, _gru_step, _gru_bias, (0, 1, 3), (0, 1, 2)),
+}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(options, params, carry, xs):
+def _run(options, params, carry, xs, probe):
     return _forward(options, False, params, carry, xs)[0]
 
 
 def _forward(options, keep, params, carry, xs):
-    gates = len(params.recurrent_kernel) // carry[-1].shape[-1] if options.per_gate else 1
-    # The products of Flax's cells have the kernel (in, out): so laid out, they agree to the bit.
-    # Hoisting the input's product out of the scan would be faster, and round otherwise.
+    gates = options.cell.gates if options.per_gate else 1
+    # The products of Flax's cells have the kernel (in, out): so laid out, and made at each step,
+    # they agree to the bit.
     turned = params._replace(
         input_kernel=jnp.split(params.input_kernel.T, gates, axis=1),
         recurrent_kernel=jnp.split(params.recurrent_kernel.T, gates, axis=1),
     )
 
     def step(carry, x):
-        carry, diagonals = options.cell.step(turned, carry, x)
+        of_x = x if options.hoist else _linear(x, turned.input_kernel)
+        carry, diagonals = options.cell.step(turned, carry, of_x)
         others = carry[:-1] if options.all_carries else ()
         return carry, (carry[-1], others, diagonals if keep else None)
 
+    if options.hoist:
+        xs = _linear(xs, turned.input_kernel)
     carry, (hs, others, diagonals) = lax.scan(step, carry, xs, unroll=options.unroll)
     return (carry, hs, others), diagonals
 
 
-def _run_fwd(options, params, carry, xs):
+def _run_fwd(options, params, carry, xs, probe):
     out, diagonals = _forward(options, True, params, carry, xs)
-    return out, (params, carry[-1], out[1], xs, diagonals)
+    return out, (params, carry[-1], out[1], xs, diagonals, probe)
+
+
+def absorb(diagonals: Diagonals, dcarry: Any) -> Any:
+    """The gradient of a step's carry, with what reaches c by way of h counted in."""
+    of_h = diagonals.of_h
+    return dcarry if of_h is None else (dcarry[0] + dcarry[-1] * of_h, *dcarry[1:])
+
+
+def to_state(diagonals: Diagonals, absorbed: Any) -> jax.Array:
+    """The gradient of the linear map of the state, ``[..., gates * hidden]``."""
+    of_gates = diagonals.to_state
+    wide = absorbed[0][..., None, :]
+    # Broadcast over the gates: a concatenation would be an array more for the compiler.
+    gates = of_gates.reshape(*wide.shape[:-2], -1, wide.shape[-1])
+    if diagonals.of_h is not None:  # the last gate opens on h
+        last = np.arange(gates.shape[-2])[:, None] == gates.shape[-2] - 1
+        wide = jnp.where(last, absorbed[-1][..., None, :], wide)
+    return (wide * gates).reshape(of_gates.shape)
+
+
+def to_input(diagonals: Diagonals, absorbed: Any, dstate: jax.Array) -> jax.Array:
+    """The gradient of the linear map of the input, from `to_state`'s."""
+    if diagonals.to_input is None:
+        return dstate
+    width = diagonals.to_input.shape[-1]
+    last = absorbed[0] * diagonals.to_input
+    return jnp.concatenate([dstate[..., :-width], last], axis=-1)
+
+
+def through_step(diagonals: Diagonals, absorbed: Any, product: jax.Array, like: Any) -> Any:
+    """The gradient of the carry before, where ``product`` reaches h by the recurrent kernel."""
+    direct = (absorbed[0] * diagonals.direct, *map(jnp.zeros_like, absorbed[1:]))
+    direct = tuple(d.astype(x.dtype) for d, x in zip(direct, like, strict=True))
+    return (*direct[:-1], direct[-1] + product.astype(like[-1].dtype))
+
+
+def plus(dcarry: Any, more: Any) -> Any:
+    """The sum of two gradients of a carry; None is zero."""
+    return tuple(
+        x if y is None else x + y.astype(x.dtype) for x, y in zip(dcarry, more, strict=True)
+    )
+
+
+def in_turn(options, product, diagonals, dcarries, dcarry):
+    """The exact gradients of all carries, absorbed, one step after the other."""
+
+    def step(dcarry, at):
+        diagonals, dcarries = at
+        absorbed = absorb(diagonals, plus(dcarry, dcarries))
+        dstate = to_state(diagonals, absorbed)
+        dcarry = through_step(diagonals, absorbed, product(dstate), dcarry)
+        return dcarry, (dstate, absorbed if diagonals.to_input is not None else None)
+
+    xs = (diagonals, dcarries)
+    dcarry, out = lax.scan(step, dcarry, xs, reverse=True, unroll=options.unroll)
+    return dcarry, *out, None
 
 
 def _run_bwd(options, residuals, cotangents):
     cell, k = options.cell, options.k
-    params, h0, hs, xs, diagonals = residuals
+    params, h0, hs, xs, diagonals, probe = residuals
     dcarry, dhs, dothers = cotangents
+    dcarries = (*(dothers or [None] * (len(dcarry) - 1)), dhs)
     width = h0.shape[-1]
     before = jnp.concatenate([h0[None], hs])[: len(xs)]  # h that enters each step
     kernels = (params.input_kernel, params.recurrent_kernel)
     blocks = (cell.to_input, cell.to_state)
     wide = [jnp.promote_types(kernel.dtype, jnp.float32) for kernel in kernels]
-
-    def pull(dcarry, dh, dothers, diagonals):
-        inner = tuple(map(jnp.add, dcarry[:-1], dothers)) if dothers else dcarry[:-1]
-        dz, direct = cell.pull(diagonals, (*inner, dcarry[-1] + dh))
-        return dz, tuple(map(lambda new, old: new.astype(old.dtype), direct, dcarry))
-
-    def through(dcarry, dh):
-        return (*dcarry[:-1], dcarry[-1] + dh.astype(dcarry[-1].dtype))
-
-    def dense_step(dcarry, at):
-        dz, dcarry = pull(dcarry, *at)
-        dh = jnp.dot(_take(dz, cell.to_state).astype(kernels[1].dtype), kernels[1])
-        return through(dcarry, dh), dz
+    dprobe = jnp.zeros_like(probe)
 
     def sparse_step(state, at):
         dcarry, (dbias, *dkernels) = state
-        *at, x, h = at
-        dz, dcarry = pull(dcarry, *at)
+        diagonals, dcarries, x, h = at
+        absorbed = absorb(diagonals, plus(dcarry, dcarries))
+        dz = to_state(diagonals, absorbed)
+        if diagonals.to_input is not None:
+            dz = jnp.concatenate([dz, absorbed[0] * diagonals.to_input], axis=-1)
         scores = magnitudes(dz).reshape(4, width)
         columns = jax.vmap(functools.partial(largest, k=k))(scores)  # [4, k]
         dinputs = []
@@ -184,46 +242,56 @@ def _run_bwd(options, residuals, cotangents):
             added = _outer(d, of.astype(kernel.dtype), wide[n])
             dkernels[n] = dkernels[n].at[rows].add(added, **_ROWS)
         dbias = dbias + jnp.sum(dz, axis=0, dtype=dbias.dtype)
-        return (through(dcarry, dinputs[1]), (dbias, *dkernels)), dinputs[0]
+        dcarry = through_step(diagonals, absorbed, dinputs[1], dcarry)
+        return (dcarry, (dbias, *dkernels)), dinputs[0]
 
-    scan = functools.partial(lax.scan, reverse=True, unroll=options.unroll)
     if k == width:
-        dcarry, dz = scan(dense_step, dcarry, (dhs, dothers, diagonals))
-        dz = dz.reshape(-1, dz.shape[-1])  # [time * batch, 4 * hidden]
-        to_input, to_state = (
-            _take(dz, block).astype(kernel.dtype)
-            for kernel, block in zip(kernels, blocks, strict=True)
-        )
-        flat = lambda x, like: x.reshape(-1, x.shape[-1]).astype(like.dtype)  # noqa: E731
+
+        def product(dstate):
+            return jnp.dot(dstate.astype(kernels[1].dtype), kernels[1])
+
+        adjoint = options.adjoint or in_turn
+        found = adjoint(options, product, diagonals, dcarries, dcarry)
+        dcarry, dstate, absorbed, report = found
+        dprobe = dprobe if report is None else report.astype(probe.dtype)
+        flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
+        dinput = flat(to_input(diagonals, absorbed, dstate))
+        dstate = flat(dstate)  # [time * batch, gates * hidden]
+        dbias = jnp.sum(dstate, axis=0, dtype=jnp.promote_types(dstate.dtype, jnp.float32))
+        if diagonals.to_input is not None:
+            extra = jnp.sum(dinput[:, -width:], axis=0, dtype=dbias.dtype)
+            dbias = jnp.concatenate([dbias, extra])
+        dinput, dstate = dinput.astype(kernels[0].dtype), dstate.astype(kernels[1].dtype)
         dkernels = [
-            _outer(to_input, flat(xs, kernels[0]), wide[0]),
-            _outer(to_state, flat(before, kernels[1]), wide[1]),
+            _outer(dinput, flat(xs).astype(kernels[0].dtype), wide[0]),
+            _outer(dstate, flat(before).astype(kernels[1].dtype), wide[1]),
         ]
-        dxs = jnp.dot(to_input, kernels[0]).reshape(xs.shape)
-        dbias = jnp.sum(dz, axis=0, dtype=jnp.promote_types(dz.dtype, jnp.float32))
+        dxs = jnp.dot(dinput, kernels[0]).reshape(xs.shape)
     else:
         summed = jnp.promote_types(jnp.result_type(diagonals[0], *dcarry), jnp.float32)
         zeros = (
             jnp.zeros(4 * width, summed),
             *(jnp.zeros(kernel.shape, w) for kernel, w in zip(kernels, wide, strict=True)),
         )
-        (dcarry, (dbias, *dkernels)), dxs = scan(
-            sparse_step, (dcarry, zeros), (dhs, dothers, diagonals, xs, before)
+        (dcarry, (dbias, *dkernels)), dxs = lax.scan(
+            sparse_step,
+            (dcarry, zeros),
+            (diagonals, dcarries, xs, before),
+            reverse=True,
+            unroll=options.unroll,
         )
     names = {"input_kernel": dkernels[0], "recurrent_kernel": dkernels[1]}
     dparams = params._replace(**names, **cell.bias(params, dbias))
     dparams = jax.tree.map(lambda g, p: g.astype(p.dtype), dparams, params)
-    return dparams, dcarry, dxs.astype(xs.dtype)
+    return dparams, dcarry, dxs.astype(xs.dtype), dprobe
 
 
 _run.defvjp(_run_fwd, _run_bwd)
 
 
-def _take(dz: jax.Array, blocks: tuple[int, ...]) -> jax.Array:
-    if len(blocks) == 4:
-        return dz
-    parts = jnp.split(dz, 4, axis=-1)
-    return jnp.concatenate([parts[block] for block in blocks], axis=-1)
+def _take(blocks: jax.Array, which: tuple[int, ...]) -> jax.Array:
+    parts = jnp.split(blocks, 4, axis=-1)
+    return jnp.concatenate([parts[block] for block in which], axis=-1)
 
 
 def _outer(d: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
@@ -231,9 +299,26 @@ def _outer(d: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
     return lax.dot_general(d, x, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
 
 
-def _checked(cell, gates, name, params, carry, xs, k, all_carries, unroll, per_gate) -> Any:
-    """Checks shapes, flattens the batch dimensions and runs the scan."""
-    width = params.recurrent_kernel.shape[-1]
+def run_cell(
+    params: LSTMParams | GRUParams,
+    carry: tuple[jax.Array, ...],
+    xs: jax.Array,
+    *,
+    k: int | float = 1.0,
+    all_carries: bool = False,
+    unroll: int = 1,
+    per_gate: bool = False,
+    hoist: bool = False,
+    adjoint: Callable[..., Any] | None = None,
+    probe: jax.Array | None = None,
+) -> Any:
+    """Checks shapes, flattens the batch dimensions and runs the scan.
+
+    With ``hoist`` the product with the input is one over all steps, and rounds otherwise. Where
+    all columns are kept, ``adjoint`` may stand in for the exact recursion backward.
+    """
+    cell = _CELLS[type(params)]
+    name, gates, width = cell.name, cell.gates, params.recurrent_kernel.shape[-1]
     expected = (gates * width, xs.shape[-1]), (gates * width, width)
     given = params.input_kernel.shape, params.recurrent_kernel.shape
     if given != expected:
@@ -248,10 +333,12 @@ def _checked(cell, gates, name, params, carry, xs, k, all_carries, unroll, per_g
             f"the carry of {name} has shapes {[x.shape for x in carry]}, expected {state} for "
             f"inputs of shape {xs.shape}: time first, features last"
         )
-    options = _Options(cell, resolve_k(k, width, name), all_carries, unroll, per_gate)
+    k = resolve_k(k, width, name)
+    options = _Options(cell, k, all_carries, unroll, per_gate, hoist, adjoint)
     rows = math.prod(batch)
     flat = tuple(x.reshape(rows, width) for x in carry)
-    out: Any = _run(options, params, flat, xs.reshape(steps, rows, xs.shape[-1]))
+    probe = jnp.zeros(3) if probe is None else probe
+    out: Any = _run(options, params, flat, xs.reshape(steps, rows, xs.shape[-1]), probe)
     final, hs, others = out
     final = tuple(x.reshape(state) for x in final)
     others = tuple(x.reshape(steps, *state) for x in others)
@@ -317,7 +404,8 @@ def lstm(
     References:
       Sun et al., `meProp <https://arxiv.org/abs/1706.06197>`_, 2017
     """
-    final, hs, cs = _checked(_LSTM, 4, "lstm", params, carry, xs, k, all_carries, unroll, per_gate)
+    options = {"all_carries": all_carries, "unroll": unroll, "per_gate": per_gate}
+    final, hs, cs = run_cell(params, carry, xs, k=k, **options)
     return (final, hs, (*cs, hs)) if all_carries else (final, hs)
 
 
@@ -368,5 +456,6 @@ def gru(
       >>> int(jnp.sum(jnp.any(grads.input_kernel != 0, axis=1)))
       3
     """
-    final, hs, _ = _checked(_GRU, 3, "gru", params, (carry,), xs, k, all_carries, unroll, per_gate)
-    return (final[0], hs, hs) if all_carries else (final[0], hs)
+    options = {"all_carries": all_carries, "unroll": unroll, "per_gate": per_gate}
+    (final,), hs, _ = run_cell(params, (carry,), xs, k=k, **options)
+    return (final, hs, hs) if all_carries else (final, hs)

@@ -1,4 +1,4 @@
-"""meProp inside the RNN modules of Flax: the cell's parameters, and a backward pass of our own."""
+"""Backward passes of our own inside the RNN modules of Flax, which keep their parameters."""
 
 from __future__ import annotations
 
@@ -48,11 +48,15 @@ def _shape_of_step(inputs: jax.Array, time_major: bool) -> tuple[int, ...]:
     return inputs.shape[:time_axis] + inputs.shape[time_axis + 1 :]
 
 
-def _function(is_gru: bool, input_kernel: Any, kernel: Any, input_bias: Any, bias: Any) -> Any:
-    """`lstm` or `gru`, and its parameters."""
+def _params(is_gru: bool, input_kernel: Any, kernel: Any, input_bias: Any, bias: Any) -> Any:
     if is_gru:
-        return gru, GRUParams(input_kernel, kernel, input_bias, bias)
-    return lstm, LSTMParams(input_kernel, kernel, bias)
+        return GRUParams(input_kernel, kernel, input_bias, bias)
+    return LSTMParams(input_kernel, kernel, bias)
+
+
+def _meprop(params: Any, *args: Any, **options: Any) -> Any:
+    function: Any = gru if isinstance(params, GRUParams) else lstm
+    return function(params, *args, **options)
 
 
 def _over_sequence(
@@ -106,8 +110,8 @@ def _nnx_runs(rnn: nnx.RNN) -> bool:
 
 
 def is_fusible(rnn: Any) -> bool:
-    """Whether `swap_rnn` can turn this module into a `MePropRNN`, or has done so."""
-    return type(rnn) in (nnx.RNN, MePropRNN) and _nnx_runs(rnn)
+    """Whether `swap` can turn this module into a `FusedRNN`, or has done so."""
+    return (type(rnn) is nnx.RNN or isinstance(rnn, FusedRNN)) and _nnx_runs(rnn)
 
 
 def _nnx_fused(layers: Sequence[Any], x: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
@@ -127,34 +131,19 @@ def _joined(arrays: Sequence[jax.Array]) -> jax.Array:
     return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
 
 
-class MePropRNN(nnx.RNN):
-    """`flax.nnx.RNN` whose backward pass is meProp's; made by `swap_rnn`.
+class FusedRNN(nnx.RNN):
+    """`flax.nnx.RNN` whose scan is one function of ours, with its own backward pass.
 
-    Values, parameters and their paths are the RNN's. It applies where the cell is
-    `nnx.OptimizedLSTMCell`, `nnx.LSTMCell` or `nnx.GRUCell` with sigmoid and tanh; other cells run
-    as ever. Under `jax.jit` on a CPU the values of cells with fused gates are the plain RNN's to
-    the bit; those of `nnx.LSTMCell` too, unless the compiler joins the products of its gates.
-
-    Attributes:
-      meprop_k: columns of each gate that the gradient flows back through at a step: a number, or
-        a fraction of the hidden width. Static.
-      meprop_name: what to call the layer.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> from priorityprop_jax.backward.rnn import swap_rnn
-      >>> rnn = nnx.RNN(nnx.GRUCell(3, 8, rngs=nnx.Rngs(0)))
-      >>> swap_rnn(rnn, 2, "encoder")
-      True
-      >>> loss_fn = lambda rnn, x: jnp.sum(rnn(x, initial_carry=jnp.ones((4, 8))))
-      >>> grads = nnx.grad(loss_fn)(rnn, jnp.ones((4, 1, 3)))
-      >>> int(jnp.sum(jnp.any(grads["cell"]["dense_i"]["kernel"][...] != 0, axis=0)))
-      6
+    Values, parameters and their paths are the RNN's. A subclass says which function, by `run`. It
+    applies where the cell is `nnx.OptimizedLSTMCell`, `nnx.LSTMCell` or `nnx.GRUCell` with sigmoid
+    and tanh; other cells run as ever.
     """
 
-    meprop_k: int | float = 1.0
-    meprop_name: str = ""
+    own: tuple[str, ...] = ()  # attributes that `restore_rnn` takes away
+
+    def run(self, params, carry, xs, all_carries, per_gate):
+        """The last carry, the outputs and, if asked for, the carries of all steps."""
+        raise NotImplementedError
 
     def __call__(
         self,
@@ -167,8 +156,9 @@ class MePropRNN(nnx.RNN):
         reverse=None,
         keep_order=None,
         rngs=None,
+        **more,
     ):
-        """As `flax.nnx.RNN.__call__`."""
+        """As `flax.nnx.RNN.__call__`; what is more goes to `run`."""
         options = _options(
             self,
             return_carry=return_carry,
@@ -196,23 +186,70 @@ class MePropRNN(nnx.RNN):
             h = initial_carry if is_gru else initial_carry[1]
             xs, input_kernel, input_bias = _nnx_fused(to_input, xs)
             _, kernel, bias = _nnx_fused(to_state, h)
-            function, params = _function(is_gru, input_kernel, kernel, input_bias, bias)
-            outputs, hidden = kernel.shape
-            kept = outputs // hidden * resolve_k(self.meprop_k, hidden, self.meprop_name)
-            rows, features = xs.size // xs.shape[-1], hidden + xs.shape[-1]
-            use = LayerUse(rows, features, outputs, (kept,), by_rows=False)
-            enter(self.meprop_name, use)
-            return function(
-                params,
-                initial_carry,
-                xs,
-                k=self.meprop_k,
-                all_carries=all_carries,
-                unroll=self.unroll,
-                per_gate=len(to_input) > 1,
-            )
+            params = _params(is_gru, input_kernel, kernel, input_bias, bias)
+            per_gate = len(to_input) > 1
+            return self.run(params, initial_carry, xs, all_carries, per_gate, **more)
 
         return _over_sequence(run, inputs, **options)
+
+
+class MePropRNN(FusedRNN):
+    """`flax.nnx.RNN` whose backward pass is meProp's; made by `swap_rnn`.
+
+    Values, parameters and their paths are the RNN's; see `FusedRNN`. Under `jax.jit` on a CPU the
+    values of cells with fused gates are the plain RNN's to the bit; those of `nnx.LSTMCell` too,
+    unless the compiler joins the products of its gates.
+
+    Attributes:
+      meprop_k: columns of each gate that the gradient flows back through at a step: a number, or
+        a fraction of the hidden width. Static.
+      meprop_name: what to call the layer.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from priorityprop_jax.backward.rnn import swap_rnn
+      >>> rnn = nnx.RNN(nnx.GRUCell(3, 8, rngs=nnx.Rngs(0)))
+      >>> swap_rnn(rnn, 2, "encoder")
+      True
+      >>> loss_fn = lambda rnn, x: jnp.sum(rnn(x, initial_carry=jnp.ones((4, 8))))
+      >>> grads = nnx.grad(loss_fn)(rnn, jnp.ones((4, 1, 3)))
+      >>> int(jnp.sum(jnp.any(grads["cell"]["dense_i"]["kernel"][...] != 0, axis=0)))
+      6
+    """
+
+    meprop_k: int | float = 1.0
+    meprop_name: str = ""
+
+    own = ("meprop_k", "meprop_name")
+
+    def run(self, params, carry, xs, all_carries, per_gate):
+        """See `FusedRNN.run`."""
+        outputs, hidden = params.recurrent_kernel.shape
+        kept = outputs // hidden * resolve_k(self.meprop_k, hidden, self.meprop_name)
+        rows, features = xs.size // xs.shape[-1], hidden + xs.shape[-1]
+        enter(self.meprop_name, LayerUse(rows, features, outputs, (kept,), by_rows=False))
+        return _meprop(
+            params,
+            carry,
+            xs,
+            k=self.meprop_k,
+            all_carries=all_carries,
+            unroll=self.unroll,
+            per_gate=per_gate,
+        )
+
+
+def swap(rnn: Any, kind: type[FusedRNN], **attributes: Any) -> bool:
+    """Turns an `nnx.RNN`, or what it was turned into, into ``kind`` in place, if that can be."""
+    if not is_fusible(rnn):
+        return False
+    restore_rnn(rnn)
+    # An assignment would be noted down as an attribute of the module's graph.
+    object.__setattr__(rnn, "__class__", kind)
+    for name, value in attributes.items():
+        setattr(rnn, name, value)
+    return True
 
 
 def swap_rnn(rnn: Any, k: int | float, name: str = "") -> bool:
@@ -235,17 +272,14 @@ def swap_rnn(rnn: Any, k: int | float, name: str = "") -> bool:
     if not is_fusible(rnn):
         return False
     resolve_k(k, rnn.cell.hidden_features, name)
-    # An assignment would be noted down as an attribute of the module's graph.
-    object.__setattr__(rnn, "__class__", MePropRNN)
-    rnn.meprop_k, rnn.meprop_name = k, name
-    return True
+    return swap(rnn, MePropRNN, meprop_k=k, meprop_name=name)
 
 
 def restore_rnn(rnn: Any) -> bool:
-    """Undoes `swap_rnn`, in place; returns whether the module was a `MePropRNN`."""
-    if type(rnn) is not MePropRNN:
+    """Undoes `swap`, in place; returns whether the module was a `FusedRNN`."""
+    if not isinstance(rnn, FusedRNN):
         return False
-    for attribute in ("meprop_k", "meprop_name"):
+    for attribute in rnn.own:
         if attribute in vars(rnn):
             delattr(rnn, attribute)
     object.__setattr__(rnn, "__class__", nnx.RNN)
@@ -263,7 +297,70 @@ def _linen_fused(
     return x, kernel, bias
 
 
-class LinenMePropRNN(nn.RNN, kw_only=True):
+class LinenFusedRNN(nn.RNN, kw_only=True):
+    """`flax.linen.RNN` whose scan is one function of ours: what `FusedRNN` is for `flax.nnx`."""
+
+    def check(self, features: int) -> None:
+        """Raises where the options do not fit a cell of this width."""
+
+    def run(self, params, carry, xs, all_carries, per_gate):
+        """See `FusedRNN.run`."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        inputs,
+        *,
+        initial_carry=None,
+        init_key=None,
+        seq_lengths=None,
+        return_carry=None,
+        time_major=None,
+        reverse=None,
+        keep_order=None,
+        **more,
+    ):
+        """As `flax.linen.RNN.__call__`; what is more goes to `run`."""
+        cell: Any = self.cell
+        if not _standard(cell, _LINEN_LAYERS):
+            known = ", ".join(kind.__name__ for kind in _LINEN_LAYERS)
+            raise TypeError(
+                f"{type(self).__name__} knows the cells {known} with sigmoid and tanh, got "
+                f"{cell!r}: use nn.RNN"
+            )
+        self.check(cell.features)
+        options = _options(
+            self,
+            return_carry=return_carry,
+            time_major=time_major,
+            reverse=reverse,
+            keep_order=keep_order,
+        )
+        options["seq_lengths"] = seq_lengths
+        if self.is_initializing():
+            return super().__call__(
+                inputs, initial_carry=initial_carry, init_key=init_key, **options
+            )
+        if initial_carry is None:
+            shape = _shape_of_step(inputs, options["time_major"])
+            init_key = jax.random.key(0) if init_key is None else init_key
+            initial_carry = cell.initialize_carry(init_key, shape)
+        layers = nn.unbox(cell.variables["params"])
+        to_input, to_state = _LINEN_LAYERS[type(cell)]
+
+        def run(xs, all_carries):
+            is_gru = type(cell) is nn.GRUCell
+            h = initial_carry if is_gru else initial_carry[1]
+            xs, input_kernel, input_bias = _linen_fused(layers, to_input, xs, cell.dtype)
+            _, kernel, bias = _linen_fused(layers, to_state, h, cell.dtype)
+            params = _params(is_gru, input_kernel, kernel, input_bias, bias)
+            per_gate = type(cell) is not nn.OptimizedLSTMCell
+            return self.run(params, initial_carry, xs, all_carries, per_gate, **more)
+
+        return _over_sequence(run, inputs, **options)
+
+
+class LinenMePropRNN(LinenFusedRNN, kw_only=True):
     """`flax.linen.RNN` whose backward pass is meProp's.
 
     Parameters and their paths are those of `flax.linen.RNN` with the same cell, so that either
@@ -291,59 +388,18 @@ class LinenMePropRNN(nn.RNN, kw_only=True):
 
     k: int | float
 
-    def __call__(
-        self,
-        inputs,
-        *,
-        initial_carry=None,
-        init_key=None,
-        seq_lengths=None,
-        return_carry=None,
-        time_major=None,
-        reverse=None,
-        keep_order=None,
-    ):
-        """As `flax.linen.RNN.__call__`."""
-        cell: Any = self.cell
-        if not _standard(cell, _LINEN_LAYERS):
-            known = ", ".join(kind.__name__ for kind in _LINEN_LAYERS)
-            raise TypeError(
-                f"meProp knows the cells {known} with sigmoid and tanh, got {cell!r}: use nn.RNN"
-            )
-        resolve_k(self.k, cell.features, "/".join(self.path) or type(self).__name__)
-        options = _options(
-            self,
-            return_carry=return_carry,
-            time_major=time_major,
-            reverse=reverse,
-            keep_order=keep_order,
+    def check(self, features: int) -> None:
+        """See `LinenFusedRNN.check`."""
+        resolve_k(self.k, features, "/".join(self.path) or type(self).__name__)
+
+    def run(self, params, carry, xs, all_carries, per_gate):
+        """See `FusedRNN.run`."""
+        return _meprop(
+            params,
+            carry,
+            xs,
+            k=self.k,
+            all_carries=all_carries,
+            unroll=self.unroll,
+            per_gate=per_gate,
         )
-        options["seq_lengths"] = seq_lengths
-        if self.is_initializing():
-            return super().__call__(
-                inputs, initial_carry=initial_carry, init_key=init_key, **options
-            )
-        if initial_carry is None:
-            shape = _shape_of_step(inputs, options["time_major"])
-            init_key = jax.random.key(0) if init_key is None else init_key
-            initial_carry = cell.initialize_carry(init_key, shape)
-        layers = nn.unbox(cell.variables["params"])
-        to_input, to_state = _LINEN_LAYERS[type(cell)]
-
-        def run(xs, all_carries):
-            is_gru = type(cell) is nn.GRUCell
-            h = initial_carry if is_gru else initial_carry[1]
-            xs, input_kernel, input_bias = _linen_fused(layers, to_input, xs, cell.dtype)
-            _, kernel, bias = _linen_fused(layers, to_state, h, cell.dtype)
-            function, params = _function(is_gru, input_kernel, kernel, input_bias, bias)
-            return function(
-                params,
-                initial_carry,
-                xs,
-                k=self.k,
-                all_carries=all_carries,
-                unroll=self.unroll,
-                per_gate=type(cell) is not nn.OptimizedLSTMCell,
-            )
-
-        return _over_sequence(run, inputs, **options)

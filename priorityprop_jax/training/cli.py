@@ -37,9 +37,10 @@ if TYPE_CHECKING:
     from priorityprop_jax.training.trainer import History, PriorityPropTrainer
 
 TASKS = ("digits", "mnist-mlp", "char-lm", "sst2", "pos-tag")
-BACKWARDS = ("dense", "meprop")
+CHAR_MODELS = ("transformer", "gru", "lstm")
+BACKWARDS = ("dense", "meprop", "highway")
 SPARSE_METHODS = ("static", "gmp", "rigl")
-OURS = ("priorityprop", "meprop", "sparse")  # the arms that are compared with a plain one
+OURS = ("priorityprop", "meprop", "highway", "sparse")  # the arms compared with a plain one
 OPTIMIZERS = ("adam", "adamw", "lion", "momentum", "rmsprop", "sgd")
 
 
@@ -103,7 +104,19 @@ def _parser() -> argparse.ArgumentParser:
         "--backward",
         choices=BACKWARDS,
         default="dense",
-        help="meprop compares meProp's backward pass with the plain one, over the same steps",
+        help="meprop and highway compare their backward pass with the plain one, over the same "
+        "steps",
+    )
+    train.add_argument(
+        "--model",
+        choices=CHAR_MODELS,
+        help="for char-lm: what predicts the next character (default: transformer)",
+    )
+    train.add_argument(
+        "--iterations",
+        type=whole(0),
+        help="for highway: rounds of its backward pass; without it recurrent layers get the exact "
+        "one, which is leaner than the plain one",
     )
     train.add_argument(
         "--k",
@@ -205,13 +218,15 @@ class _Config:
     sparsity: float | None = None
     sparse_method: str | None = None
     prune: str | None = None
+    model: str | None = None
+    iterations: int | None = None
 
     @property
     def ours(self) -> str:
         """The arm that is compared with the plain one."""
         if self.sparsity is not None:
             return "sparse"
-        return "meprop" if self.backward == "meprop" else "priorityprop"
+        return "priorityprop" if self.backward == "dense" else self.backward
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -234,17 +249,25 @@ def _train(arguments: argparse.Namespace) -> int:
 
     if config.k is not None and config.backward != "meprop":
         raise Failure("--k is of meProp: add --backward meprop", 2)
+    if config.iterations is not None and config.backward != "highway":
+        raise Failure("--iterations is of highway: add --backward highway", 2)
+    if config.backward == "highway" and config.budget != "full":
+        raise Failure("--backward highway goes without --budget", 2)
+    if config.model is not None and config.task != "char-lm":
+        raise Failure("--model is of char-lm: add --task char-lm", 2)
     if config.sparsity is None and (config.sparse_method or config.prune):
         raise Failure("--sparse-method and --prune need a --sparsity, such as 0.95", 2)
     if config.sparsity is not None and (config.backward != "dense" or config.budget != "full"):
-        raise Failure("--sparsity goes with neither --budget nor --backward meprop", 2)
+        raise Failure("--sparsity goes with neither --budget nor --backward", 2)
 
     # Imported here, so that --help and wrong arguments answer at once
     from priorityprop_jax.training.tasks import load_task
 
     def load() -> Task:
         try:
-            task = load_task(config.task, data_dir=config.data_dir, seed=config.seed)
+            task = load_task(
+                config.task, data_dir=config.data_dir, seed=config.seed, model=config.model
+            )
         except ValueError as error:
             raise Failure(str(error)) from error
         if config.prune is not None:
@@ -283,11 +306,14 @@ def _trainer(config: _Config, task: Task, *, plain: bool) -> PriorityPropTrainer
 
     cycle = config.recalc_every
     budget = None if isinstance(config.budget, str) else config.budget
-    numbers = (None, cycle, cycle) if plain else (budget, config.min_updates, config.max_updates)
+    full = plain or config.backward == "highway"
+    numbers = (None, cycle, cycle) if full else (budget, config.min_updates, config.max_updates)
     try:
         optimizer = _optimizer(config, task)
         if config.backward == "meprop" and not plain:
             return _meprop_trainer(config, task, optimizer, budget)
+        if config.backward == "highway" and not plain:
+            _use_highway(task.model, config.iterations)
         if config.sparsity is not None and not plain:
             return _sparse_trainer(config, task, optimizer)
         return PriorityPropTrainer(task.model, optimizer, task.loss_fn, *numbers, cycle)
@@ -316,6 +342,46 @@ def _meprop_trainer(config: _Config, task: Task, optimizer: Any, budget: Any) ->
         task.model, optimizer, task.loss_fn, budget, recalc_every=config.recalc_every,
         compute=TopKCompute(),
     )  # fmt: skip
+
+
+def _use_highway(model: Any, iterations: int | None) -> None:
+    """Puts Highway's backward pass, or the exact lean one, into a model."""
+    from priorityprop_jax.backward.lean import lean_rnn
+    from priorityprop_jax.training.tasks import CharTransformer
+
+    if isinstance(model, CharTransformer):
+        if iterations is None:
+            raise ValueError("highway needs --iterations for a transformer, such as --iterations 2")
+        model.iterations = iterations
+    else:
+        lean_rnn(model, iterations=iterations)
+
+
+def _cosine(model: Any, task: Task) -> float:
+    """Of the gradient on a batch, after training, to the exact one."""
+    import jax
+    import optax
+    from flax import nnx
+
+    from priorityprop_jax.backward.inject import restore
+    from priorityprop_jax.training.tasks import CharTransformer
+
+    model = nnx.clone(model)  # the trainer's goes on as it is
+    batch = next(iter(task.train_data))
+
+    def gradient() -> Any:
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+        loss = lambda params: task.loss_fn(nnx.merge(graph, params, rest), batch)[0]  # noqa: E731
+        return jax.jit(jax.grad(loss))(params)
+
+    ours = gradient()
+    if isinstance(model, CharTransformer):
+        model.iterations = None
+    else:
+        restore(model)
+    exact = gradient()
+    norms = optax.tree.norm(ours) * optax.tree.norm(exact)
+    return float(optax.tree.vdot(ours, exact) / norms)
 
 
 def _sparse_trainer(config: _Config, task: Task, optimizer: Any) -> PriorityPropTrainer:
@@ -415,6 +481,9 @@ def _run(
     by_updates = config.backward == "dense"
     plain_steps = max(1, round(steps * min(fraction, 1.0))) if by_updates else steps
     what = f"budget {fraction:.0%} of the full one" if config.k is None else f"k={config.k}"
+    if config.backward == "highway":
+        rounds = "exact, lean" if config.iterations is None else f"{config.iterations} rounds"
+        what = f"highway ({rounds})"
     if config.sparsity is not None:
         what = f"sparsity {config.sparsity:g} ({config.sparse_method or 'static'})"
     print(f"{config.task}: {slots} slots, {steps} steps, {what}\nwriting to {directory}/")
@@ -432,7 +501,9 @@ def _run(
             return 130
         results[name] = result(trainer, history, task)
         if config.sparsity is not None:
-            results[name] |= _sparse_result(trainer, results[name])
+            results[name] |= _sparse_result(trainer)
+        if config.backward == "highway" and not plain:
+            results[name]["cosine"] = _cosine(trainer.model, task)
 
     ledger = arms[config.ours].get_priority_report()
     record = {
@@ -479,13 +550,12 @@ def _train_pruned(
     return _train_arm(directory, "sparse", trainer, task.train_data, epochs, task)
 
 
-def _sparse_result(trainer: PriorityPropTrainer, result: dict[str, Any]) -> dict[str, Any]:
+def _sparse_result(trainer: PriorityPropTrainer) -> dict[str, Any]:
     from priorityprop_jax.training.sparse import layer_table
 
     layers = layer_table(trainer.model)
     return {
         "nonzeros": sum(layer["nonzeros"] for layer in layers),
-        "step_seconds": result["seconds"] / result["steps"],
         "layers": layers,
     }
 
@@ -536,8 +606,15 @@ _HEADER = (
 
 
 def _rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
-    sparse = record["config"].get("sparsity") is not None
-    header = (*_HEADER, "non-zeros", "ms a step") if sparse else _HEADER
+    columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = []
+    if record["config"].get("sparsity") is not None:
+        columns.append(("non-zeros", lambda result: f"{result['nonzeros']:,}"))
+    if record["config"].get("backward") == "highway":
+        columns.append(("cosine", lambda result: f"{result.get('cosine', 1.0):.4f}"))
+    if columns:
+        columns.append(
+            ("ms a step", lambda result: f"{1e3 * result['seconds'] / result['steps']:.2f}")
+        )
     rows = [
         (
             name if name not in OURS else f"{name}({record['config']['optimizer']})",
@@ -549,11 +626,11 @@ def _rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
             f"{result['updates']:,}",
             f"{result['seconds']:.1f}",
             f"{result['compile_seconds']:.1f}",
-            *((f"{result['nonzeros']:,}", f"{1e3 * result['step_seconds']:.2f}") if sparse else ()),
+            *(shown(result) for _, shown in columns),
         )
         for name, result in record["results"].items()
     ]
-    return [header, *rows]
+    return [(*_HEADER, *(name for name, _ in columns)), *rows]
 
 
 def _spent(record: dict[str, Any], ledger: Ledger) -> tuple[str, list[tuple[str, ...]] | Ledger]:
@@ -611,8 +688,9 @@ def _unit(config: dict[str, Any]) -> str:
 def _how(config: dict[str, Any]) -> str:
     if config.get("sparsity") is not None:
         return "with sparse weights, for as many steps"
-    if config.get("backward", "dense") == "meprop":
-        return "by meProp, for as many steps"
+    others = {"meprop": "by meProp", "highway": "by highway backpropagation"}
+    if (backward := config.get("backward", "dense")) in others:
+        return f"{others[backward]}, for as many steps"
     return "by priority, at the same budget of updates"
 
 

