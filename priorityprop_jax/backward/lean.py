@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import jax
 from flax import nnx
 
 from priorityprop_jax.backward.highway_rnn import check_iterations, highway_rnn
 from priorityprop_jax.backward.inject import walk
 from priorityprop_jax.backward.rnn import FusedRNN, LinenFusedRNN, swap
+
+# On a CPU with more rows than this in a step its product keeps the cores busy, and what the lean
+# backward pass stores for each step costs more time than it saves: see benchmarks/highway.py.
+_MOST_ROWS = 64
+
+
+def _too_many(rows: int, iterations: int | None) -> bool:
+    return iterations is None and rows > _MOST_ROWS and jax.default_backend() == "cpu"
 
 
 class LeanRNN(FusedRNN):
@@ -37,6 +46,10 @@ class LeanRNN(FusedRNN):
     lean_tol: float | None = None
     own = ("lean_iterations", "lean_tol")
 
+    def left_alone(self, rows):
+        """See `FusedRNN.left_alone`."""
+        return _too_many(rows, self.lean_iterations)
+
     def run(self, params, carry, xs, all_carries, per_gate, probe=None):
         """See `FusedRNN.run`."""
         return highway_rnn(
@@ -57,6 +70,9 @@ def lean_rnn(model: nnx.Module, *, iterations: int | None = None, tol: float | N
     By default gradients are exact to rounding: the automatic derivative of a scan adds to the
     gradients of the kernels at every step, this backward pass makes each of them by one product
     over all steps. With ``iterations`` it is that of `highway_rnn`, approximate, all steps at once.
+
+    On a CPU an exact one is left to autodiff where a step has more than 64 rows, as it is no slower
+    there.
 
     Values are the plain RNN's to rounding, parameters and their paths the same; masks by
     ``seq_lengths`` and all other options of the module hold. It knows `nnx.GRUCell`,
@@ -131,6 +147,10 @@ class LinenLeanRNN(LinenFusedRNN, kw_only=True):
     def check(self, features: int) -> None:
         """See `LinenFusedRNN.check`."""
         check_iterations(self.iterations, self.tol)
+
+    def left_alone(self, rows):
+        """See `FusedRNN.left_alone`."""
+        return _too_many(rows, self.iterations)
 
     def run(self, params, carry, xs, all_carries, per_gate, probe=None):
         """See `FusedRNN.run`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -141,6 +142,10 @@ class FusedRNN(nnx.RNN):
 
     own: tuple[str, ...] = ()  # attributes that `restore_rnn` takes away
 
+    def left_alone(self, rows):
+        """Whether the module runs as it was where a step has so many rows."""
+        return False
+
     def run(self, params, carry, xs, all_carries, per_gate):
         """The last carry, the outputs and, if asked for, the carries of all steps."""
         raise NotImplementedError
@@ -167,7 +172,8 @@ class FusedRNN(nnx.RNN):
             keep_order=keep_order,
         )
         options["seq_lengths"] = seq_lengths
-        if not _nnx_runs(self):
+        rows = math.prod(_shape_of_step(inputs, options["time_major"])[:-1])
+        if not _nnx_runs(self) or self.left_alone(rows):
             return super().__call__(inputs, initial_carry=initial_carry, rngs=rngs, **options)
         cell: Any = self.cell
         if rngs is None:
@@ -303,6 +309,10 @@ class LinenFusedRNN(nn.RNN, kw_only=True):
     def check(self, features: int) -> None:
         """Raises where the options do not fit a cell of this width."""
 
+    def left_alone(self, rows):
+        """See `FusedRNN.left_alone`."""
+        return False
+
     def run(self, params, carry, xs, all_carries, per_gate):
         """See `FusedRNN.run`."""
         raise NotImplementedError
@@ -337,7 +347,8 @@ class LinenFusedRNN(nn.RNN, kw_only=True):
             keep_order=keep_order,
         )
         options["seq_lengths"] = seq_lengths
-        if self.is_initializing():
+        rows = math.prod(_shape_of_step(inputs, options["time_major"])[:-1])
+        if self.is_initializing() or self.left_alone(rows):
             return super().__call__(
                 inputs, initial_carry=initial_carry, init_key=init_key, **options
             )

@@ -186,3 +186,16 @@ def test_wrong_input():
         LinenLeanRNN(nn.SimpleCell(4)).init(jax.random.key(0), x)
     with pytest.raises(ValueError, match="give both"):
         LinenLeanRNN(nn.GRUCell(4), tol=0.1).init(jax.random.key(0), x)
+
+
+@pytest.mark.parametrize(("rows", "iterations", "own"), [(64, None, 1), (65, None, 0), (65, 2, 1)])
+def test_many_rows_are_left_to_autodiff(rows, iterations, own):
+    rnn, x = nnx.RNN(nnx.GRUCell(3, 4, rngs=nnx.Rngs(0)), rngs=False), jnp.ones((rows, 2, 3))
+    lean_rnn(rnn, iterations=iterations)
+    graph, state = nnx.split(rnn)
+    call = lambda state, x: nnx.merge(graph, state)(x, initial_carry=jnp.zeros((rows, 4)))  # noqa: E731
+    assert str(jax.make_jaxpr(call)(state, x)).count("custom_vjp_call") == own
+    linen = LinenLeanRNN(nn.GRUCell(4), iterations=iterations)
+    variables = jax.eval_shape(linen.init, jax.random.key(0), x)
+    traced = jax.make_jaxpr(linen.apply)(variables, x)
+    assert str(traced).count("custom_vjp_call") == own

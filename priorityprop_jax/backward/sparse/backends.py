@@ -14,10 +14,13 @@ from priorityprop_jax.backward.sparse import native
 from priorityprop_jax.backward.sparse.geometry import ConvGeometry
 from priorityprop_jax.backward.sparse.two_four import TwoFourPattern
 
-# The shares of non-zeros up to which a sparse kernel beats the dense product: see
-# benchmarks/sparse_layers.py. Layers are swapped by what `sparsify` measures, not by these.
+# The shares of non-zeros up to which a sparse kernel beats a dense product with the weight put
+# together for it. That takes longer than a layer that is dense from the start: whether to swap one
+# is for `sparsify` to measure. Figures are from benchmarks/sparse_layers.py: at a share of 0.2 the
+# native kernels are about twice as fast as a dense layer, and CSR is slower than it, but not slower
+# than putting the weight together.
 NATIVE_UP_TO = 0.4
-CSR_UP_TO = 0.15
+CSR_UP_TO = 0.2
 BLOCKS_UP_TO = 0.5
 
 # Where forward and backward of each live: for products, and for convolutions.
