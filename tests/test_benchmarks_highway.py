@@ -42,7 +42,7 @@ def test_highway_runs_and_resumes(tmp_path, monkeypatch, capsys):
 
 def test_cases_and_the_best():
     on_cpu, on_gpu = highway.cases("cpu", False), highway.cases("gpu", False)
-    assert len(on_cpu) == 18 and {case["steps"] for case in on_cpu} == {256}
+    assert len(on_cpu) == 20 and {case["steps"] for case in on_cpu} == {256}
     assert {case["steps"] for case in on_gpu if case["model"] == "lstm"} == {256, 1024, 4096}
     arm = lambda ratio, cosine: {"times_faster_than_autodiff": ratio, "cosine_to_exact": cosine}  # noqa: E731
     arms = {"autodiff": arm(1.0, 1.0), "lean": arm(2.0, 1.0), "highway, k=1": arm(3.0, 0.9)}
