@@ -93,8 +93,9 @@ def highway_scan(
     What ``k`` a model needs is for `gradient_quality_table` to tell: a trained model's Jacobians
     are larger than a fresh one's, and the iteration may not converge before :math:`k = L - 1`.
 
-    Differentiating the gradient again needs ``guard=False`` and no ``tol``, as JAX has no reverse
-    mode for the loop that they need; it gives the derivative of the approximate gradient.
+    Differentiating the gradient again needs a single round, or ``guard=False`` and no ``tol``, as
+    JAX has no reverse mode for the loop that they need; it gives the derivative of the approximate
+    gradient.
     Cotangents are accumulated in float32 where the blocks are in a narrower type. Under
     `jax.checkpoint` a block is computed again in every round.
 
@@ -227,7 +228,7 @@ def highway_scan(
                 u = jax.tree.map(lambda u, w, k: u - k * w, u, w, diagonal)
             return _accumulate(jax.tree.map(lambda b, u: b.at[:-1].add(u[1:]), b, u), diagonal)
 
-        w, report = _iterate(step, _accumulate(b, diagonal), rounds, tol, guard)
+        w, report = iterate(step, _accumulate(b, diagonal), rounds, tol, guard)
         w = jax.tree.map(lambda w, dtype: w.astype(dtype), w, dtypes)
         trained_bar, shared_bar, x_bar = pull(w, aux_bar)
         add = lambda g: jnp.sum(g, 0, dtype=_wide_type(g)).astype(g.dtype)  # noqa: E731
@@ -325,9 +326,10 @@ def highway_nnx(
 # The iteration.
 
 
-def _iterate(
-    step: Callable[[Any], Any], w: Any, rounds: int, tol: float | None, guard: bool
+def iterate(
+    step: Callable[[Any], Any], w: Any, rounds: int, tol: float | None, guard: bool = True
 ) -> tuple[Any, HighwayReport]:
+    """Rounds of ``w = step(w)`` under a guard; see `highway_scan` for when they stop."""
     size = _norm(w)
     # Under `jax.shard_map` it has to vary over the axes that the norms vary over.
     zero = jnp.where(jnp.isnan(size), 0, jnp.zeros_like(size))
@@ -353,7 +355,7 @@ def _iterate(
         return ~state[3] & (state[2].rounds < rounds)
 
     state = w, size, HighwayReport(zero, zero, zero), zero > 0
-    w, _, report, _ = lax.while_loop(going, body, state)
+    w, _, report, _ = body(state) if rounds == 1 else lax.while_loop(going, body, state)
     return w, report
 
 
@@ -379,7 +381,7 @@ def _measure(w: jax.Array, pulled: jax.Array, by_channel: bool) -> jax.Array:
 
 
 def _norm(w: Any) -> jax.Array:
-    squares = [jnp.sum(leaf * leaf) for leaf in jax.tree.leaves(w)]
+    squares = [jnp.sum(jnp.square(leaf.astype(_wide_type(leaf)))) for leaf in jax.tree.leaves(w)]
     return jnp.sqrt(functools.reduce(operator.add, squares)).astype(jnp.float32)
 
 

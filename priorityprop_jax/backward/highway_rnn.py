@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from priorityprop_jax.backward.highway import iterate
 from priorityprop_jax.backward.recurrent import (
     GRUParams,
     LSTMParams,
@@ -129,42 +130,13 @@ class _Highway(NamedTuple):
             through = product(to_state(diagonals, absorbed))[1:].astype(dh.dtype)
             return along(jnp.concatenate([through, jnp.zeros_like(through, shape=dh[:1].shape)]))
 
-        def size(tree):
-            square = lambda x: jnp.sum(jnp.square(x.astype(jnp.float32)))  # noqa: E731
-            return jnp.sqrt(sum(map(square, tree)))
-
-        def going(state):
-            rounds, _, _, relative, stopped = state
-            # A NaN goes on: it must reach the gradients.
-            small = False if self.tol is None else relative <= self.tol
-            return (rounds < rounds_at_most) & ~stopped & ~jnp.asarray(small)
-
-        def one_round(state):
-            rounds, absorbed, correction, _, _ = state
-            better = improved(absorbed)
-            change = size(jax.tree.map(jnp.subtract, better, absorbed))
-            grew = change > correction
-            absorbed = jax.tree.map(lambda x, y: jnp.where(grew, x, y), absorbed, better)
-            relative = change / jnp.maximum(size(better), jnp.finfo(jnp.float32).tiny)
-            return rounds + ~grew, absorbed, change, relative, grew
-
-        rounds_at_most = min(self.iterations, steps - 1)  # with more of them nothing changes
-        infinite = jnp.array(jnp.inf, jnp.float32)
-        start = (jnp.array(0), along(jnp.zeros_like(dh)), infinite, infinite, jnp.array(False))
-        if rounds_at_most == 1:  # nothing to compare: no loop, no choice
-            absorbed = improved(start[1])
-            change = size(jax.tree.map(jnp.subtract, absorbed, start[1]))
-            relative = change / jnp.maximum(size(absorbed), jnp.finfo(jnp.float32).tiny)
-            report = [1, relative, 0]
-        elif rounds_at_most:
-            rounds, absorbed, _, relative, grew = lax.while_loop(going, one_round, start)
-            report = [rounds, relative, grew]
-        else:
-            absorbed, report = start[1], [0, 0, 0]
+        # With more rounds nothing changes.
+        rounds = min(self.iterations, steps - 1)
+        absorbed, report = iterate(improved, along(jnp.zeros_like(dh)), rounds, self.tol)
         dstate = to_state(diagonals, absorbed)
         first, of_first = jax.tree.map(lambda x: x[0], (diagonals, absorbed))
         dcarry = through_step(first, of_first, product(dstate[0]), dcarry)
-        report = jnp.stack([jnp.asarray(x, jnp.float32) for x in report])
+        report = jnp.stack([x.astype(jnp.float32) for x in report])
         return dcarry, dstate, absorbed, report
 
 
@@ -203,8 +175,8 @@ def highway_rnn(
     :math:`n = W_n x_t + b_n`, has no U. It runs by `affine_scan` in both directions; all rounds are
     exact there.
 
-    A round whose correction is larger than the one before is taken back, and the rounds stop there:
-    they diverge, at least for now.
+    A guard ends rounds that diverge as in `highway_scan`: one whose correction is larger than the
+    last one's, or the first if it is larger than w itself, is taken back.
 
     Args:
       params: `LSTMParams`, `GRUParams` or `MinGRUParams`; kernels ``(out, in)``.
