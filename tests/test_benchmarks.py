@@ -63,7 +63,7 @@ def test_readme_shows_the_committed_results(benchmark):
         assert json.loads(json.dumps(again)) == record["summary"]
 
 
-@pytest.mark.parametrize("benchmark", [highway])
+@pytest.mark.parametrize("benchmark", [highway, highway_char])
 def test_readme_shows_the_committed_highway(benchmark):
     name = benchmark.__name__.rpartition(".")[2]
     path = ROOT / "benchmarks" / "results" / f"{name}-cpu.json"
