@@ -38,6 +38,7 @@ from tqdm import tqdm
 from benchmarks.records import about, read_lines, write
 from priorityprop_jax.backward.highway import highway_scan
 from priorityprop_jax.backward.lean import lean_rnn
+from priorityprop_jax.backward.quality import gradient_quality
 
 CELLS: dict[str, Any] = {"gru": nnx.GRUCell, "lstm": nnx.OptimizedLSTMCell}
 WIDTHS, BATCHES = (128, 256, 512), (1, 4, 16)
@@ -136,12 +137,6 @@ def stack_arms(case: dict[str, Any]) -> dict[str, tuple[Callable[..., Any], Any]
     return {name: (loss_of(function), params) for name, function in functions.items()}
 
 
-def cosine(a: Any, b: Any) -> float:
-    pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-    dot = lambda n, m: sum(float(jnp.vdot(pair[n], pair[m])) for pair in pairs)  # noqa: E731
-    return dot(0, 1) / math.sqrt(dot(0, 0) * dot(1, 1))
-
-
 def measure(case: dict[str, Any], repeats: int) -> dict[str, Any]:
     """Seconds of a step of every arm, interleaved, and the quality of its gradient."""
     arms = (stack_arms if case["model"] == "transformer" else rnn_arms)(case)
@@ -155,7 +150,7 @@ def measure(case: dict[str, Any], repeats: int) -> dict[str, Any]:
 
         grads = jax.jit(jax.grad(loss_fn))(params, xs)
         exact = grads if exact is None else exact
-        quality[name] = cosine(grads, exact)
+        quality[name] = gradient_quality(exact, grads)[-1].cosine
         states[name] = jax.tree.map(jnp.array, params)  # an own copy, to be donated
         programs[name] = jax.jit(step, donate_argnums=0).lower(params, xs).compile()
     seconds: dict[str, list[float]] = {name: [] for name in arms}

@@ -44,11 +44,11 @@ from priorityprop_jax.backward.sparse.dynamic import cosine_fraction, drop_and_g
 from priorityprop_jax.backward.sparse.gradual import gradual_pruning, masks_of
 from priorityprop_jax.backward.sparse.masks import random_mask
 from priorityprop_jax.backward.sparse.pattern import (
-    carry,
     densify_values,
     make_pattern,
     take_values,
 )
+from priorityprop_jax.backward.sparse.swap import move_state
 
 SPARSITY = 0.95
 WIDTH = 2048
@@ -217,16 +217,9 @@ def move(params: dict, state: Any, patterns: dict, x: Any, y: Any, fraction: flo
         for name, pattern in patterns.items()
     }
 
-    def change(tree):
-        return {
-            name: layer | {"values": carry(layer["values"], found[name][1])}
-            if name in found
-            else layer
-            for name, layer in tree.items()
-        }
-
-    patterns = {name: pattern for name, (pattern, _) in found.items()}
-    return change(params), with_moments(state, change), patterns
+    moved = {name: (params[name]["values"].shape, source) for name, (_, source) in found.items()}
+    params, state = move_state((params, state), moved)
+    return params, state, {name: pattern for name, (pattern, _) in found.items()}
 
 
 def become_sparse(params: dict, state: Any) -> tuple[dict, Any, dict]:

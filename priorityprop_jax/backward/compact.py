@@ -9,12 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from priorityprop_jax.backward.partial import through_module
 from priorityprop_jax.backward.row_sparse import RowSparse
-from priorityprop_jax.backward.topk import Frame, LayerUse, Tap, varying
+from priorityprop_jax.backward.topk import Frame, LayerUse, Tap, vary, varying
 from priorityprop_jax.paths import path_name
 
 _MARK = "meprop tap of "
@@ -235,9 +234,7 @@ def _kernels(params: Any) -> dict[str, int]:
 
 def _tap(k: int, kernel: jax.Array) -> Tap:
     """Zeros, which differ between the shards of a `jax.shard_map` where the kernel does."""
-    axes = tuple(varying(kernel))
-    tap = Tap.zeros(k, kernel)
-    return jax.tree.map(lambda x: lax.pcast(x, axes, to="varying"), tap) if axes else tap
+    return jax.tree.map(lambda x: vary(x, varying(kernel)), Tap.zeros(k, kernel))
 
 
 def _rows(tap: Tap, leaf: jax.Array) -> RowSparse:

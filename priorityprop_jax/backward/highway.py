@@ -364,14 +364,24 @@ def _accumulate(c: Any, diagonal: Any) -> Any:
     if diagonal is None:
         return jax.tree.map(functools.partial(lax.cumsum, axis=0, reverse=True), c)
 
-    def combine(later: Any, sooner: Any) -> Any:
-        return sooner[0] * later[0], sooner[1] + sooner[0] * later[1]
+    return jax.tree.map(lambda c, k: associative_affine(k, c, reverse=True), c, diagonal)
 
-    def affine(c: jax.Array, k: jax.Array) -> jax.Array:
-        k = jnp.roll(k, -1, axis=0)  # the last one multiplies nothing
-        return lax.associative_scan(combine, (k, c), reverse=True)[1]
 
-    return jax.tree.map(affine, c, diagonal)
+def associative_affine(a: jax.Array, b: jax.Array, *, reverse: bool) -> jax.Array:
+    """``y_t = a_t y_{t-1} + b_t`` along axis 0, or its transpose, in a logarithm of the steps.
+
+    Args:
+      a: ``[time, ...]``, which broadcasts against ``b``.
+      b: ``[time, ...]``.
+      reverse: whether it is the transpose, ``y_t = a_{t+1} y_{t+1} + b_t``.
+    """
+
+    def join(first: Any, second: Any) -> Any:
+        return first[0] * second[0], second[0] * first[1] + second[1]
+
+    if reverse:
+        a = jnp.roll(a, -1, axis=0)  # nothing comes after the last step, whatever its factor
+    return lax.associative_scan(join, (a, b), reverse=reverse)[1]
 
 
 def _measure(w: jax.Array, pulled: jax.Array, by_channel: bool) -> jax.Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from priorityprop_jax.backward.highway import iterate
+from priorityprop_jax.backward.highway import associative_affine, iterate
 from priorityprop_jax.backward.recurrent import (
     GRUParams,
     LSTMParams,
@@ -82,12 +82,7 @@ def _affine(reverse, sequential, a, b):
         zeros = jnp.zeros(b.shape[1:], jnp.result_type(a, b))
         return lax.scan(step, zeros, (a, b), reverse=reverse, unroll=min(8, max(1, len(b))))[1]
 
-    def join(first, second):
-        return first[0] * second[0], second[0] * first[1] + second[1]
-
-    if reverse:
-        a = jnp.roll(a, -1, axis=0)  # nothing comes after the last step, whatever its factor
-    return lax.associative_scan(join, (a, b), reverse=reverse)[1]
+    return associative_affine(a, b, reverse=reverse)
 
 
 def _affine_fwd(reverse, sequential, a, b):

@@ -79,8 +79,7 @@ def meprop(
       >>> restore(attention)
       4
     """
-    if not isinstance(model, nnx.Module):
-        raise TypeError(f"model must be a flax.nnx module, got {type(model).__name__}")
+    check_module(model)
     found = _layers(model)
     if layers is None:
         chosen = list(found)[:-1]
@@ -133,9 +132,21 @@ def restore(model: nnx.Module) -> int:
       >>> restore(model), model.kernel.shape
       (1, (4, 32))
     """
+    check_module(model)
+    return sum(_take_out(layer) for layer in _layers(model).values())
+
+
+def check_module(model: Any) -> None:
+    """Refuses a model that is no `nnx.Module`.
+
+    Args:
+      model: anything.
+
+    Raises:
+      TypeError: if it is none.
+    """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model must be a flax.nnx module, got {type(model).__name__}")
-    return sum(_take_out(layer) for layer in _layers(model).values())
 
 
 def walk(model: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -153,23 +164,31 @@ def walk(model: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     seen: set[int] = set()
 
     def visit(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-        if isinstance(node, nnx.Variable) or id(node) in seen:
+        if id(node) in seen:
             return
-        if isinstance(node, nnx.Pytree):
+        if isinstance(node, nnx.Pytree) and not isinstance(node, nnx.Variable):
             seen.add(id(node))
             if isinstance(node, nnx.Module):
                 yield "/".join(path), node
-            entries = [(key, x) for key, x in vars(node).items() if not key.startswith("_")]
-        elif isinstance(node, dict):
-            entries = list(node.items())
-        elif isinstance(node, list | tuple):
-            entries = list(enumerate(node))
-        else:
-            return
-        for key, entry in entries:
+        for key, entry in parts_of(node):
             yield from visit(entry, (*path, str(key)))
 
     yield from visit(model, (name,) if name else ())
+
+
+def parts_of(node: Any) -> list[tuple[Any, Any]]:
+    """What a part of a model is made of, by attribute, key or place, in the order of setting.
+
+    Args:
+      node: a module or another pytree of `flax.nnx`, a list, tuple or dict; anything else has none.
+    """
+    if isinstance(node, nnx.Variable):
+        return []
+    if isinstance(node, nnx.Pytree):
+        return [(key, entry) for key, entry in vars(node).items() if not key.startswith("_")]
+    if isinstance(node, dict):
+        return list(node.items())
+    return list(enumerate(node)) if isinstance(node, list | tuple) else []
 
 
 def _layers(model: nnx.Module) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from priorityprop_jax.backward.highway_rnn import check_iterations, highway_rnn
-from priorityprop_jax.backward.inject import walk
+from priorityprop_jax.backward.inject import check_module, walk
 from priorityprop_jax.backward.rnn import FusedRNN, LinenFusedRNN, swap
 
 # On a CPU with more rows than this in a step its product keeps the cores busy, and what the lean
@@ -103,8 +103,7 @@ def lean_rnn(model: nnx.Module, *, iterations: int | None = None, tol: float | N
       2
       >>> grads = nnx.grad(lambda model: jnp.sum(model(jnp.ones((4, 6, 3)))))(model)
     """
-    if not isinstance(model, nnx.Module):
-        raise TypeError(f"model must be a flax.nnx module, got {type(model).__name__}")
+    check_module(model)
     check_iterations(iterations, tol)
     rnns = {name: part for name, part in walk(model) if isinstance(part, nnx.RNN)}
     options = {"lean_iterations": iterations, "lean_tol": tol}

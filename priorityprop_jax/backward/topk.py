@@ -11,7 +11,7 @@ import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -136,8 +136,7 @@ def _multiply_backward(product: _Product, residuals: Any, dy: jax.Array) -> Any:
     # Under `jax.shard_map` each shard keeps columns of its own, so what is to be summed over shards
     # is whole arrays, not the kept columns, which JAX would sum.
     axes = tuple(varying(dy) - varying(kernel))
-    if axes:
-        kernel = lax.pcast(kernel, axes, to="varying")
+    kernel = vary(kernel, axes)
     by_rows = product.by_rows
     batch, features, contracted = product.kernel_axes
     order = (batch, features, contracted) if by_rows else (batch, contracted, features)
@@ -210,6 +209,12 @@ def _take(x: jax.Array, places: jax.Array, axis: int) -> jax.Array:
 def varying(x: Any) -> frozenset[str]:
     """The axes of a `jax.shard_map` mesh along which an array differs between shards."""
     return jax.typeof(x).manual_axis_type.varying
+
+
+def vary(x: jax.Array, axes: Iterable[str]) -> jax.Array:
+    """The same array, of a type that differs between shards along these axes too."""
+    missing = tuple(sorted(frozenset(axes) - varying(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
 
 
 def _whole(part: jax.Array, shape: tuple[int, ...], places: jax.Array, axis: int) -> jax.Array:
@@ -598,8 +603,7 @@ def _convolve_backward(convolution: _Convolution, residuals: Any, dy: jax.Array)
 
     branches = [branch(rule) for rule in convolution.rules]
     axes = tuple(varying(dy) - varying(kernel))  # as for products
-    if axes:
-        kernel = lax.pcast(kernel, axes, to="varying")
+    kernel = vary(kernel, axes)
     dx, gradient = _at_size(size, branches, x, kernel, dy, flat)
     return dx, lax.psum(gradient, axes) if axes else gradient, None
 

@@ -360,10 +360,10 @@ def _use_highway(model: Any, iterations: int | None) -> None:
 def _cosine(model: Any, task: Task) -> float:
     """Of the gradient on a batch, after training, to the exact one."""
     import jax
-    import optax
     from flax import nnx
 
     from priorityprop_jax.backward.inject import restore
+    from priorityprop_jax.backward.quality import gradient_quality
     from priorityprop_jax.training.tasks import CharTransformer
 
     model = nnx.clone(model)  # the trainer's goes on as it is
@@ -380,8 +380,7 @@ def _cosine(model: Any, task: Task) -> float:
     else:
         restore(model)
     exact = gradient()
-    norms = optax.tree.norm(ours) * optax.tree.norm(exact)
-    return float(optax.tree.vdot(ours, exact) / norms)
+    return gradient_quality(exact, ours)[-1].cosine
 
 
 def _sparse_trainer(config: _Config, task: Task, optimizer: Any) -> PriorityPropTrainer:

@@ -16,11 +16,12 @@ from flax import nnx
 from priorityprop_jax.backward.inject import walk
 from priorityprop_jax.backward.sparse.dynamic import cosine_fraction, drop_and_grow
 from priorityprop_jax.backward.sparse.gradual import gradual_pruning, masks_of
-from priorityprop_jax.backward.sparse.layers import SparseLayer
-from priorityprop_jax.backward.sparse.pattern import SparsePattern, carry, take_values
+from priorityprop_jax.backward.sparse.layers import SparseLayer, as_matrix
+from priorityprop_jax.backward.sparse.pattern import SparsePattern, take_values
 from priorityprop_jax.backward.sparse.swap import (
     layers_to_prune,
     move_state,
+    owner_of,
     replace,
     sparse_layers,
 )
@@ -129,29 +130,26 @@ class SparsityChange:
         if not self._compiled:
             self._compiled = True
             self.compile_seconds += time.perf_counter() - start
-        # Fresh trees: those given are the caller's.
-        model = nnx.merge(self._graph, *jax.tree.map(lambda leaf: leaf, (params, rest)))
+        model = self._merged(params, rest)
         moved = {}
         for name, layer in sparse_layers(model).items():
-            values = layer.values[...]
             pattern, source = drop_and_grow(
-                values, layer.pattern, _matrix(scores[name]), fraction=fraction
+                layer.values[...], layer.pattern, as_matrix(scores[name]), fraction=fraction
             )
-            for field, variable in layer.index.items():
-                variable.set_value(_like(getattr(pattern, field), variable[...]))
-            layer.values.set_value(_like(carry(values, source), values))
-            moved[name] = values.shape, source
+            layer.move(pattern, source, _like)
+            moved[name] = layer.values.shape, source
         opt_state = move_state(opt_state, moved, _like)
         return nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param)), opt_state
+
+    def _merged(self, params: Any, rest: Any) -> Any:
+        # Fresh trees: those given are the caller's.
+        return nnx.merge(self._graph, *jax.tree.map(lambda leaf: leaf, (params, rest)))
 
     def _dense_gradients(self, params: Any, rest: Any, batch: Any) -> dict[str, jax.Array]:
         """Magnitudes of the gradients of all kernels as if they were dense, by layer."""
 
-        def merged():
-            return nnx.merge(self._graph, *jax.tree.map(lambda leaf: leaf, (params, rest)))
-
         def loss(kernels):
-            model = merged()
+            model = self._merged(params, rest)
             dense = {}
             for name, layer in sparse_layers(model).items():
                 dense[id(layer)] = layer.to_dense()
@@ -160,7 +158,8 @@ class SparsityChange:
             result = self._loss(model, batch)
             return result[0] if isinstance(result, tuple) else result
 
-        kernels = {name: layer.kernel() for name, layer in sparse_layers(merged()).items()}
+        layers = sparse_layers(self._merged(params, rest))
+        kernels = {name: layer.kernel() for name, layer in layers.items()}
         return jax.tree.map(jnp.abs, jax.grad(loss)(kernels))
 
 
@@ -220,9 +219,7 @@ def continue_pruned(trainer: PriorityPropTrainer, pruned: PriorityPropTrainer) -
         leaves = []
         for (path, like), leaf in zip(paths, jax.tree.leaves(old), strict=True):
             if leaf.shape != like.shape:
-                where = f"/{path_name(path)}"
-                owner = max((n for n in patterns if where.endswith(f"/{n}")), key=len)
-                leaf = take_values(_matrix(leaf), patterns[owner])
+                leaf = take_values(as_matrix(leaf), patterns[owner_of(path, patterns)])
             leaves.append(leaf)
         return treedef.unflatten(leaves)
 
@@ -257,12 +254,6 @@ def layer_table(model: nnx.Module) -> list[dict[str, Any]]:
             row = {"layer": name, "shape": list(shape), "nonzeros": count}
             rows.append({**row, "weights": math.prod(shape)})
     return rows
-
-
-def _matrix(kernel: Any) -> Any:
-    """A kernel ``(*sizes, in, out)`` as the matrix ``(out, in * sizes)`` of a pattern."""
-    axes = kernel.ndim
-    return kernel.transpose(axes - 1, axes - 2, *range(axes - 2)).reshape(kernel.shape[-1], -1)
 
 
 def _like(new: jax.Array, old: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from priorityprop_jax.backward.sparse.pattern import SparsePattern
-from priorityprop_jax.backward.topk import varying
+from priorityprop_jax.backward.topk import vary, varying
 
 # Rows of a slice, and places of each row in one fused step.
 _ROWS = 128
@@ -241,9 +241,7 @@ def zeros(shape: tuple[int, ...], dtype: Any, *like: jax.Array) -> jax.Array:
 
     Inside of `jax.shard_map` they must be of a type that differs between shards as those do.
     """
-    axes = tuple(frozenset().union(*map(varying, like)))
-    start = jnp.zeros(shape, dtype)
-    return lax.pcast(start, axes, to="varying") if axes else start
+    return vary(jnp.zeros(shape, dtype), frozenset().union(*map(varying, like)))
 
 
 def _check(pattern: SparsePattern) -> None:

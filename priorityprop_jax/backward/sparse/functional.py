@@ -66,9 +66,9 @@ def sparse_conv(
     pattern: Any,
     *,
     kernel_size: Sequence[int],
-    strides: int | Sequence[int] = 1,
+    strides: int | Sequence[int] | None = 1,
     padding: Padding = "SAME",
-    kernel_dilation: int | Sequence[int] = 1,
+    kernel_dilation: int | Sequence[int] | None = 1,
     feature_group_count: int = 1,
     backend: str | None = None,
 ) -> jax.Array:

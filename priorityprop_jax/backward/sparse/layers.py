@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
@@ -63,8 +63,7 @@ class SparseLayer(nnx.Module):
         self, kernel: Any, mask: Any, bias: Any, *, capacity: int | None, block: int, **others: Any
     ) -> None:
         """Takes a dense kernel and bias over, in the layout of `flax.nnx`."""
-        mask = _matrix(np.asarray(mask), kernel.shape) != 0
-        matrix = _matrix(kernel, kernel.shape)
+        mask, matrix = as_matrix(np.asarray(mask)) != 0, as_matrix(kernel)
         self.kernel_shape = tuple(kernel.shape)
         self.block = block
         packs = block == 1 and capacity is None and kernel.ndim == 2 and is_two_four(mask)
@@ -139,11 +138,27 @@ class SparseLayer(nnx.Module):
         mask = np.asarray(mask)
         if mask.shape != self.kernel_shape:
             raise ValueError(f"the mask must be of shape {self.kernel_shape}, got {mask.shape}")
-        changed, source = change_pattern(pattern, _matrix(mask, self.kernel_shape))
-        for name, array in _arrays(changed).items():
-            self.index[name].set_value(array)
-        self.values.set_value(carry(self.values[...], source))
+        changed, source = change_pattern(pattern, as_matrix(mask))
+        self.move(changed, source)
         return source
+
+    def move(
+        self,
+        pattern: SparsePattern,
+        source: jax.Array,
+        like: Callable[[jax.Array, jax.Array], jax.Array] = lambda new, old: new,
+    ) -> None:
+        """Takes a pattern made by `change_pattern`, in place.
+
+        Args:
+          pattern: of the same size.
+          source: int32 ``[capacity]``: where each value comes from.
+          like: makes of a new array and the old one what to keep.
+        """
+        for name, array in _arrays(pattern).items():
+            self.index[name].set_value(like(array, self.index[name][...]))
+        values = self.values[...]
+        self.values.set_value(like(carry(values, source), values))
 
     def check(self) -> None:
         """Refuses index arrays that belong to no mask, as after a file was damaged.
@@ -258,19 +273,8 @@ class SparseLinear(SparseLayer):
 
     def to_dense(self) -> nnx.Linear:
         """The dense layer, with zeros where this one has no places."""
-        outs = self.kernel_shape[-1]
-        return _filled(
-            nnx.Linear(
-                math.prod(self.kernel_shape[:-1]),
-                outs,
-                use_bias=self.bias is not None,
-                dtype=self.dtype,
-                param_dtype=self.values.dtype,
-                kernel_init=initializers.zeros_init(),
-                rngs=nnx.Rngs(0),
-            ),
-            self,
-        )
+        *ins, outs = self.kernel_shape
+        return _dense(self, nnx.Linear, math.prod(ins), outs)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Multiplies.
@@ -414,22 +418,16 @@ class SparseConv(SparseLayer):
     def to_dense(self) -> nnx.Conv:
         """The dense layer, with zeros where this one has no places."""
         *sizes, ins, outs = self.kernel_shape
-        return _filled(
-            nnx.Conv(
-                ins * self.feature_group_count,
-                outs,
-                tuple(sizes),
-                self.strides,
-                padding=self.padding,
-                kernel_dilation=self.kernel_dilation,
-                feature_group_count=self.feature_group_count,
-                use_bias=self.bias is not None,
-                dtype=self.dtype,
-                param_dtype=self.values.dtype,
-                kernel_init=initializers.zeros_init(),
-                rngs=nnx.Rngs(0),
-            ),
+        return _dense(
             self,
+            nnx.Conv,
+            ins * self.feature_group_count,
+            outs,
+            tuple(sizes),
+            self.strides,
+            padding=self.padding,
+            kernel_dilation=self.kernel_dilation,
+            feature_group_count=self.feature_group_count,
         )
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -447,9 +445,9 @@ class SparseConv(SparseLayer):
             values,
             self.pattern,
             kernel_size=self.kernel_shape[:-2],
-            strides=1 if self.strides is None else self.strides,
+            strides=self.strides,
             padding=self.padding,
-            kernel_dilation=1 if self.kernel_dilation is None else self.kernel_dilation,
+            kernel_dilation=self.kernel_dilation,
             feature_group_count=self.feature_group_count,
             backend=self.backend,
         )
@@ -475,16 +473,18 @@ def convertible(layer: Any) -> bool:
     )
 
 
-def _matrix(kernel: Any, shape: tuple[int, ...]) -> Any:
-    """A kernel ``(*sizes, in, out)`` as a matrix ``(out, in * sizes)``."""
-    if kernel.shape != shape:
-        raise ValueError(f"the mask must be of shape {shape}, got {kernel.shape}")
-    axes = len(shape)
-    return kernel.transpose(axes - 1, axes - 2, *range(axes - 2)).reshape(shape[-1], -1)
+def as_matrix(kernel: Any) -> Any:
+    """A kernel ``(*sizes, in, out)`` as the matrix ``(out, in * sizes)`` of a pattern.
+
+    Args:
+      kernel: an array of NumPy or JAX.
+    """
+    axes = kernel.ndim
+    return kernel.transpose(axes - 1, axes - 2, *range(axes - 2)).reshape(kernel.shape[-1], -1)
 
 
 def _unmatrix(matrix: Any, shape: tuple[int, ...]) -> Any:
-    """The inverse of `_matrix`."""
+    """The inverse of `as_matrix`."""
     *sizes, ins, outs = shape
     axes = len(shape)
     return matrix.reshape(outs, ins, *sizes).transpose(*range(2, axes), 1, 0)
@@ -529,8 +529,17 @@ def _taken_over(layer: Any, mask: Any, kind: type) -> dict[str, Any]:
     }
 
 
-def _filled(layer: Any, sparse: SparseLayer) -> Any:
+def _dense(sparse: SparseLayer, kind: Any, *sizes: Any, **options: Any) -> Any:
     """A dense layer with the parameters of a sparse one."""
+    layer = kind(
+        *sizes,
+        use_bias=sparse.bias is not None,
+        dtype=sparse.dtype,
+        param_dtype=sparse.values.dtype,
+        kernel_init=initializers.zeros_init(),
+        rngs=nnx.Rngs(0),
+        **options,
+    )
     layer.kernel.set_value(sparse.kernel())
     if sparse.bias is not None:
         layer.bias.set_value(sparse.bias[...])

@@ -20,11 +20,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from priorityprop_jax.backward.sparse.geometry import ConvGeometry
 from priorityprop_jax.backward.sparse.pattern import SparsePattern
-from priorityprop_jax.backward.topk import varying
+from priorityprop_jax.backward.topk import vary, varying
 
 # Best first.
 _INSTRUCTION_SETS = {"avx512": "AVX-512", "avx2": "AVX2", "base": "baseline"}
@@ -232,10 +231,7 @@ def _call(
         raise RuntimeError(f"sparse products have no native kernels here: {library.status}")
     # Within `jax.shard_map` operands must vary along the same axes, and results are told to.
     axes = frozenset[str]().union(*map(varying, operands))
-    operands = tuple(
-        lax.pcast(x, tuple(sorted(missing)), to="varying") if (missing := axes - varying(x)) else x
-        for x in operands
-    )
+    operands = tuple(vary(x, axes) for x in operands)
     varies = {}
     if axes:
         mesh = jax.sharding.get_abstract_mesh()

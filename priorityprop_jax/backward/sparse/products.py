@@ -1,8 +1,7 @@
 """Products with sparse weights that can be differentiated, mapped and sharded, over any kernel.
 
 A kernel multiplies, and knows nothing else: here it gets its gradients, of any order in reverse
-mode, its rule for `jax.vmap` and its rule for meshes. `linear.py` and `convolution.py` are what
-users call.
+mode, its rule for `jax.vmap` and its rule for meshes. `functional.py` is what users call.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from jax.sharding import NamedSharding
 
 from priorityprop_jax.backward.sparse.backends import Kernel, kernel_of
 from priorityprop_jax.backward.sparse.geometry import ConvGeometry
-from priorityprop_jax.backward.topk import varying
+from priorityprop_jax.backward.topk import vary, varying
 
 
 class Product(NamedTuple):
@@ -62,13 +61,8 @@ def multiply(product: Product, values: jax.Array, pattern: Any, x: jax.Array) ->
     # Kernels see one set of axes; that the values' gradient is summed over those that they lacked
     # follows from this line.
     axes = frozenset().union(*map(varying, jax.tree.leaves((values, pattern, x))))
-    values, pattern, x = jax.tree.map(lambda leaf: _vary(leaf, axes), (values, pattern, x))
+    values, pattern, x = jax.tree.map(lambda leaf: vary(leaf, axes), (values, pattern, x))
     return _multiply(product, values, pattern, x)
-
-
-def _vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
-    missing = tuple(axes - varying(x))
-    return lax.pcast(x, missing, to="varying") if missing else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from priorityprop_jax.backward.inject import walk
+from priorityprop_jax.backward.inject import check_module, walk
 from priorityprop_jax.backward.sparse.backends import sparse_backend
 from priorityprop_jax.backward.sparse.geometry import ConvGeometry
 from priorityprop_jax.backward.sparse.layers import SparseConv, SparseLayer
-from priorityprop_jax.backward.sparse.swap import check_module, is_dense, replace, to_sparse
+from priorityprop_jax.backward.sparse.swap import dense_layers, is_dense, replace, to_sparse
 from priorityprop_jax.tables import aligned
 
 SECONDS = 0.3  # for measuring one layer, compiling left out
@@ -84,7 +84,7 @@ def sparsify(
         raise ValueError(f"min_sparsity must be from 0 to 1, got {min_sparsity}")
     if is_dense(model):
         raise ValueError("the model is one layer: take SparseLinear.from_dense or SparseConv's")
-    layers = {name: layer for name, layer in walk(model) if is_dense(layer)}
+    layers = dense_layers(model)
     zeros = {name: _share_of_zeros(layer) for name, layer in layers.items()}
     tried = {name: layer for name, layer in layers.items() if zeros[name] >= min_sparsity}
     inputs = _inputs_of(model, tried, sample_input) if tried else {}

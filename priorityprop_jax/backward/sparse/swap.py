@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from priorityprop_jax.backward import row_sparse
-from priorityprop_jax.backward.inject import walk
+from priorityprop_jax.backward.inject import check_module, parts_of, walk
 from priorityprop_jax.backward.sparse.layers import (
     SparseConv,
     SparseLayer,
@@ -61,7 +61,7 @@ def prune(
     if (sparsity is None) == (masks is None):
         raise ValueError("give either a sparsity or masks=")
     if sparsity is None:
-        found = _by_all_names(model, [layer for _, layer in walk(model) if is_dense(layer)])
+        found = _by_all_names(model, dense_layers(model).values())
         chosen = _by_layer(masks, {name: layer.kernel.shape for name, layer in found.items()})
     else:
         found = layers_to_prune(model, layers)
@@ -231,18 +231,26 @@ def move_state(
     Returns:
       The tree, with `carry` done to each leaf that has the path and shape of values.
     """
-    # A path may end like another one: the longest is meant.
-    owners = {f"/{name}/values".replace("//", "/"): entry for name, entry in moved.items()}
-    ordered = sorted(owners, key=len, reverse=True)
+    owners = {f"{name}/values".lstrip("/"): entry for name, entry in moved.items()}
 
     def move(path: Any, leaf: Any) -> Any:
-        where = f"/{path_name(path)}"
-        owner = next((name for name in ordered if where.endswith(name)), None)
+        owner = owner_of(path, owners)
         if owner is None or leaf.shape != owners[owner][0]:
             return leaf
         return like(carry(leaf, owners[owner][1]), leaf)
 
     return jax.tree_util.tree_map_with_path(move, tree)
+
+
+def owner_of(path: Any, names: Iterable[str]) -> str | None:
+    """Which parameter a leaf of an optimizer's state is kept for: its path ends like its name.
+
+    Args:
+      path: a key path.
+      names: of parameters. One may end like another: the longest is meant.
+    """
+    where = f"/{path_name(path)}"
+    return max((name for name in names if where.endswith(f"/{name}")), key=len, default=None)
 
 
 def sparse_layers(model: nnx.Module) -> dict[str, Any]:
@@ -252,6 +260,15 @@ def sparse_layers(model: nnx.Module) -> dict[str, Any]:
       model: the module.
     """
     return {name: layer for name, layer in walk(model) if isinstance(layer, SparseLayer)}
+
+
+def dense_layers(model: nnx.Module) -> dict[str, Any]:
+    """The layers of a model that could be sparse, by path.
+
+    Args:
+      model: the module.
+    """
+    return {name: layer for name, layer in walk(model) if is_dense(layer)}
 
 
 def layers_to_prune(model: nnx.Module, layers: Any = None) -> dict[str, Any]:
@@ -264,7 +281,7 @@ def layers_to_prune(model: nnx.Module, layers: Any = None) -> dict[str, Any]:
     Raises:
       ValueError: if there is none.
     """
-    found = {name: layer for name, layer in walk(model) if is_dense(layer)}
+    found = dense_layers(model)
     if layers is None:
         chosen = dict(list(found.items())[:-1])
     else:
@@ -301,12 +318,6 @@ def to_sparse(layer: Any, mask: Any = None, *, capacity: int | None = None) -> A
     return kind.from_dense(layer, mask, capacity=capacity)
 
 
-def check_module(model: Any) -> None:
-    """Refuses a model that is no `nnx.Module`."""
-    if not isinstance(model, nnx.Module):
-        raise TypeError(f"model must be a flax.nnx module, got {type(model).__name__}")
-
-
 def replace(node: Any, new: Mapping[int, Any], seen: set[int] | None = None) -> Any:
     """Puts other modules in place of those with these ids, wherever they stand.
 
@@ -328,24 +339,13 @@ def replace(node: Any, new: Mapping[int, Any], seen: set[int] | None = None) -> 
         others = tuple(replace(entry, new, seen) for entry in node)
         return node if all(map(operator.is_, others, node)) else others
     holder: Any = node
-    for key, entry in _entries(node):
+    for key, entry in parts_of(node):
         other = replace(entry, new, seen)
         if other is not entry and isinstance(node, nnx.Pytree):
             setattr(node, str(key), other)
         elif other is not entry:
             holder[key] = other
     return node
-
-
-def _entries(node: Any) -> list[tuple[Any, Any]]:
-    """What a part of a model is made of, by attribute, key or place."""
-    if isinstance(node, nnx.Variable):
-        return []
-    if isinstance(node, nnx.Pytree):
-        return [(key, entry) for key, entry in vars(node).items() if not key.startswith("_")]
-    if isinstance(node, dict):
-        return list(node.items())
-    return list(enumerate(node)) if isinstance(node, list | tuple) else []
 
 
 def _by_all_names(model: nnx.Module, layers: Iterable[Any]) -> dict[str, Any]:
@@ -357,7 +357,7 @@ def _by_all_names(model: nnx.Module, layers: Iterable[Any]) -> dict[str, Any]:
         if id(node) in wanted:
             found["/".join(path)] = node
         elif id(node) not in above:
-            for key, entry in _entries(node):
+            for key, entry in parts_of(node):
                 visit(entry, (*path, str(key)), above | {id(node)})
 
     visit(model, (), frozenset())

@@ -2,59 +2,17 @@
 // with sums written out in double. test_native_conv.py builds it under the sanitizers.
 #include <cmath>
 #include <cstdio>
-#include <deque>
-#include <functional>
 #include <limits>
 #include <random>
 #include <string>
 #include <thread>
 
 #include "conv.h"
+#include "sanitize_pool.h"
 
 using namespace priorityprop;
 
 namespace {
-
-class Pool {
- public:
-  explicit Pool(int threads) {
-    for (int i = 0; i < threads; i++) threads_.emplace_back([this] { work(); });
-  }
-  ~Pool() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      done_ = true;
-    }
-    ready_.notify_all();
-    for (auto& thread : threads_) thread.join();
-  }
-  int64_t num_threads() const { return threads_.size(); }
-  void Schedule(std::function<void()> task) {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      tasks_.push_back(std::move(task));
-    }
-    ready_.notify_one();
-  }
-
- private:
-  void work() {
-    for (;;) {
-      std::unique_lock<std::mutex> lock(mutex_);
-      ready_.wait(lock, [&] { return done_ || !tasks_.empty(); });
-      if (tasks_.empty()) return;
-      auto task = std::move(tasks_.front());
-      tasks_.pop_front();
-      lock.unlock();
-      task();
-    }
-  }
-  std::mutex mutex_;
-  std::condition_variable ready_;
-  std::deque<std::function<void()>> tasks_;
-  bool done_ = false;
-  std::vector<std::thread> threads_;
-};
 
 using Floats = std::vector<float>;
 using Doubles = std::vector<double>;
