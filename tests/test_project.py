@@ -37,6 +37,7 @@ def test_lower_bounds_are_the_pins_that_ci_installs():
             *project["dependencies"],
             *extras["demo"],
             *extras["finetune"],
+            *extras["docs"],
             *extras["test"],
         ]
         if not requirement.startswith(f"{project['name']}[")  # an extra that includes another

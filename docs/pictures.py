@@ -1,0 +1,181 @@
+"""Draws the pictures of How it works: `python docs/pictures.py` writes docs/img/*.svg."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+
+from priorityprop_jax import allocate, repeats
+
+SPENT, IDLE, FORWARD, LINE = "#d1495b", "#e7e9ee", "#30638e", "#3c4250"
+# White behind the drawing keeps it readable on a dark page; the rest makes the bytes the same
+# whenever it is drawn.
+STYLE = {"font.size": 10, "svg.hashsalt": "priorityprop_jax", "text.color": LINE}
+SAVE = {"format": "svg", "facecolor": "white", "metadata": {"Date": None}, "bbox_inches": "tight"}
+
+
+def cycle() -> Figure:
+    """Priorities, the allocation, and both schedules, as the library computes them."""
+    names = ["head", "block 2", "block 1", "block 0", "embed"]
+    priorities, budget, steps = np.array([4.0, 2.5, 1.5, 1.0, 0.5]), 30, 10
+    granted = allocate(jnp.asarray(priorities), budget, min_updates=1, max_updates=20)
+
+    figure = Figure(figsize=(11, 2.9), layout="constrained")
+    axes = figure.subplots(1, 4, sharey=True, width_ratios=[1, 1, 1.4, 1.4])
+    places = np.arange(len(names))
+    axes[0].barh(places, priorities, color=FORWARD)
+    axes[0].set_title("priority of each slot")
+    axes[0].set_yticks(places, names)
+    axes[0].invert_yaxis()
+    bars = axes[1].barh(places, granted, color=SPENT)
+    axes[1].bar_label(bars, padding=2)
+    axes[1].set_xlim(0, int(granted.max()) * 1.25)
+    axes[1].set_title(f"allocation of {budget} updates")
+    for axis, spread in zip(axes[2:], ["even", "nested"], strict=True):
+        table = np.stack([repeats(granted, t, steps, spread=spread) for t in range(steps)], axis=1)
+        for (row, column), count in np.ndenumerate(table):
+            corner = (column - 0.46, row - 0.42)
+            axis.add_patch(Rectangle(corner, 0.92, 0.84, color=SPENT if count else IDLE))
+            if count:
+                axis.text(column, row, str(count), ha="center", va="center", color="white")
+        axis.set_xlim(-0.6, steps - 0.4)
+        axis.set_title(f'updates at each step, "{spread}"')
+        axis.set_xlabel("step of the cycle")
+        axis.set_xticks(range(steps))
+    for axis in axes:
+        axis.spines[:].set_visible(False)
+        axis.tick_params(length=0)
+    for axis in axes[:2]:
+        axis.set_xticks([])
+    return figure
+
+
+def _box(axis, x, y, label, color, text=LINE, width=1.3):
+    shape = FancyBboxPatch(
+        (x - width / 2, y - 0.3), width, 0.6, boxstyle="round,pad=0.02", color=color
+    )
+    axis.add_patch(shape)
+    axis.text(x, y, label, ha="center", va="center", color=text)
+
+
+def _arrow(axis, start, end, color, style="-"):
+    options = {"arrowstyle": "-|>", "mutation_scale": 12, "linestyle": style, "linewidth": 1.6}
+    axis.add_patch(FancyArrowPatch(start, end, color=color, **options))
+
+
+def backward() -> Figure:
+    """Which parts of a backward pass are run for two active sets of the same size."""
+    stages = ["embed", "block 0", "block 1", "block 2", "head", "loss"]
+    cases = [
+        ("the last two active: the backward pass ends there", {3, 4}),
+        ("an early one active: the chain back to it is paid too", {1, 4}),
+    ]
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    for axis, (title, active) in zip(figure.subplots(2, 1), cases, strict=True):
+        deepest = min(active)
+        for place, name in enumerate(stages):
+            x = 2 * place
+            on = place in active
+            last = place == len(stages) - 1
+            _box(axis, x, 1, name, "white" if last else SPENT if on else IDLE,
+                 "white" if on else LINE)  # fmt: skip
+            if not last:
+                _arrow(axis, (x + 0.7, 1.15), (x + 1.3, 1.15), FORWARD)
+                if place >= deepest:
+                    _arrow(axis, (x + 1.3, 0.85), (x + 0.7, 0.85), SPENT)
+                if on:
+                    _arrow(axis, (x, 0.66), (x, 0.22), SPENT)
+                    axis.text(x, 0.05, "gradient, update", ha="center", va="center", color=SPENT)
+                elif place >= deepest:
+                    axis.text(x, 0.4, "passes through", ha="center", va="center")
+                else:
+                    axis.text(x, 0.4, "no backward", ha="center", va="center")
+        if deepest > 1:
+            axis.text(2 * deepest - 3, 1.55, "outputs may come from a cache", ha="center")
+        axis.set_title(title, loc="left")
+        axis.set(xlim=(-0.9, 10.9), ylim=(-0.2, 1.75))
+        axis.axis("off")
+    handles = [
+        Line2D([], [], color=FORWARD, label="forward"),
+        Line2D([], [], color=SPENT, label="backward"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _matrix(axis, x, y, rows, columns, label, kept_rows=(), kept_columns=()):
+    """A matrix with its upper left corner at (x, y), the kept part coloured."""
+    size = 0.3
+    for row in range(rows):
+        for column in range(columns):
+            kept = row in kept_rows or column in kept_columns
+            corner = (x + size * column, y - size * (row + 1))
+            axis.add_patch(
+                Rectangle(corner, size, size, facecolor=SPENT if kept else IDLE, edgecolor="white")
+            )
+    axis.text(x + size * columns / 2, y + 0.1, label, ha="center", va="bottom")
+    return x + size * columns
+
+
+def meprop() -> Figure:
+    """The two products of a linear layer's backward pass, with few output features kept."""
+    kept, inputs, outputs, batch = (1, 6), 6, 9, 4
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    axis = figure.subplots()
+
+    def sign(x, text):
+        axis.text(x + 0.3, 2.2, text, ha="center", va="center", fontsize=14)
+        return x + 0.6
+
+    x = _matrix(axis, 0, 2.8, batch, outputs, "output gradient $dy$", kept_columns=kept)
+    x = sign(x, "·")
+    x = _matrix(axis, x, 3.5, outputs, inputs, "$W^T$", kept_rows=kept)
+    x = sign(x, "=")
+    x = _matrix(axis, x, 2.8, batch, inputs, "input gradient $dx$", kept_columns=range(inputs))
+    x += 1.2
+    x = _matrix(axis, x, 3.1, inputs, batch, "$x^T$", kept_columns=range(batch))
+    x = sign(x, "·")
+    x = _matrix(axis, x, 2.8, batch, outputs, "$dy$", kept_columns=kept)
+    x = sign(x, "=")
+    x = _matrix(axis, x, 3.1, inputs, outputs, "weight gradient $dW$", kept_columns=kept)
+    axis.set(xlim=(-0.1, x + 0.1), ylim=(0.6, 4), aspect="equal")
+    axis.axis("off")
+    return figure
+
+
+def highway() -> Figure:
+    """Which layers are at work when: plain backpropagation, and highway's rounds."""
+    layers, rounds = 8, 2
+    plain, at_once = np.eye(layers), np.ones((layers, rounds + 1))
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[layers, rounds + 1])
+    for axis, table in [(left, plain), (right, at_once)]:
+        for (row, column), busy in np.ndenumerate(table):
+            corner = (column - 0.46, row - 0.44)
+            axis.add_patch(Rectangle(corner, 0.92, 0.88, color=SPENT if busy else IDLE))
+        axis.set(xlim=(-0.6, table.shape[1] - 0.4), ylim=(layers - 0.4, -0.6))
+        axis.spines[:].set_visible(False)
+        axis.tick_params(length=0)
+    left.set_title("plain: one layer waits for the next")
+    left.set_xticks(range(layers), range(1, layers + 1))
+    left.set_xlabel("products that wait for each other")
+    left.set_yticks(range(layers), [f"layer {layer}" for layer in reversed(range(layers))])
+    right.set_title(f"highway, k = {rounds}: all layers at once")
+    labels = [*(f"round {i + 1}" for i in range(rounds)), "weights"]
+    right.set_xticks(range(rounds + 1), labels)
+    return figure
+
+
+def write(folder: Path) -> None:
+    """Writes all pictures into a folder."""
+    with matplotlib.rc_context(STYLE):
+        for draw in (cycle, backward, meprop, highway):
+            draw().savefig(folder / f"{draw.__name__}.svg", **SAVE)
+
+
+if __name__ == "__main__":
+    write(Path(__file__).parent / "img")

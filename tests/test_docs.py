@@ -1,0 +1,146 @@
+"""The documentation site: its code runs, its commands exist, it builds, and it loads nothing."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from priorityprop_jax.training import cli
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+
+
+def blocks(page, language):
+    """The code blocks of a page in one language, each with the line that it begins at."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, match.start(1)), match[1]) for match in found]
+
+
+def load(name):
+    """A module of `docs/`, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_examples_run(page):
+    namespace = {"__name__": page}
+    for line, code in blocks(page, "python"):
+        # Empty lines in front make the line numbers of a traceback those of the page.
+        exec(compile("\n" * line + code, DOCS / page, "exec"), namespace)
+
+
+def check_command(words):
+    """Refuses a command that does not exist, or that would not take these arguments."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    match words:
+        case ["priorityprop", *arguments]:
+            cli._parser().parse_args(arguments)
+        case ["pip", "install", "-e", target]:
+            extra = re.fullmatch(r"\.\[(\w+)\]", target)[1]
+            assert extra in extras["optional-dependencies"]
+        case ["python", "-m", module, *_]:
+            assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
+        case ["python", script, *_]:
+            assert (ROOT / script).is_file()
+        case _:
+            raise AssertionError(f"unknown to this test: {shlex.join(words)}")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")])
+def test_commands_exist(page):
+    for _, script in blocks(page, "bash"):
+        for command in re.split(r"\n|&&", script.replace("\\\n", " ")):
+            if words := shlex.split(command, comments=True):
+                check_command(words)
+
+
+def test_unknown_commands_are_refused():
+    for command in ["priorityprop train --tusk digits", "python -m benchmarks.none", "rm -r x"]:
+        with pytest.raises((AssertionError, SystemExit)):
+            check_command(command.split())
+
+
+def test_no_block_escapes_the_tests():
+    for page in PAGES:
+        fences = re.findall(
+            r"^ *(`{3,}|~{3,})(.*)$", (DOCS / page).read_text("utf-8"), re.MULTILINE
+        )
+        opened = [language for _, language in fences[::2]]
+        assert set(opened) <= {"python", "bash", "text"}, page
+        known = sum(len(blocks(page, language)) for language in {"python", "bash", "text"})
+        assert len(opened) == known, page
+
+
+@pytest.mark.once
+def test_every_public_name_is_in_the_reference_once():
+    undocumented = load("hooks").undocumented
+    pages = [path.read_text(encoding="utf-8") for path in (DOCS / "api").glob("*.md")]
+    assert undocumented("".join(pages)) == []
+    assert undocumented("".join(pages).replace("::: priorityprop_jax.allocate\n", "")) == [
+        "allocate"
+    ]
+    assert undocumented("".join([*pages, "\n::: priorityprop_jax.repeats\n"])) == ["repeats"]
+
+
+@pytest.mark.once
+def test_docstrings_become_markdown():
+    to_markdown = load("docstrings").to_markdown
+    text = "See `allocate` or `optax.adam`, ``code``, :math:`a\n b`.\n\n.. math:: x_i\n\nExample:\n"
+    assert to_markdown(text) == (
+        "See [`allocate`][priorityprop_jax.allocate] or `optax.adam`, ``code``, $a b$.\n\n"
+        "$$\nx_i\n$$\n\nExamples:\n"
+    )
+    assert to_markdown("  .. math::\n      a &= b \\\\\n      c\n\n  `A\n  b <https://c.d>`_") == (
+        "  $$\n  a &= b \\\\\n  c\n  $$\n\n  [A\n  b](https://c.d)"
+    )
+
+
+@pytest.mark.once
+def test_pictures_are_those_of_their_script(tmp_path):
+    load("pictures").write(tmp_path)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {path.name for path in (DOCS / "img").iterdir()}
+    shown = "".join((DOCS / page).read_text(encoding="utf-8") for page in PAGES)
+    assert [name for name in drawn if f"img/{name}" not in shown] == []
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, built as a release would; a warning fails it."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+@pytest.mark.once
+def test_site_loads_nothing_from_elsewhere(site):
+    pages = list(site.rglob("*.html"))
+    assert len(pages) >= len(PAGES)
+    for page in pages:
+        html = page.read_text(encoding="utf-8")
+        loaded = re.findall(r"<(?:script|link|img|iframe|source|object)\b[^>]*>", html)
+        assert [tag for tag in loaded if re.search(r"(?:src|href)=[\"']?(?:https?:)?//", tag)] == []
+        assert not re.search(r"@import|url\([\"']?(?:https?:)?//", html)
+
+
+@pytest.mark.once
+def test_formulas_and_tables_are_drawn(site):
+    for page in site.rglob("*.html"):
+        html = page.read_text(encoding="utf-8")
+        assert "arithmatex" not in html and "<merror" not in html
+        assert not re.search(r":math:|\.\. math::|<!-- measured", html), page
+    assert "<math" in (site / "api/decide/index.html").read_text(encoding="utf-8")
+    assert "<table" in (site / "guides/meprop/index.html").read_text(encoding="utf-8")
