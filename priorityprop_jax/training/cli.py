@@ -1,7 +1,7 @@
 """The command `priorityprop`: train on a budget, and show the ledger.
 
 `train` trains a task twice, at the same budget of updates or for as many steps; `finetune` is in
-a module of its own.
+a module of its own, `bench` in a checkout's `benchmarks/suite`.
 """
 
 from __future__ import annotations
@@ -53,9 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit code: 0; 1 where something failed; 2 for wrong arguments; 130 after Ctrl-C.
     """
-    # argparse exits by itself, with 2, where an argument is wrong
-    arguments = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
     try:
+        if argv[:1] == ["bench"]:
+            return _bench(argv[1:])
+        # argparse exits by itself, with 2, where an argument is wrong
+        arguments = _parser().parse_args(argv)
         return arguments.run(arguments)
     except Failure as failure:
         return _fail(str(failure), failure.code)
@@ -160,10 +163,30 @@ def _parser() -> argparse.ArgumentParser:
 
     finetune.add_command(commands)
 
+    commands.add_parser("bench", help="run and report the benchmark suites", add_help=False)
+
     report = commands.add_parser("report", help="print a finished run again")
     report.set_defaults(run=_report)
     report.add_argument("directory", metavar="RUN", type=Path, help="a folder of a run")
     return parser
+
+
+def _bench(argv: Sequence[str]) -> int:
+    """Hands over to the suite, which stands beside the package in a checkout alone."""
+    import priorityprop_jax
+
+    for root in (Path(priorityprop_jax.__file__).parents[1], Path.cwd()):
+        if (root / "benchmarks" / "suite" / "command.py").is_file():
+            sys.path.insert(0, str(root))
+            break
+    else:
+        raise Failure(
+            "the benchmarks are not part of an installed package: clone the repository, and run "
+            "this from its root"
+        )
+    from benchmarks.suite import command  # pyright: ignore[reportMissingImports]
+
+    return command.main(argv)
 
 
 def _budget(text: str) -> int | float | str:

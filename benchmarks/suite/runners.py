@@ -1,0 +1,477 @@
+"""Runs an arm: compiled steps for most of them, `PriorityPropTrainer` for budgets of compute."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from benchmarks.suite.arms import Arm
+from benchmarks.suite.workloads import Stream, Workload, load
+from priorityprop_jax import (
+    Compute,
+    PrefixCache,
+    PriorityPropTrainer,
+    TopKCompute,
+    apply_row_updates,
+    find_slots,
+    lean_rnn,
+    meprop,
+    nnx_stages,
+    priorityprop,
+    row_sparse_adam,
+    scale_by_priority,
+    sparse_start,
+)
+from priorityprop_jax.backward.compact import row_value_and_grad
+from priorityprop_jax.paths import path_name
+from priorityprop_jax.priority import transform
+from priorityprop_jax.priority.scores import priority
+from priorityprop_jax.priority.transform import PriorityPropState
+from priorityprop_jax.training.tasks import CharTransformer
+
+WEIGHT_DECAY = 0.01
+CYCLE = 10
+Batches = list[dict[str, np.ndarray]]
+
+
+class Runner(Protocol):
+    """A run of an arm.
+
+    Attributes:
+      flops: of a step, as compiled, by phase; None where the compiler cannot say.
+      peak_bytes: of the program, by phase.
+      compile_seconds: so far.
+      row_losses: rows and their losses at the last steps, where a stream prunes by them.
+    """
+
+    flops: dict[str, float | None]
+    peak_bytes: dict[str, int | None]
+    compile_seconds: float
+    row_losses: list[tuple[np.ndarray, np.ndarray]]
+
+    def train(self, batches: Batches) -> None:
+        """Trains on these, and returns when the device is done."""
+        ...
+
+    def evaluate(self, arrays: dict[str, np.ndarray], batch: int) -> dict[str, float]:
+        """Loss and accuracy over all rows."""
+        ...
+
+    def where(self) -> list[tuple[str, float]] | None:
+        """Which share of the budget went to which layer."""
+        ...
+
+    def params(self) -> Any: ...
+
+
+def schedule(steps: int) -> Callable[[Any], jax.Array]:
+    """Warm-up over a twentieth of the steps, then a cosine to zero; the same for all arms."""
+    first = max(1, steps // 20)
+
+    def factor(step: Any) -> jax.Array:
+        left = jnp.clip((step - first) / max(1, steps - first), 0.0, 1.0)
+        return jnp.minimum((step + 1) / first, 0.5 * (1 + jnp.cos(jnp.pi * left)))
+
+    return factor
+
+
+def build(arm: Arm, workload: Workload, rate: float, seed: int, steps: int | None = None) -> Runner:
+    """A fresh run of an arm; its schedule ends after `steps`."""
+    steps = arm.steps(workload) if steps is None else steps
+    if arm.policy is not None or arm.top_k is not None:
+        return TrainerRun(arm, workload, rate, seed, steps)
+    return CompiledRun(arm, workload, rate, seed, steps)
+
+
+# Changes of the model.
+
+
+class Frozen(nnx.Variable):
+    """A weight that LoRA leaves as it is."""
+
+
+class LoRALinear(nnx.Module):
+    """A linear layer plus a product of two thin matrices, ``x @ W + b + (x @ A) @ B * 2``.
+
+    LoRA (Hu et al., 2021, arXiv 2106.09685), with alpha = 2 * rank.
+    """
+
+    def __init__(self, base: nnx.Linear, rank: int, rngs: nnx.Rngs):
+        self.base = base
+        inputs, outputs = base.kernel.shape
+        bound = 1 / math.sqrt(inputs)
+        self.a = nnx.Param(jax.random.uniform(rngs(), (inputs, rank), minval=-bound, maxval=bound))
+        self.b = nnx.Param(jnp.zeros((rank, outputs)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.base(x) + (x @ self.a[...]) @ self.b[...] * 2.0
+
+
+def add_lora(model: Any, rank: int, seed: int) -> None:
+    """Freezes all but the head, and puts LoRA around all linear layers of the blocks."""
+    rngs = nnx.Rngs(seed)
+    for part in (model.embed, *model.blocks):
+        for node in {id(n): n for _, n in nnx.iter_modules(part)}.values():
+            for name, value in list(vars(node).items()):
+                if isinstance(value, nnx.Param):
+                    setattr(node, name, Frozen(value[...]))
+    for block in model.blocks:
+        for name, value in list(vars(block).items()):
+            if isinstance(value, nnx.Linear):
+                setattr(block, name, LoRALinear(value, rank, rngs))
+
+
+def edited(model: Any, arm: Arm, seed: int) -> Any:
+    for name, pairs in arm.edits:
+        options = dict(pairs)
+        if name == "lora":
+            add_lora(model, seed=seed, **options)
+        elif name == "meprop":
+            meprop(model, options.pop("k"), **options)
+        elif name == "sparse":
+            # The places are the same for all seeds of a run's program; values are the seed's.
+            sparse_start(
+                model, options["sparsity"], seed=seed, places=options.get("places", "random")
+            )
+            if options.get("unscaled"):
+                _unscale(model, options["sparsity"])
+        elif name == "lean":
+            lean_rnn(model)
+        elif name == "highway" and isinstance(model, CharTransformer):
+            model.iterations = options["iterations"]
+        elif name == "highway":
+            lean_rnn(model, iterations=options["iterations"])
+        else:
+            raise ValueError(f"no edit {name!r}")
+    return model
+
+
+def _unscale(model: Any, sparsity: float) -> None:
+    """Gives sparse layers the dense network's initial values."""
+    from priorityprop_jax.backward.sparse.swap import sparse_layers
+
+    for layer in sparse_layers(model).values():
+        layer.values.set_value(layer.values[...] * (1 - sparsity) ** 0.5)
+
+
+# One compiled step.
+
+
+def transformation(arm: Arm, rate: Any, steps: int) -> optax.GradientTransformation:
+    factor, options = schedule(steps), dict(arm.options)
+    if any(name == "lora" for name, _ in arm.edits):
+        rate = 10 * rate  # thin factors want about ten times the rate of whole weights
+
+    def scheduled(step: Any) -> Any:
+        return rate * factor(step)
+
+    if arm.rows:
+        return row_sparse_adam(scheduled, weight_decay=WEIGHT_DECAY)
+    if arm.optimizer == "muon":
+        return muon(scheduled)
+    if arm.optimizer == "schedule_free":
+        warm = max(1, steps // 20)
+        return optax.contrib.schedule_free(
+            optax.adamw(lambda step: rate * jnp.minimum((step + 1) / warm, 1.0), b1=0.0,
+                        weight_decay=WEIGHT_DECAY),
+            learning_rate=lambda step: rate * jnp.minimum((step + 1) / warm, 1.0),
+            b1=0.9,
+        )  # fmt: skip
+    if arm.optimizer == "scale_by_priority":
+        return optax.chain(
+            optax.adamw(scheduled, weight_decay=WEIGHT_DECAY),
+            scale_by_priority(**{"total_budget": None, "recalc_every": CYCLE, **options}),
+        )
+    if arm.optimizer == "priorityprop":
+        options = {"total_budget": None, "recalc_every": CYCLE, **options}
+        discount = options.pop("count_discount", True)
+        options["magnitude"] = MAGNITUDES.get(
+            options.get("magnitude"), options.get("magnitude", "mean")
+        )
+        chosen = priorityprop(optax.adamw(rate, weight_decay=WEIGHT_DECAY), **options)
+        # The schedule is on the clock of steps, the optimizer on that of each slot.
+        return optax.chain(
+            chosen if discount else _without_counts(chosen), optax.scale_by_schedule(factor)
+        )
+    return optax.adamw(scheduled, weight_decay=WEIGHT_DECAY)
+
+
+def _from_gradient(grads: Any) -> jax.Array:
+    """A number in (0, 1) that the digits of the gradient draw: no information in it."""
+    total = sum(jnp.sum(jnp.abs(g.astype(jnp.float32))) for g in grads)
+    bits = jax.lax.bitcast_convert_type(total, jnp.int32)
+    return jax.random.uniform(jax.random.fold_in(jax.random.key(0), bits), minval=1e-3)
+
+
+MAGNITUDES: dict[Any, Any] = {"constant": lambda grads: jnp.ones(()), "random": _from_gradient}
+
+
+def _without_counts(tx: optax.GradientTransformationExtraArgs) -> Any:
+    """PriorityProp without its count discount, which the library always applies."""
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        with mock.patch.object(
+            transform, "priority", lambda m, c, *rest: priority(m, jnp.ones_like(c), *rest)
+        ):
+            return tx.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def muon(rate: Any) -> optax.GradientTransformation:
+    """Muon on hidden matrices, AdamW on all else, at one learning rate.
+
+    Updates of matrices `[m, n]` are scaled by `0.2 * sqrt(max(m, n))`, so that their root mean
+    square is that of Adam's (Liu et al., 2025, arXiv 2502.16982).
+    """
+
+    def scaled(updates: Any, params: Any) -> Any:
+        return jax.tree.map(lambda u: u * 0.2 * math.sqrt(max(u.shape)), updates)
+
+    def labels(params: Any) -> Any:
+        slots = find_slots(params)
+        output = {n for n, depth in zip(slots.names, slots.depths, strict=True) if depth == 0}
+
+        def label(path: Any, leaf: Any) -> str:
+            name = path_name(path)
+            hidden = name.endswith("kernel") and jnp.ndim(leaf) == 2 and name not in output
+            return "muon" if hidden else "adamw"
+
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    def dimensions(tree: Any) -> Any:
+        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), tree)
+
+    matrices = optax.chain(
+        optax.contrib.scale_by_muon(weight_dimension_numbers=dimensions),
+        optax.stateless(scaled),
+        optax.add_decayed_weights(WEIGHT_DECAY),
+        optax.scale_by_learning_rate(rate),
+    )
+    rest = optax.adamw(rate, weight_decay=WEIGHT_DECAY)
+    return optax.partition({"muon": matrices, "adamw": rest}, labels)
+
+
+@functools.lru_cache(maxsize=16)
+def _programs(arm: Arm, workload: Workload, steps: int) -> Any:
+    """The compiled step and evaluation of an arm; seed and rate are arguments."""
+    rows, make_model, loss_fn = load(workload)
+    graph, params, rest = nnx.split(edited(make_model(0), arm, 0), nnx.Param, ...)
+    params = nnx.as_pure(params)
+
+    def loss(params: Any, rest: Any, batch: Any) -> Any:
+        return loss_fn(nnx.merge(graph, params, rest), batch)
+
+    value_and_grad = row_value_and_grad if arm.rows else _value_and_grad
+
+    def step(params: Any, state: Any, rest: Any, batch: Any, rate: Any) -> Any:
+        tx = transformation(arm, rate, steps)
+        (value, aux), grads = value_and_grad(loss, params, rest, batch, has_aux=True)
+        updates, state = tx.update(grads, state, params)
+        apply = apply_row_updates if arm.rows else optax.apply_updates
+        return apply(params, updates), state, value, aux.get("rows")
+
+    if arm.pruned:
+        evaluated, loss = (
+            loss,
+            lambda params, rest, batch: _weighted(nnx.merge(graph, params, rest), batch),
+        )
+    else:
+        evaluated = loss
+    batch = Stream(rows, arm.rows_of(workload), 0, pruned=arm.pruned).take(1)[0]
+    state = transformation(arm, 1.0, steps).init(params)
+    given = (params, state, rest, batch, jnp.float32(1.0))
+    started = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*given).compile()
+    seconds = time.perf_counter() - started
+    return compiled, jax.jit(evaluated), seconds
+
+
+def _weighted(model: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Weighted mean cross-entropy, and that of each row."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(model(batch["x"]), batch["y"])
+    axes = tuple(range(1, losses.ndim))
+    mask = batch.get("mask", jnp.ones_like(losses))
+    rows = jnp.sum(losses * mask, axes) / jnp.maximum(jnp.sum(mask, axes), 1.0)  # [batch]
+    return jnp.average(rows, weights=batch["weight"]), {"rows": rows}
+
+
+def _value_and_grad(loss: Any, params: Any, *arguments: Any, has_aux: bool) -> Any:
+    return jax.value_and_grad(loss, has_aux=has_aux)(params, *arguments)
+
+
+class CompiledRun:
+    """One program, its buffers donated."""
+
+    def __init__(self, arm: Arm, workload: Workload, rate: float, seed: int, steps: int):
+        self._arm, self._steps = arm, steps
+        self._program, self._loss, self.compile_seconds = _programs(arm, workload, steps)
+        _, make_model, _ = load(workload)
+        _, params, self._rest = nnx.split(edited(make_model(seed), arm, seed), nnx.Param, ...)
+        self._params = jax.tree.map(jnp.array, nnx.as_pure(params))
+        state = transformation(arm, rate, steps).init(self._params)
+        # A buffer can be donated once, and schedule-free keeps the parameters themselves.
+        self._state = jax.tree.map(jnp.array, state)
+        self._rate = jnp.float32(rate)
+        self.row_losses: list[tuple[np.ndarray, np.ndarray]] = []
+        self.flops = {"train": _flops(self._program)}
+        self.peak_bytes = {"train": _peak(self._program)}
+
+    def train(self, batches: Batches) -> None:
+        value = jnp.zeros(())
+        seen: list[Any] = []
+        for batch in batches:
+            self._params, self._state, value, rows = self._program(
+                self._params, self._state, self._rest, batch, self._rate
+            )
+            if rows is not None:
+                seen.append((batch["row"], rows))
+        jax.block_until_ready((self._params, self._state))
+        self.row_losses = [(row, np.asarray(losses)) for row, losses in seen]
+        if not np.isfinite(float(value)):
+            raise FloatingPointError("the loss became NaN or infinite")
+
+    def params(self) -> Any:
+        if self._arm.optimizer == "schedule_free":
+            return optax.contrib.schedule_free_eval_params(self._state, self._params)
+        return self._params
+
+    def evaluate(self, arrays: dict[str, np.ndarray], batch: int) -> dict[str, float]:
+        params = self.params()
+        return _averages(lambda part: self._loss(params, self._rest, part), arrays, batch)
+
+    def where(self) -> list[tuple[str, float]] | None:
+        states = [
+            node
+            for node in jax.tree.leaves(
+                self._state, is_leaf=lambda node: isinstance(node, PriorityPropState)
+            )
+            if isinstance(node, PriorityPropState)
+        ]
+        if not states:
+            return None
+        counts = np.asarray(states[0].update_counts, float)
+        return _shares(find_slots(self._params).names, counts)
+
+
+# A budget of compute.
+
+
+class TrainerRun:
+    """`PriorityPropTrainer`, trained a piece at a time."""
+
+    def __init__(self, arm: Arm, workload: Workload, rate: float, seed: int, steps: int):
+        _, make_model, loss_fn = load(workload)
+        model: Any = edited(make_model(seed), arm, seed)
+        factor = schedule(steps)
+        cycle = max(CYCLE, arm.steps(workload) // 20)
+        if arm.top_k is not None:
+            compute: Any = TopKCompute(schedule=factor)
+            budget = arm.top_k
+        else:
+            policy: Any = half if arm.policy == "suffix(half)" else arm.policy
+            if arm.cached:
+                model = nnx_stages(
+                    [("embed", model.embed)]
+                    + [(f"block_{i}", block) for i, block in enumerate(model.blocks)]
+                    + [("head", model.head)]
+                )
+            cache = PrefixCache(None, examples=None) if arm.cached else None
+            compute = Compute(policy=policy, schedule=factor, seed=seed, cache=cache)
+            budget = 1.0
+            if arm.policy != "suffix(half)":
+                budget = workload.least + (1 - workload.least) * arm.backward
+        optimizer = optax.adamw(rate, weight_decay=WEIGHT_DECAY)
+        self._trainer = PriorityPropTrainer(
+            model, optimizer, loss_fn, budget, recalc_every=cycle, compute=compute, progress=False
+        )
+        self.peak_bytes: dict[str, int | None] = {}
+        self.row_losses: list[tuple[np.ndarray, np.ndarray]] = []
+
+    @property
+    def compile_seconds(self) -> float:
+        return self._trainer.history.compile_seconds
+
+    @property
+    def flops(self) -> dict[str, float | None]:
+        report = self._trainer.get_compute_report()
+        return {"train": report["flops"] / max(1, report["steps"])}
+
+    @property
+    def share(self) -> float:
+        """Of the FLOPs of as many full steps."""
+        return self._trainer.get_compute_report()["share"]
+
+    def train(self, batches: Batches) -> None:
+        self._trainer.train(batches, 1)
+
+    def params(self) -> Any:
+        return self._trainer.params
+
+    def evaluate(self, arrays: dict[str, np.ndarray], batch: int) -> dict[str, float]:
+        return self._trainer.evaluate(_cut(arrays, batch))
+
+    def where(self) -> list[tuple[str, float]] | None:
+        layers = self._trainer.get_compute_report()["layers"]
+        # Where k is chosen the layers' features are what was spent.
+        spent = [layer.get("flops", layer.get("mean_k")) for layer in layers]
+        return _shares([layer["layer"] for layer in layers], np.array(spent))
+
+
+def half(at: Any) -> list[frozenset[str]]:
+    """The policy of a static suffix: the half of the layers next to the output."""
+    layers = max(at.slots.depths, default=0) + 1
+    return [at.at_depths(range((layers + 1) // 2))] * at.steps
+
+
+# Numbers.
+
+
+def _cut(arrays: dict[str, np.ndarray], batch: int) -> Batches:
+    rows = len(next(iter(arrays.values())))
+    return [
+        {name: array[i : i + batch] for name, array in arrays.items()}
+        for i in range(0, rows, batch)
+    ]
+
+
+def _averages(loss: Any, arrays: dict[str, np.ndarray], batch: int) -> dict[str, float]:
+    """Means over all rows; by the weight of the mask, where there is one."""
+    total, sums = 0.0, np.zeros(2)
+    for part in _cut(arrays, batch):
+        value, metrics = loss(part)
+        weight = float(part["mask"].sum()) if "mask" in part else len(part["y"])
+        total += weight
+        sums += weight * np.array([float(value), float(metrics["accuracy"])])
+    return {"loss": float(sums[0] / total), "accuracy": float(sums[1] / total)}
+
+
+def _shares(names: Any, amounts: np.ndarray) -> list[tuple[str, float]]:
+    total = float(amounts.sum()) or 1.0
+    return [(name, float(amount) / total) for name, amount in zip(names, amounts, strict=True)]
+
+
+def _flops(program: Any) -> float | None:
+    analysis = program.cost_analysis()
+    analysis = analysis[0] if isinstance(analysis, list) else analysis
+    return None if not analysis else analysis.get("flops")
+
+
+def _peak(program: Any) -> int | None:
+    memory = program.memory_analysis()
+    if memory is None:
+        return None
+    return int(
+        memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )  # fmt: skip
