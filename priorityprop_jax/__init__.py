@@ -74,7 +74,12 @@ from priorityprop_jax.training.stages import (
     stack_params,
 )
 from priorityprop_jax.training.topk import TopKCompute
-from priorityprop_jax.training.trainer import History, NonFiniteLossError, PriorityPropTrainer
+from priorityprop_jax.training.trainer import (
+    History,
+    NonFiniteLossError,
+    PriorityPropTrainer,
+    WorkerLostError,
+)
 
 __version__ = "0.1.0"
 
@@ -104,6 +109,7 @@ __all__ = [
     "TopKCompute",
     "TopKUpdatesState",
     "Variants",
+    "WorkerLostError",
     "active_sets",
     "allocate",
     "apply_active_updates",

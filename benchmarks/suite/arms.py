@@ -153,12 +153,9 @@ COMBINATIONS: dict[str, Arm] = {
         "nine in ten weights left out, half as many steps more", "combination", 1.5,
         edits=(edit("sparse", sparsity=0.9),),
     ),
-    "mnist-mlp-2048": Arm(
-        "nineteen in twenty weights left out, half as many steps more", "combination", 1.5,
-        edits=(edit("sparse", sparsity=0.95),),
-    ),
     "char-transformer": Arm(
-        "Muon, and half of the backward pass of meProp's kind", "combination", 0.6,
+        "nine in ten weights left out, half of the batch, 0.85 of the examples", "combination",
+        0.85, 0.5, edits=(edit("sparse", sparsity=0.9),),
     ),
     "char-gru": Arm(
         "the exact lean backward pass over time, a quarter of the batch, 0.6 of the examples",
@@ -169,8 +166,8 @@ COMBINATIONS: dict[str, Arm] = {
         "combination", 0.5, 0.25, edits=(edit("lean"),),
     ),
     "sst2": Arm(
-        "the output half of the layers alone, a quarter of the batch, half of the examples",
-        "combination", 0.5, 0.25, policy="suffix(half)",
+        "the output half of the layers alone, outputs of the others from a cache, half of the "
+        "batch, twice the examples", "combination", 2.0, 0.5, policy="suffix(half)", cached=True,
     ),
 }  # fmt: skip
 

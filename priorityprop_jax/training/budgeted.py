@@ -328,7 +328,7 @@ class BudgetedStep:
         active = self._plan.pop(0)
         if self._blocks is not None:
             state = self._blocks.move(state, active, params)
-        rest, state = _with(params, (rest, state))
+        rest, state = put_beside(params, (rest, state))
         start = min((self._where[name] for name in active), default=0)
         x, rest, forward, cached = self._enter(params, rest, batch, start)
         batch = jax.tree.map(jnp.asarray, batch)
@@ -338,7 +338,7 @@ class BudgetedStep:
         program, flops = self._variants.program(
             active,
             _key(arguments),
-            lambda: self._compile(self._program(active, start), arguments, donate=(0, 2, 3)),
+            lambda: self._compile_step(active, start, arguments),
         )
         part, rest, state, values = program(*arguments)
         self._charge(active, start, flops + forward, cached)
@@ -372,10 +372,20 @@ class BudgetedStep:
 
         return step
 
-    def _compile(self, function: Any, arguments: Any, donate: tuple[int, ...]) -> tuple[Any, float]:
+    def _compile_step(
+        self, active: frozenset[str], start: int, arguments: Any
+    ) -> tuple[Any, float]:
+        donate = (0, 2, 3)
+        out = (*(layout_of(arguments[i]) for i in donate), None)
+        return self._compile(self._program(active, start), arguments, out, donate)
+
+    def _compile(
+        self, function: Any, arguments: Any, out: Any, donate: tuple[int, ...] = ()
+    ) -> tuple[Any, float]:
+        """The program and its FLOPs; ``out``: see `layout_of`."""
         start = time.perf_counter()
-        lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
-        program = counted = lowered.compile()
+        jitted = jax.jit(function, donate_argnums=donate, out_shardings=out)
+        program = counted = jitted.lower(*arguments).compile()
         if any(_spread(x) for x in jax.tree.leaves(arguments)):
             # The compiler counts the FLOPs of one device of several.
             shapes = jax.tree.map(abstract, arguments)
@@ -438,7 +448,8 @@ class BudgetedStep:
 
         key = (begin, stop, round_to, _key(arguments))
         if key not in self._programs:
-            self._programs[key] = self._compile(forward, arguments, donate=())
+            out = (None, layout_of(arguments[1]))
+            self._programs[key] = self._compile(forward, arguments, out)
         program, flops = self._programs[key]
         y, changed = program(*arguments)
         return y, {**rest, **changed}, flops
@@ -496,7 +507,7 @@ class BudgetedStep:
         _, self._full_flops = self._variants.program(
             self._everything,
             _key(full),
-            lambda: self._compile(self._program(self._everything, 0), full, donate=(0, 2, 3)),
+            lambda: self._compile_step(self._everything, 0, full),
         )
         if self._compute.cache is not None:
             flops = measured.flops.full if isinstance(measured, Costs) else self._full_flops
@@ -714,7 +725,18 @@ def _spread(x: Any) -> bool:
     return sharding is not None and len(sharding.device_set) > 1
 
 
-def _with(params: Any, tree: Any) -> Any:
+def layout_of(tree: Any) -> Any:
+    """Where the arrays on several devices are, for `out_shardings`; None for the others.
+
+    Left to itself the compiler lays results out as it likes: the second step would be compiled
+    anew, and a resumed run round otherwise than the unbroken one.
+    """
+    if not any(map(_spread, jax.tree.leaves(tree))):
+        return None  # what the compiler takes whatever the structure of the results
+    return jax.tree.map(lambda x: x.sharding if _spread(x) else None, tree)
+
+
+def put_beside(params: Any, tree: Any) -> Any:
     """The arrays on the devices that the parameters are on, where these are several."""
     first = jax.tree.leaves(params)[0]
     sharding = getattr(first, "sharding", None)

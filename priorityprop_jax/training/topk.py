@@ -203,13 +203,19 @@ class TopKStep:
         )
         self._uses: dict[str, LayerUse] = {}
         self._layers: list[_Layer] = []  # by slot, once a batch has been seen
-        self._compiled = jax.jit(self._program, donate_argnums=(0, 1, 2))
+        self.lay_out((None, None, None))
         self._places: list[int] = []  # of the size of each slot in this cycle
         self.compile_seconds = 0.0
         self.programs = 0
         self._step = 0
         self._flops = 0.0
         self._largest_flops = 0.0  # of a step with every layer at its largest size
+
+    def lay_out(self, layout: tuple[Any, Any, Any]) -> None:
+        """Keeps parameters, rest and state laid out as `layout_of` says, from the next step on."""
+        self._compiled = jax.jit(
+            self._program, donate_argnums=(0, 1, 2), out_shardings=(*layout, None)
+        )
 
     # What a user can look at.
 

@@ -19,13 +19,14 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from priorityprop_jax.paths import path_name
 from priorityprop_jax.priority.ledger import Ledger
 from priorityprop_jax.priority.slots import find_slots
 from priorityprop_jax.priority.transform import Budget, PriorityPropState, priorityprop
-from priorityprop_jax.training.budgeted import BudgetedStep, Compute
+from priorityprop_jax.training.budgeted import BudgetedStep, Compute, layout_of, put_beside
 from priorityprop_jax.training.sparse import DynamicSparsity, SparsityChange
 from priorityprop_jax.training.stages import Stages
 from priorityprop_jax.training.topk import TopKCompute, TopKStep
@@ -36,6 +37,8 @@ Record = dict[str, Any]
 _RESERVED = ("step", "epoch", "loss", "updates", "seconds", "kind", "flops", "cached")
 # Steps between two fetches of the losses where `recalc_every` is not a number yet.
 _FETCH_EVERY = 10
+# What JAX, gloo, NCCL and its coordinator say when a process does not answer.
+_LOST = ("gloo", "nccl", "unavailable", "connection", "heartbeat", "barrier", "deadline_exceeded")
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -48,6 +51,13 @@ class NonFiniteLossError(FloatingPointError):
     def __init__(self, message: str, step: int):
         super().__init__(message)
         self.step = step
+
+
+class WorkerLostError(RuntimeError):
+    """Of several processes that train together, one has ended or does not answer.
+
+    The arrays on the devices are of no more use; the latest checkpoint is.
+    """
 
 
 @dataclasses.dataclass
@@ -133,6 +143,10 @@ class PriorityPropTrainer:
     layers are of the rows alone that the gradient flowed through, and ``total_budget`` decides how
     many that are in which layer.
 
+    Parameters on a `jax.sharding.Mesh` stay laid out as they are, and so does the optimizer state;
+    decisions are those of one device. Several processes (`jax.distributed`) all call the same, with
+    parameters and batches on one mesh; the first of them shows the progress bar.
+
     Args:
       model: a `flax.nnx.Module`, a pytree of parameters, or `Stages`, a model as a chain of stages
         (what a prefix cache needs).
@@ -167,8 +181,8 @@ class PriorityPropTrainer:
 
     Raises:
       TypeError: an argument is of the wrong kind.
-      ValueError: options make no sense, the budget does not fit the number of slots, or the
-        optimizer is wrapped already.
+      ValueError: options make no sense, the budget does not fit the number of slots, the optimizer
+        is wrapped already, or of several processes each has parameters of its own.
 
     Example:
       >>> import jax.numpy as jnp
@@ -252,6 +266,8 @@ class PriorityPropTrainer:
         params, _ = self._current()
         if not jax.tree.leaves(params):
             raise ValueError("the model has no parameters to train")
+        if jax.process_count() > 1:
+            _check_processes(params, compute, sparsity)
         if any(
             isinstance(node, PriorityPropState)
             for node in jax.tree.leaves(
@@ -285,7 +301,7 @@ class PriorityPropTrainer:
             )
         # Some optimizers keep the parameters themselves or one array twice in their state, and a
         # buffer can be donated only once.
-        self._opt_state = _copy(state)
+        self._rest, self._opt_state = put_beside(params, (self._rest, _copy(state)))
         self._ledger = Ledger(slots)
 
         self.history = History()
@@ -296,7 +312,9 @@ class PriorityPropTrainer:
         self._traces = 0
         self._saved_to: str | None = None  # The folder that holds checkpoints of this run.
         self._log: Callable[[Record], Any] | None = None
-        self._compiled_step = jax.jit(self._train_step, donate_argnums=(0, 1, 2))
+        self._layout: Any = None  # of parameters, rest and optimizer state
+        self._asked = threading.Event()  # by this process, to stop
+        self._compiled_step: Any = None
         self._compiled_eval = jax.jit(self._eval_step)
 
     # What a user can look at.
@@ -361,12 +379,13 @@ class PriorityPropTrainer:
         Ctrl-C ends the training between two steps: the checkpoint is saved, and the history is
         returned with `interrupted` set. A second Ctrl-C raises `KeyboardInterrupt` at once. After
         an interruption, `resume_from` continues within the epoch, while a plain `train` begins a
-        new one.
+        new one. Several processes stop together, at the end of a cycle, once one is interrupted.
 
         Args:
           loader: batches, pytrees of arrays; iterated anew each epoch. Its `set_epoch(epoch)`, if
             it has one, is called before, with epochs that count from 0. To resume bit for bit it
-            must give the same batches again.
+            must give the same batches again. Several processes need as many batches each, made by
+            `jax.make_array_from_process_local_data`.
           epochs: how many more; with `resume_from`, how many in all.
           eval_data: batches to evaluate on at the end of each epoch.
           resume_from: a folder that holds checkpoints of a trainer made with the same arguments;
@@ -382,6 +401,7 @@ class PriorityPropTrainer:
             checkpoint does not fit, or `checkpoint_dir` holds the checkpoints of another run.
           FileNotFoundError: there is no checkpoint in `resume_from`.
           NonFiniteLossError: the loss became NaN or infinite.
+          WorkerLostError: another process has ended, and no step can be run without it.
         """
         if isinstance(epochs, bool) or not isinstance(epochs, int | np.integer):
             raise TypeError(f"epochs must be a whole number, got {epochs!r}")
@@ -404,11 +424,15 @@ class PriorityPropTrainer:
             if not self._ledger.steps:
                 self._ledger.record(self._opt_state)
             bar = stack.enter_context(self._bar(loader, last))
-            stop = stack.enter_context(_interrupt_flag())
+            self._asked = stop = stack.enter_context(_interrupt_flag())
+            if jax.process_count() > 1:
+                # None may leave a step that the others run, so they stop where all know of it.
+                stop = threading.Event()
             try:
                 while self._epoch < last and not stop.is_set():
                     self._run_epoch(loader, last, eval_data, manager, bar, stop)
-            except BaseException:
+            except BaseException as error:
+                _raise_if_lost(error, self._saved_to)
                 # What the device has finished is history, whatever went wrong after it.
                 with contextlib.suppress(NonFiniteLossError):
                     self._fetch()
@@ -491,7 +515,9 @@ class PriorityPropTrainer:
             if self._step % self._fetch_every == 0:
                 self._fetch(bar)
                 self._ledger.record(self._opt_state)
+                _share(self._asked, stop)
         self._fetch(bar)
+        _share(self._asked, stop)
         # The epoch is open until it has been evaluated, so that a resumed run makes up for it.
         if stop.is_set():
             return
@@ -509,6 +535,7 @@ class PriorityPropTrainer:
             self._save(manager)
 
     def _run_step(self, batch: Any) -> None:
+        _check_batch(batch)
         if self._change is not None:
             before = self._change.compile_seconds
             self._params, self._rest, self._opt_state = self._change(
@@ -537,7 +564,7 @@ class PriorityPropTrainer:
         if not self._pending:
             return
         pending, self._pending = self._pending, []
-        values = jax.device_get([values for _, values in pending])
+        values = _wait_and_get([values for _, values in pending])
         now = time.perf_counter()
         seconds = max(now - self._clock - self._compiling, 0.0) / len(pending)
         self.history.compile_seconds += self._compiling
@@ -569,6 +596,7 @@ class PriorityPropTrainer:
         params, rest = self._current()
         results, rows = [], []
         for batch in _until(stop, data):
+            _check_batch(batch)
             rows.append(_rows(batch))
             results.append(self._compiled_eval(params, rest, batch))
         if stop.is_set():
@@ -576,7 +604,7 @@ class PriorityPropTrainer:
         total = sum(rows)
         if total == 0:
             raise ValueError("the data to evaluate on are empty")
-        values = jax.device_get(results)
+        values = _wait_and_get(results)
         return {
             name: math.fsum(n * float(value[name]) for n, value in zip(rows, values, strict=True))
             / total
@@ -644,7 +672,7 @@ class PriorityPropTrainer:
         if self._model is None or self._training:
             return self._params, self._rest
         _, params, _, rest = nnx.split(self._model, nnx.Param, nnx.Intermediate, ...)
-        return params, rest
+        return params, put_beside(params, rest)
 
     def _enter(self, stack: contextlib.ExitStack) -> None:
         if self._model is not None:
@@ -653,8 +681,17 @@ class PriorityPropTrainer:
             # go of the originals at once, lest they take memory throughout.
             self._params, self._rest = _copy(params), _copy(rest)
             nnx.update(self._model, self._params, self._rest)
+        self._rest, self._opt_state = put_beside(self._params, (self._rest, self._opt_state))
         self._training = True
         stack.callback(self._leave)
+        layout = (layout_of(self._params), layout_of(self._rest), layout_of(self._opt_state))
+        if jax.tree.flatten(layout) != jax.tree.flatten(self._layout):
+            self._layout = layout
+            self._compiled_step = jax.jit(
+                self._train_step, donate_argnums=(0, 1, 2), out_shardings=(*layout, None)
+            )
+            if isinstance(self._budgeted, TopKStep):
+                self._budgeted.lay_out(layout)
 
     def _leave(self) -> None:
         self._training = False
@@ -669,7 +706,7 @@ class PriorityPropTrainer:
             initial=self._batch,
             desc="training",
             unit="step",
-            disable=None if self._progress else True,
+            disable=None if self._progress and jax.process_index() == 0 else True,
         )
 
     # Checkpoints.
@@ -874,7 +911,85 @@ def _until(stop: threading.Event, batches: Iterable[Any]) -> Iterator[Any]:
                 return
             yield batch
     except KeyboardInterrupt:
+        if jax.process_count() > 1:
+            raise  # The others know nothing of it.
         stop.set()
+
+
+def _share(asked: threading.Event, stop: threading.Event) -> None:
+    """Sets `stop` at every process if one was asked to; all must call it at the same step."""
+    if asked is not stop and np.any(multihost_utils.process_allgather(np.array(asked.is_set()))):
+        stop.set()
+
+
+def _wait_and_get(tree: Any) -> Any:
+    """`jax.device_get` that raises what has gone wrong at any device of this process.
+
+    Where a process is lost, some devices of the others learn of it and some wait on: to wait for
+    one after the other could be to wait for the wrong one.
+    """
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    left = [
+        shard.data
+        for leaf in jax.tree.leaves(tree)
+        if isinstance(leaf, jax.Array)
+        for shard in leaf.addressable_shards
+    ]
+    while left:
+        ready = [array.is_ready() for array in left]
+        jax.block_until_ready([array for array, done in zip(left, ready, strict=True) if done])
+        left = [array for array, done in zip(left, ready, strict=True) if not done]
+        time.sleep(1e-3 if left else 0)
+    return jax.device_get(tree)
+
+
+def _raise_if_lost(error: BaseException, saved_to: str | None) -> None:
+    if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
+        return
+    said = str(error).strip().partition("\n")[0]
+    if any(word in said.lower() for word in _LOST):
+        how = "" if saved_to is None else f", with resume_from={saved_to!r}"
+        raise WorkerLostError(
+            f"another process has ended or does not answer; start all of them again{how} "
+            f"({said[:200]})"
+        ) from None
+
+
+def _check_processes(params: Any, compute: Any, sparsity: Any) -> None:
+    alone = [path for path, leaf in jax.tree_util.tree_leaves_with_path(params) if _alone(leaf)]
+    if alone:
+        raise ValueError(
+            f"{jax.process_count()} processes train together, but {path_name(alone[0])!r} is an "
+            "array of this one alone: put the parameters on a mesh of all devices first, with "
+            "jax.device_put and a NamedSharding"
+        )
+    if isinstance(compute, Compute) and (
+        compute.block_state != "keep" or compute.cache is not None
+    ):
+        raise ValueError(
+            "several processes have no host memory in common: leave block_state as 'keep', and "
+            "the cache out"
+        )
+    if sparsity is not None:
+        raise ValueError(
+            "the places of sparse layers are chosen in the host memory of one process: leave "
+            "sparsity out where several train together"
+        )
+
+
+def _check_batch(batch: Any) -> None:
+    if jax.process_count() == 1:
+        return
+    if any(np.ndim(leaf) and _alone(leaf) for leaf in jax.tree.leaves(batch)):
+        raise ValueError(
+            "several processes train together, but a batch holds an array of this one alone: make "
+            "it with jax.make_array_from_process_local_data(sharding, rows_of_this_process)"
+        )
+
+
+def _alone(leaf: Any) -> bool:
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
 
 
 def _check_iterable(name: str, batches: Any, epochs: int) -> None:

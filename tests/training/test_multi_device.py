@@ -1,0 +1,120 @@
+"""Tests of trainers whose model and batches are on a mesh of eight devices."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from priorityprop_jax import (
+    Compute,
+    DynamicSparsity,
+    PriorityPropTrainer,
+    StepCosts,
+    TopKCompute,
+    highway_nnx,
+    meprop,
+    sparse_start,
+)
+from priorityprop_jax.backward.sparse.swap import sparse_layers
+from priorityprop_jax.training.tasks import MLP, cross_entropy
+from tests.training import worker
+
+MESH = worker.make_mesh()
+
+
+def layouts(tree):
+    return [leaf.sharding for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled():
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+# A small model.
+ROWS = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+CLASSES = (ROWS[:, 0] > 0).astype(np.int32) + 2 * (ROWS[:, 1] * ROWS[:, 2] > 0).astype(np.int32)
+BATCHES = [{"x": ROWS[i : i + 16], "y": CLASSES[i : i + 16]} for i in range(0, 64, 16)]
+
+
+class Deep(nnx.Module):
+    def __init__(self, *, rngs):
+        self.first = nnx.Linear(8, 16, rngs=rngs)
+        self.blocks = nnx.List(nnx.Linear(16, 16, rngs=rngs) for _ in range(3))
+        self.head = nnx.Linear(16, 4, rngs=rngs)
+
+    def __call__(self, x):
+        x = highway_nnx(
+            self.blocks, self.first(x), iterations=1, call=lambda block, x: x + nnx.tanh(block(x))
+        )
+        return self.head(x)
+
+
+def train(mesh, model, epochs=2, **options):
+    """Trains on a mesh, or on one device; the layout must stay what it was."""
+    expected, _ = nnx.jit(cross_entropy)(model, BATCHES[0])
+    batches = BATCHES
+    if mesh is not None:
+        worker.place(mesh, model)
+        batches = [worker.spread(mesh, batch) for batch in BATCHES]
+    trainer = PriorityPropTrainer(
+        # Left to itself the compiler would lay out Adam's moments, and then vectors, otherwise.
+        model, optax.adam(0.03), cross_entropy, recalc_every=3, progress=False, **options,
+    )  # fmt: skip
+    before = layouts((trainer.params, trainer.optimizer_state))
+    trainer.train(batches, epochs)
+    assert layouts((trainer.params, trainer.optimizer_state)) == before
+    np.testing.assert_allclose(trainer.history.loss[0], expected, rtol=1e-5)
+    assert np.mean(trainer.history.loss[-4:]) < np.mean(trainer.history.loss[:4])
+    return trainer
+
+
+def test_a_budget_of_compute_chooses_as_on_one_device():
+    costs = StepCosts(own=(10.0, 10.0), floors=(30.0, 40.0), totals=(40.0, 60.0))
+    compute = Compute(policy="priority", costs=costs)
+    alone, together = (
+        train(mesh, MLP((8, 16, 4), rngs=nnx.Rngs(0)), total_budget=0.75, compute=compute)
+        for mesh in (None, MESH)
+    )
+    for name in ("allocation", "update_counts"):
+        a, b = (getattr(t.optimizer_state, name).tolist() for t in (alone, together))
+        assert a == b
+    assert alone.history.updates == together.history.updates
+    np.testing.assert_allclose(alone.history.loss, together.history.loss, rtol=1e-4)
+    sets = [
+        [(v["active"], v["steps"]) for v in trainer.get_compute_report()["variants"]]
+        for trainer in (alone, together)
+    ]
+    assert sets[0] == sets[1] and len(sets[0]) > 1
+    # One more to count FLOPs with, and none for a layout that has changed behind its back.
+    assert together._budgeted.programs <= alone._budgeted.programs + 1
+
+
+def test_meprop():
+    model = MLP((8, 16, 4), rngs=nnx.Rngs(0))
+    meprop(model, (4, 8))
+    trainer = train(MESH, model, total_budget=0.4, compute=TopKCompute())
+    assert trainer._budgeted._compiled._cache_size() == 1
+    assert trainer.get_compute_report()["share"] < 1
+
+
+def test_sparse_layers_whose_places_move():
+    model = MLP((8, 16, 4), rngs=nnx.Rngs(0))
+    sparse_start(model, 0.5)
+    before = [layer.mask() for layer in sparse_layers(model).values()]
+    trainer = train(MESH, model, total_budget=0.5, sparsity=DynamicSparsity(end=8, every=3))
+    after = [layer.mask() for layer in sparse_layers(trainer.model).values()]
+    assert any((a != b).any() for a, b in zip(before, after, strict=True))
+    assert trainer._compiled_step._cache_size() == 1
+
+
+@pytest.mark.once
+def test_highway():
+    trainer = train(MESH, Deep(rngs=nnx.Rngs(0)), total_budget=0.5)
+    assert trainer._compiled_step._cache_size() == 1
