@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from benchmarks.records import about, read_lines
 from benchmarks.suite.arms import Arm, arm_of
-from benchmarks.suite.runners import build, transformation
+from benchmarks.suite.runners import build, cycle_of, transformation
 from benchmarks.suite.workloads import TUNING_SEED, Stream, Workload, freeze, load
 
 RESULTS = Path(__file__).parents[1] / "results" / "suite"
@@ -241,11 +241,13 @@ def take_times(
     blocks: list[tuple[str, str, Any, Any, int]] = []
     for name in names:
         arm = arm_of(workload, name)
-        runner = build(arm, workload, workload.default_rate / 10, 0, steps=100_000)
+        planned = arm.policy is not None or arm.top_k is not None
+        # Gains that a policy weighs must not come to an end with a schedule.
+        steps = 100_000 if planned else arm.steps(workload)
+        runner = build(arm, workload, workload.default_rate / 10, 0, steps)
         stream = Stream(rows, arm.rows_of(workload), 0, pruned=arm.pruned)
-        # As long as between two evaluations, which is two cycles of a policy at most.
-        batches = stream.take(max(1, arm.steps(workload) // workload.evaluations))
-        for _ in range(2 if arm.policy is None else 4):  # compiles; a policy has several programs
+        batches = stream.take(cycle_of(arm, workload) if planned else 5)
+        for _ in range(3 if planned else 1):  # compiles; a policy has several programs
             runner.train(batches)
         started = time.perf_counter()
         runner.train(batches)
@@ -271,7 +273,7 @@ def take_times(
             batches = source.take(10) if isinstance(source, Stream) else source
             given = [batches] if isinstance(source, Stream) else [batches] * repeats
             if not isinstance(source, Stream):
-                runner.train(batches)  # its data and program come back into the caches
+                runner.train(batches[:1])  # its data and program come back into the caches
             compiling, started = runner.compile_seconds, time.perf_counter()
             for part in given:
                 runner.train(part)

@@ -93,6 +93,11 @@ def build(arm: Arm, workload: Workload, rate: float, seed: int, steps: int | Non
     return CompiledRun(arm, workload, rate, seed, steps)
 
 
+def cycle_of(arm: Arm, workload: Workload) -> int:
+    """Steps between two decisions of a policy."""
+    return max(CYCLE, arm.steps(workload) // 20)
+
+
 # Changes of the model.
 
 
@@ -374,7 +379,7 @@ class TrainerRun:
         _, make_model, loss_fn = load(workload)
         model: Any = edited(make_model(seed), arm, seed)
         factor = schedule(steps)
-        cycle = max(CYCLE, arm.steps(workload) // 20)
+        cycle = cycle_of(arm, workload)
         if arm.top_k is not None:
             compute: Any = TopKCompute(schedule=factor)
             budget = arm.top_k
