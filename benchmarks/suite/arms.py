@@ -162,8 +162,8 @@ COMBINATIONS: dict[str, Arm] = {
         "combination", 0.85, 0.25, edits=(edit("lean"),),
     ),
     "pos-tag": Arm(
-        "the exact lean backward pass over time, a quarter of the batch, half of the examples",
-        "combination", 0.5, 0.25, edits=(edit("lean"),),
+        "the exact lean backward pass over time, a quarter of the batch, four times the steps",
+        "combination", 1.0, 0.25, edits=(edit("lean"),),
     ),
 }  # fmt: skip
 

@@ -169,6 +169,8 @@ def plot_where(standing: Standing, path: Path) -> None:
     # All arms are cut to the same depth.
     every = {layer: 0.0 for own in rows.values() for layer in own}
     kept = grouped(every)
+    # Some arms have layers, others their leaves: a leaf is shown with its layer.
+    kept = [name for name in kept if not any(name.startswith(f"{other}/") for other in kept)]
     shown = {
         arm: {
             name: sum(v for k, v in own.items() if k == name or k.startswith(name + "/"))

@@ -466,8 +466,10 @@ its whole budget. A ratio of an arm that misses is over the seeds that it reache
 be claimed from it. "2x" may be said when the interval's lower end is 2. With few seeds such
 intervals tend to be too narrow, and the fastest of many arms is chosen on the seeds that it is
 shown on. "Random" is the arm's own random counterpart, or else the random selection whose whole run
-costs nearest to the arm's. "(edge)" marks a learning rate at an end of those that were tried. Smoke
-runs are not reported."""
+costs nearest to the arm's. "(edge)" marks a learning rate at an end of those that were tried: a
+better one may lie beyond. Combinations were chosen by trying a few on the tuning seed and on up to
+two of the seeds that they are shown on. FLOPs are the compiler's count, which takes the body of a
+loop once and native kernels not at all. Smoke runs are not reported."""
 
 
 def report_text(results: Path, workloads: Path, describe: Describe = described_arms) -> str:
