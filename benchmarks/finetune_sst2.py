@@ -43,12 +43,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from tqdm import tqdm
 
 import priorityprop_jax
+from benchmarks.encoders import add_lora, encoder_stages, shortened
 from benchmarks.records import read_lines, write
-from priorityprop_jax import Compute, PrefixCache, PriorityPropTrainer, Situation, nnx_stages
+from priorityprop_jax import Compute, PrefixCache, PriorityPropTrainer, Situation
 from priorityprop_jax.training.prefix_cache import fingerprint
 from priorityprop_jax.training.tasks import ArrayLoader, Task, load_task
 
@@ -121,41 +121,6 @@ def rates(arm: Arm) -> tuple[float, ...]:
     return (3e-4, 1e-3 if few else 1e-4)
 
 
-class Frozen(nnx.Variable):
-    """A weight that LoRA leaves as it is."""
-
-
-class LoRALinear(nnx.Module):
-    """A linear layer plus a product of two thin matrices, ``x @ W + b + (x @ A) @ B * 2``.
-
-    LoRA (Hu et al., 2021, arXiv 2106.09685), with alpha = 2 * rank.
-    """
-
-    def __init__(self, base: nnx.Linear, rank: int, rngs: nnx.Rngs):
-        self.base = base
-        inputs, outputs = base.kernel.shape
-        bound = 1 / math.sqrt(inputs)
-        self.a = nnx.Param(jax.random.uniform(rngs(), (inputs, rank), minval=-bound, maxval=bound))
-        self.b = nnx.Param(jnp.zeros((rank, outputs)))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.base(x) + (x @ self.a[...]) @ self.b[...] * 2.0
-
-
-def add_lora(model: nnx.Module, rank: int, seed: int) -> None:
-    """Freezes all but the head, and puts LoRA around all linear layers of the blocks."""
-    rngs = nnx.Rngs(seed)
-    for part in (model.embed, *model.blocks):
-        for node in {id(n): n for _, n in nnx.iter_modules(part)}.values():
-            for name, value in list(vars(node).items()):
-                if isinstance(value, nnx.Param):
-                    setattr(node, name, Frozen(value[...]))
-    for block in model.blocks:
-        for name, value in list(vars(block).items()):
-            if isinstance(value, nnx.Linear):
-                setattr(block, name, LoRALinear(value, rank, rngs))
-
-
 class Chunks:
     """An epoch of the loader in several, so that it is evaluated more often than once an epoch."""
 
@@ -181,11 +146,7 @@ def load(data: str | None, seed: int) -> Task:
     """The task, at 32 tokens."""
     task = load_task("sst2", data_dir=data, seed=seed)
     for loader in (task.train_data, task.eval_data):
-        x = loader.arrays["x"]
-        last = x[np.arange(len(x)), (x != 0).sum(1) - 1]  # [SEP]
-        cut = x[:, :TOKENS].copy()
-        cut[:, -1] = np.where(x[:, TOKENS:].any(1), last, cut[:, -1])
-        loader.arrays["x"] = cut
+        loader.arrays["x"] = shortened(loader.arrays["x"], TOKENS)
     return task
 
 
@@ -193,13 +154,7 @@ def make_trainer(arm: Arm, task: Task, rate: float, seed: int) -> PriorityPropTr
     model: Any = task.model
     if arm.lora is not None:
         add_lora(model, arm.lora, seed)
-    stages = nnx_stages(
-        [
-            ("embed", model.embed),
-            *((f"block_{i}", block) for i, block in enumerate(model.blocks)),
-            ("head", model.head),
-        ]
-    )
+    stages = encoder_stages(model)
     warm = max(1, arm.steps // 20)
 
     def schedule(step):

@@ -58,10 +58,11 @@ def append(path: Path, record: dict[str, Any]) -> None:
     """One line in one write, so that a killed process leaves at most a line without an end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(record) + "\n"
-    if path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size:
-        line = "\n" + line
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line)
+    with path.open("ab+") as file:
+        if file.tell():  # what was left without an end stays a line of its own
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read() == b"\n" else "\n" + line
+        file.write(line.encode())
 
 
 def provenance(load_before: tuple[float, ...]) -> dict[str, Any]:
@@ -122,9 +123,8 @@ def phases(arm: Arm, per_epoch: int, step: int) -> dict[str, int]:
     if not arm.cached:
         return {"train": step}
     filling = min(step, per_epoch)
-    return (
-        {"filling": filling, "cached": step - filling} if step > filling else {"filling": filling}
-    )
+    done = {"filling": filling, "cached": step - filling}
+    return {phase: steps for phase, steps in done.items() if steps}
 
 
 def best(workload: Workload, record: dict[str, Any]) -> float:
@@ -174,12 +174,10 @@ class OutOfTime(Exception):
 def train(workload: Workload, plan: Plan, bar: tqdm | None = None) -> None:
     """Tunes AdamW, freezes the target, tunes every arm, and trains all on paired seeds."""
     path = folder(workload.suite, plan.results) / "runs.jsonl"
-
-    def records() -> list[dict[str, Any]]:
-        return [r for r in read_lines(path) if r["workload"] == workload.name]
+    known = [r for r in read_lines(path) if r["workload"] == workload.name]
 
     def once(name: str, rate: float, seed: int, track: str) -> dict[str, Any]:
-        for r in records():
+        for r in known:
             if (r["arm"], r["rate"], r["seed"]) == (name, rate, seed):
                 break
         else:
@@ -189,6 +187,7 @@ def train(workload: Workload, plan: Plan, bar: tqdm | None = None) -> None:
                 bar.set_description(f"{workload.name}: {name}, {track}")
             r = {"track": track, **run_arm(workload, name, rate, seed)}
             append(path, r)
+            known.append(r)
             gc.collect()
         if bar is not None:
             bar.update()
@@ -197,7 +196,7 @@ def train(workload: Workload, plan: Plan, bar: tqdm | None = None) -> None:
     def tune(name: str) -> float | None:
         for rate in workload.trials(plan.trials):
             once(name, rate, TUNING_SEED, "tune")
-        return best_rate(workload, records(), name)
+        return best_rate(workload, known, name)
 
     names = [name for name in workload.arms if plan.arms is None or name in plan.arms]
     if workload.target is None and plan.target_seeds and "adamw" in workload.arms:

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from benchmarks.encoders import add_lora, encoder_stages
 from benchmarks.suite.arms import Arm
 from benchmarks.suite.workloads import Stream, Workload, load
 from priorityprop_jax import (
@@ -26,13 +27,13 @@ from priorityprop_jax import (
     find_slots,
     lean_rnn,
     meprop,
-    nnx_stages,
     priorityprop,
     row_sparse_adam,
     scale_by_priority,
     sparse_start,
 )
 from priorityprop_jax.backward.compact import row_value_and_grad
+from priorityprop_jax.backward.costs import program_flops
 from priorityprop_jax.paths import path_name
 from priorityprop_jax.priority import transform
 from priorityprop_jax.priority.scores import priority
@@ -101,41 +102,6 @@ def cycle_of(arm: Arm, workload: Workload) -> int:
 # Changes of the model.
 
 
-class Frozen(nnx.Variable):
-    """A weight that LoRA leaves as it is."""
-
-
-class LoRALinear(nnx.Module):
-    """A linear layer plus a product of two thin matrices, ``x @ W + b + (x @ A) @ B * 2``.
-
-    LoRA (Hu et al., 2021, arXiv 2106.09685), with alpha = 2 * rank.
-    """
-
-    def __init__(self, base: nnx.Linear, rank: int, rngs: nnx.Rngs):
-        self.base = base
-        inputs, outputs = base.kernel.shape
-        bound = 1 / math.sqrt(inputs)
-        self.a = nnx.Param(jax.random.uniform(rngs(), (inputs, rank), minval=-bound, maxval=bound))
-        self.b = nnx.Param(jnp.zeros((rank, outputs)))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.base(x) + (x @ self.a[...]) @ self.b[...] * 2.0
-
-
-def add_lora(model: Any, rank: int, seed: int) -> None:
-    """Freezes all but the head, and puts LoRA around all linear layers of the blocks."""
-    rngs = nnx.Rngs(seed)
-    for part in (model.embed, *model.blocks):
-        for node in {id(n): n for _, n in nnx.iter_modules(part)}.values():
-            for name, value in list(vars(node).items()):
-                if isinstance(value, nnx.Param):
-                    setattr(node, name, Frozen(value[...]))
-    for block in model.blocks:
-        for name, value in list(vars(block).items()):
-            if isinstance(value, nnx.Linear):
-                setattr(block, name, LoRALinear(value, rank, rngs))
-
-
 def edited(model: Any, arm: Arm, seed: int) -> Any:
     for name, pairs in arm.edits:
         options = dict(pairs)
@@ -148,8 +114,6 @@ def edited(model: Any, arm: Arm, seed: int) -> Any:
             sparse_start(
                 model, options["sparsity"], seed=seed, places=options.get("places", "random")
             )
-            if options.get("unscaled"):
-                _unscale(model, options["sparsity"])
         elif name == "lean":
             lean_rnn(model)
         elif name == "highway" and isinstance(model, CharTransformer):
@@ -159,14 +123,6 @@ def edited(model: Any, arm: Arm, seed: int) -> Any:
         else:
             raise ValueError(f"no edit {name!r}")
     return model
-
-
-def _unscale(model: Any, sparsity: float) -> None:
-    """Gives sparse layers the dense network's initial values."""
-    from priorityprop_jax.backward.sparse.swap import sparse_layers
-
-    for layer in sparse_layers(model).values():
-        layer.values.set_value(layer.values[...] * (1 - sparsity) ** 0.5)
 
 
 # One compiled step.
@@ -185,13 +141,13 @@ def transformation(arm: Arm, rate: Any, steps: int) -> optax.GradientTransformat
     if arm.optimizer == "muon":
         return muon(scheduled)
     if arm.optimizer == "schedule_free":
-        warm = max(1, steps // 20)
-        return optax.contrib.schedule_free(
-            optax.adamw(lambda step: rate * jnp.minimum((step + 1) / warm, 1.0), b1=0.0,
-                        weight_decay=WEIGHT_DECAY),
-            learning_rate=lambda step: rate * jnp.minimum((step + 1) / warm, 1.0),
-            b1=0.9,
-        )  # fmt: skip
+        first = max(1, steps // 20)
+
+        def warmed(step: Any) -> Any:
+            return rate * jnp.minimum((step + 1) / first, 1.0)
+
+        inner = optax.adamw(warmed, b1=0.0, weight_decay=WEIGHT_DECAY)
+        return optax.contrib.schedule_free(inner, learning_rate=warmed, b1=0.9)
     if arm.optimizer == "scale_by_priority":
         return optax.chain(
             optax.adamw(scheduled, weight_decay=WEIGHT_DECAY),
@@ -329,7 +285,7 @@ class CompiledRun:
         self._state = jax.tree.map(jnp.array, state)
         self._rate = jnp.float32(rate)
         self.row_losses: list[tuple[np.ndarray, np.ndarray]] = []
-        self.flops = {"train": _flops(self._program)}
+        self.flops = {"train": program_flops(self._program)}
         self.peak_bytes = {"train": _peak(self._program)}
 
     def train(self, batches: Batches) -> None:
@@ -386,11 +342,7 @@ class TrainerRun:
         else:
             policy: Any = half if arm.policy == "suffix(half)" else arm.policy
             if arm.cached:
-                model = nnx_stages(
-                    [("embed", model.embed)]
-                    + [(f"block_{i}", block) for i, block in enumerate(model.blocks)]
-                    + [("head", model.head)]
-                )
+                model = encoder_stages(model)
             cache = PrefixCache(None, examples=None) if arm.cached else None
             compute = Compute(policy=policy, schedule=factor, seed=seed, cache=cache)
             budget = 1.0
@@ -464,12 +416,6 @@ def _averages(loss: Any, arrays: dict[str, np.ndarray], batch: int) -> dict[str,
 def _shares(names: Any, amounts: np.ndarray) -> list[tuple[str, float]]:
     total = float(amounts.sum()) or 1.0
     return [(name, float(amount) / total) for name, amount in zip(names, amounts, strict=True)]
-
-
-def _flops(program: Any) -> float | None:
-    analysis = program.cost_analysis()
-    analysis = analysis[0] if isinstance(analysis, list) else analysis
-    return None if not analysis else analysis.get("flops")
 
 
 def _peak(program: Any) -> int | None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from benchmarks.encoders import shortened
 from benchmarks.records import write
 from priorityprop_jax.training import tasks
 
@@ -129,7 +130,7 @@ def _loaded(name: str, options: str) -> tuple[Rows, Callable[[int], nnx.Module],
     for i, loader in enumerate((task.train_data, task.eval_data, task.test_data)):
         arrays = dict(loader.arrays)  # type: ignore[union-attr]
         if length is not None and name == "sst2":
-            arrays["x"] = _shortened(arrays["x"], length)
+            arrays["x"] = shortened(arrays["x"], length)
         elif length is not None:
             arrays = {key: array[:, :length] for key, array in arrays.items()}
         parts.append({key: array[: first.get(i)] for key, array in arrays.items()})
@@ -158,14 +159,6 @@ def load(workload: Workload) -> tuple[Rows, Callable[[int], nnx.Module], Any]:
     `sizes` go to the model's constructor, all others to `load_task`.
     """
     return _loaded(workload.task, json.dumps(workload.options, sort_keys=True))
-
-
-def _shortened(tokens: np.ndarray, length: int) -> np.ndarray:
-    """The first tokens of each row `[rows, time]`, its last one kept at the end."""
-    last = tokens[np.arange(len(tokens)), (tokens != 0).sum(1) - 1]
-    cut = tokens[:, :length].copy()
-    cut[:, -1] = np.where(tokens[:, length:].any(1), last, cut[:, -1])
-    return cut
 
 
 class Stream:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 import optax
 import pytest
@@ -22,19 +21,9 @@ from priorityprop_jax.backward.sparse.swap import sparse_layers
 from priorityprop_jax.training.tasks import MLP, cross_entropy
 from tests.training import worker
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 MESH = worker.make_mesh()
-
-
-def layouts(tree):
-    return [leaf.sharding for leaf in jax.tree.leaves(tree)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 # A small model.
@@ -67,9 +56,9 @@ def train(mesh, model, epochs=2, **options):
         # Left to itself the compiler would lay out Adam's moments, and then vectors, otherwise.
         model, optax.adam(0.03), cross_entropy, recalc_every=3, progress=False, **options,
     )  # fmt: skip
-    before = layouts((trainer.params, trainer.optimizer_state))
+    before = worker.layouts((trainer.params, trainer.optimizer_state))
     trainer.train(batches, epochs)
-    assert layouts((trainer.params, trainer.optimizer_state)) == before
+    assert worker.layouts((trainer.params, trainer.optimizer_state)) == before
     np.testing.assert_allclose(trainer.history.loss[0], expected, rtol=1e-5)
     assert np.mean(trainer.history.loss[-4:]) < np.mean(trainer.history.loss[:4])
     return trainer

@@ -24,24 +24,14 @@ from priorityprop_jax.training.tasks import cross_entropy
 from priorityprop_jax.training.trainer import _raise_if_lost
 from tests.training import worker
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 MESH = worker.make_mesh()
 DECISIONS = ("allocation", "update_counts", "updates")
 
 
-def layouts(tree):
-    return [leaf.sharding for leaf in jax.tree.leaves(tree)]
-
-
 def whole(leaf):
     return leaf.sharding.is_equivalent_to(NamedSharding(MESH, PartitionSpec()), leaf.ndim)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 # One process.
@@ -52,7 +42,7 @@ def trained(tmp_path_factory):
     """A training on the mesh: trainer, summary, and the layout before."""
     folder = tmp_path_factory.mktemp("checkpoints")
     trainer = worker.make_trainer(MESH, progress=False, checkpoint_dir=folder)
-    before = layouts((trainer.params, trainer.optimizer_state))
+    before = worker.layouts((trainer.params, trainer.optimizer_state))
     trainer.train(worker.Batches(MESH), 2, eval_data=worker.Batches(MESH, seed=1))
     return trainer, worker.summary(trainer), before
 
@@ -91,7 +81,7 @@ def test_a_trainer_on_a_mesh_decides_as_a_bare_loop_on_one_device(trained):
 def test_arrays_stay_laid_out_as_they_were(trained):
     trainer, _, before = trained
     state = trainer.optimizer_state
-    assert layouts((trainer.params, state)) == before
+    assert worker.layouts((trainer.params, state)) == before
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)} == {8}
     assert all(whole(leaf) for leaf in (state.update_counts, state.allocation, state.step))
     kernel = trainer.model.blocks[0].qkv.kernel[...]
@@ -107,9 +97,9 @@ def test_checkpoints_pass_between_a_mesh_and_one_device(trained, tmp_path):
     folder, arrays = source.checkpoint_dir, jax.tree.leaves((source.params, source.optimizer_state))
     for mesh in (None, MESH):
         trainer = worker.make_trainer(mesh, progress=False, checkpoint_dir=tmp_path)
-        before = layouts((trainer.params, trainer.optimizer_state))
+        before = worker.layouts((trainer.params, trainer.optimizer_state))
         trainer.restore(folder)
-        assert layouts((trainer.params, trainer.optimizer_state)) == before
+        assert worker.layouts((trainer.params, trainer.optimizer_state)) == before
         restored = jax.tree.leaves((trainer.params, trainer.optimizer_state))
         for old, new in zip(arrays, restored, strict=True):
             np.testing.assert_array_equal(old, new)

@@ -26,6 +26,10 @@ ROWS = 8  # in a batch
 OPTIONS = {"total_budget": 0.5, "min_updates": 0, "max_updates": 4, "recalc_every": 4}
 
 
+def layouts(tree):
+    return [leaf.sharding for leaf in jax.tree.leaves(tree)]
+
+
 def make_mesh():
     return Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
 
