@@ -49,8 +49,8 @@ import priorityprop_jax
 from benchmarks.encoders import add_lora, encoder_stages, shortened
 from benchmarks.records import read_lines, write
 from priorityprop_jax import Compute, PrefixCache, PriorityPropTrainer, Situation
-from priorityprop_jax.training.prefix_cache import fingerprint
-from priorityprop_jax.training.tasks import ArrayLoader, Task, load_task
+from priorityprop_jax.cli.tasks import ArrayLoader, Task, load_task
+from priorityprop_jax.partial.prefix_cache import fingerprint
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS = 32

@@ -36,9 +36,9 @@ from flax import nnx
 from tqdm import tqdm
 
 from benchmarks.records import about, read_lines, write
-from priorityprop_jax.backward.highway import highway_scan
-from priorityprop_jax.backward.lean import lean_rnn
-from priorityprop_jax.backward.quality import gradient_quality
+from priorityprop_jax.highway.quality import gradient_quality
+from priorityprop_jax.highway.scan import highway_scan
+from priorityprop_jax.rnn.lean import lean_rnn
 
 CELLS: dict[str, Any] = {"gru": nnx.GRUCell, "lstm": nnx.OptimizedLSTMCell}
 WIDTHS, BATCHES = (128, 256, 512), (1, 4, 16)

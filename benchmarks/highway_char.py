@@ -29,9 +29,9 @@ from flax import nnx
 from tqdm import tqdm
 
 from benchmarks.records import about, read_lines, write
-from priorityprop_jax.backward.highway import highway_nnx, highway_report
-from priorityprop_jax.backward.lean import lean_rnn
-from priorityprop_jax.training.tasks import CharRNN, CharTransformer, load_task
+from priorityprop_jax.cli.tasks import CharRNN, CharTransformer, load_task
+from priorityprop_jax.highway.scan import highway_nnx, highway_report
+from priorityprop_jax.rnn.lean import lean_rnn
 
 RATE, WARM_UP, EVERY = 2e-3, 100, 100
 DEPTH, WIDTH, CONTEXT = 12, 64, 64

@@ -32,8 +32,8 @@ from flax import nnx
 from tqdm import tqdm
 
 from benchmarks.records import about, write
-from priorityprop_jax.backward.recurrent import LSTMParams, lstm
-from priorityprop_jax.backward.rnn import swap_rnn
+from priorityprop_jax.rnn.fused import swap_rnn
+from priorityprop_jax.rnn.recurrent import LSTMParams, lstm
 
 HIDDEN, INPUTS, STEPS, BATCH = 500, 500, 64, 32
 KS = (5, 10, 20, 40)

@@ -33,9 +33,9 @@ from tqdm import tqdm
 from benchmarks.finetune_sst2 import bootstrap
 from benchmarks.records import about, read_lines, write
 from priorityprop_jax import apply_row_updates, densify, row_sparse_adam
-from priorityprop_jax.backward.compact import row_value_and_grad
-from priorityprop_jax.backward.topk import MePropDot
-from priorityprop_jax.training.tasks import load_task
+from priorityprop_jax.cli.tasks import load_task
+from priorityprop_jax.meprop.grad import row_value_and_grad
+from priorityprop_jax.meprop.products import MePropDot
 
 COLUMNS = (((1,), (0,)), ((), ()))
 RATES = (1e-3, 2.2e-3, 4.6e-3, 1e-2)

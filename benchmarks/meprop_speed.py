@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 from benchmarks.records import about, write
 from priorityprop_jax import apply_row_updates, row_sparse_adam
-from priorityprop_jax.backward.compact import row_value_and_grad
-from priorityprop_jax.backward.costs import program_flops
-from priorityprop_jax.backward.topk import MePropDot
+from priorityprop_jax.core.program import program_flops
+from priorityprop_jax.meprop.grad import row_value_and_grad
+from priorityprop_jax.meprop.products import MePropDot
 
 COLUMNS = (((1,), (0,)), ((), ()))
 TURN = 4  # counted runs of an arm before the next one's, as a training runs one arm alone

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from benchmarks.finetune_sst2 import bootstrap
 from benchmarks.records import about, read_lines, write
 from priorityprop_jax import meprop
-from priorityprop_jax.training.tasks import load_task
+from priorityprop_jax.cli.tasks import load_task
 
 RATES = (2e-3, 4e-3)
 

@@ -42,7 +42,7 @@ from tqdm import tqdm
 from benchmarks.meprop_speed import draw
 from benchmarks.records import about, write
 from priorityprop_jax import sparse_backend, sparse_conv, sparse_linear
-from priorityprop_jax.backward.sparse.pattern import SparsePattern, make_pattern
+from priorityprop_jax.sparse.pattern import SparsePattern, make_pattern
 
 TURN = 4  # counted runs of an arm before the next one's, as a training runs one layer for long
 LONG = 0.1  # seconds: runs that take longer are counted from the first on, one a turn

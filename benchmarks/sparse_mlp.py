@@ -40,15 +40,15 @@ from benchmarks.finetune_sst2 import bootstrap
 from benchmarks.meprop_mlp import RATES, data
 from benchmarks.records import about, read_lines, write
 from priorityprop_jax import sparse_backend, sparse_linear
-from priorityprop_jax.backward.sparse.dynamic import cosine_fraction, drop_and_grow
-from priorityprop_jax.backward.sparse.gradual import gradual_pruning, masks_of
-from priorityprop_jax.backward.sparse.masks import random_mask
-from priorityprop_jax.backward.sparse.pattern import (
+from priorityprop_jax.sparse.dynamic import cosine_fraction, drop_and_grow
+from priorityprop_jax.sparse.gradual import gradual_pruning, masks_of
+from priorityprop_jax.sparse.masks import random_mask
+from priorityprop_jax.sparse.pattern import (
     densify_values,
     make_pattern,
     take_values,
 )
-from priorityprop_jax.backward.sparse.swap import move_state
+from priorityprop_jax.sparse.swap import move_state
 
 SPARSITY = 0.95
 WIDTH = 2048

@@ -1,70 +1,47 @@
 """Spend backprop where it matters: budgeted training for Flax and Optax."""
 
-from priorityprop_jax.backward.compact import meprop_value_and_grad
-from priorityprop_jax.backward.costs import Costs, StepCosts, measure_costs
-from priorityprop_jax.backward.highway import (
-    HighwayReport,
-    highway_nnx,
-    highway_report,
-    highway_scan,
-)
-from priorityprop_jax.backward.highway_rnn import highway_rnn
-from priorityprop_jax.backward.highway_stages import communication, highway_stages
-from priorityprop_jax.backward.inject import meprop, restore
-from priorityprop_jax.backward.lean import LinenLeanRNN, lean_rnn
-from priorityprop_jax.backward.partial import (
-    apply_active_updates,
-    nnx_partial_value_and_grad,
-    partial_value_and_grad,
-)
-from priorityprop_jax.backward.quality import (
-    format_quality,
-    gradient_quality,
-    gradient_quality_table,
-    plot_quality,
-)
-from priorityprop_jax.backward.rnn import LinenMePropRNN
-from priorityprop_jax.backward.row_optimizers import (
+from priorityprop_jax.core.row_optimizers import (
     apply_row_updates,
     row_counts,
     row_sparse,
     row_sparse_adam,
     row_sparse_sgd,
 )
-from priorityprop_jax.backward.row_sparse import RowSparse
-from priorityprop_jax.backward.simplify import prune_unused
-from priorityprop_jax.backward.sparse.backends import sparse_backend
-from priorityprop_jax.backward.sparse.functional import sparse_conv, sparse_linear
-from priorityprop_jax.backward.sparse.gradual import gradual_pruning
-from priorityprop_jax.backward.sparse.layers import SparseConv, SparseIndex, SparseLinear
-from priorityprop_jax.backward.sparse.masks import magnitude_masks
-from priorityprop_jax.backward.sparse.pattern import SparsePattern, make_pattern
-from priorityprop_jax.backward.sparse.sparsify import sparsify
-from priorityprop_jax.backward.sparse.swap import apply_further_mask, densify, prune, sparse_start
-from priorityprop_jax.backward.topk import meprop_conv_general_dilated, meprop_dot_general
-from priorityprop_jax.backward.variants import Variants, merge_upward
-from priorityprop_jax.priority.active import update_active
-from priorityprop_jax.priority.allocation import allocate
-from priorityprop_jax.priority.blocks import BlockState
-from priorityprop_jax.priority.ledger import Ledger
-from priorityprop_jax.priority.policies import (
+from priorityprop_jax.core.rows import RowSparse
+from priorityprop_jax.core.slots import Slots, find_slots
+from priorityprop_jax.highway.quality import (
+    format_quality,
+    gradient_quality,
+    gradient_quality_table,
+    plot_quality,
+)
+from priorityprop_jax.highway.scan import (
+    HighwayReport,
+    highway_nnx,
+    highway_report,
+    highway_scan,
+)
+from priorityprop_jax.highway.stages import communication, highway_stages
+from priorityprop_jax.meprop.grad import meprop_value_and_grad
+from priorityprop_jax.meprop.inject import meprop, restore
+from priorityprop_jax.meprop.products import meprop_conv_general_dilated, meprop_dot_general
+from priorityprop_jax.meprop.simplify import prune_unused
+from priorityprop_jax.meprop.step import TopKCompute
+from priorityprop_jax.partial.costs import Costs, StepCosts, measure_costs
+from priorityprop_jax.partial.grad import (
+    apply_active_updates,
+    nnx_partial_value_and_grad,
+    partial_value_and_grad,
+)
+from priorityprop_jax.partial.offload import BlockState
+from priorityprop_jax.partial.policies import (
     Situation,
     active_sets,
     choose_active,
     make_policy,
 )
-from priorityprop_jax.priority.schedule import repeats
-from priorityprop_jax.priority.slots import Slots, find_slots
-from priorityprop_jax.priority.top_k import TopKUpdatesState, top_k_updates
-from priorityprop_jax.priority.transform import (
-    PriorityPropState,
-    priorityprop,
-    scale_by_priority,
-)
-from priorityprop_jax.training.budgeted import Compute
-from priorityprop_jax.training.prefix_cache import PrefixCache
-from priorityprop_jax.training.sparse import DynamicSparsity
-from priorityprop_jax.training.stages import (
+from priorityprop_jax.partial.prefix_cache import PrefixCache
+from priorityprop_jax.partial.stages import (
     Stages,
     chain,
     function_stage,
@@ -73,7 +50,30 @@ from priorityprop_jax.training.stages import (
     scanned_stages,
     stack_params,
 )
-from priorityprop_jax.training.topk import TopKCompute
+from priorityprop_jax.partial.step import Compute
+from priorityprop_jax.partial.update import update_active
+from priorityprop_jax.partial.variants import Variants, merge_upward
+from priorityprop_jax.priority.allocation import allocate
+from priorityprop_jax.priority.ledger import Ledger
+from priorityprop_jax.priority.schedule import repeats
+from priorityprop_jax.priority.top_k import TopKUpdatesState, top_k_updates
+from priorityprop_jax.priority.transform import (
+    PriorityPropState,
+    priorityprop,
+    scale_by_priority,
+)
+from priorityprop_jax.rnn.fused import LinenMePropRNN
+from priorityprop_jax.rnn.highway import highway_rnn
+from priorityprop_jax.rnn.lean import LinenLeanRNN, lean_rnn
+from priorityprop_jax.sparse.backends import sparse_backend
+from priorityprop_jax.sparse.functional import sparse_conv, sparse_linear
+from priorityprop_jax.sparse.gradual import gradual_pruning
+from priorityprop_jax.sparse.layers import SparseConv, SparseIndex, SparseLinear
+from priorityprop_jax.sparse.masks import magnitude_masks
+from priorityprop_jax.sparse.pattern import SparsePattern, make_pattern
+from priorityprop_jax.sparse.sparsify import sparsify
+from priorityprop_jax.sparse.swap import apply_further_mask, densify, prune, sparse_start
+from priorityprop_jax.sparse.training import DynamicSparsity
 from priorityprop_jax.training.trainer import (
     History,
     NonFiniteLossError,

@@ -22,7 +22,7 @@ from benchmarks import (
     transform_overhead,
 )
 from priorityprop_jax import sparse_backend
-from priorityprop_jax.training.tasks import ArrayLoader
+from priorityprop_jax.cli.tasks import ArrayLoader
 
 pytestmark = pytest.mark.once
 

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from benchmarks import highway, highway_char
-from priorityprop_jax.training import tasks
+from priorityprop_jax.cli import tasks
 
 pytestmark = pytest.mark.once
 

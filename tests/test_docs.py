@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from priorityprop_jax.training import cli
+from priorityprop_jax.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -87,11 +87,3 @@ def test_citation_is_complete():
         for identifier in reference.get("identifiers", ())
     }
     assert cited == {"arXiv:1706.06197", "arXiv:2302.04852", "arXiv:2501.17086"}
-
-
-@pytest.mark.parametrize(("wing", "other"), [("priority", "backward"), ("backward", "priority")])
-def test_wings_do_not_import_each_other(wing, other):
-    for path in (ROOT / "priorityprop_jax" / wing).rglob("*.py"):
-        imports = re.findall(r"^\s*(?:from|import) (\S+)", path.read_text("utf-8"), re.MULTILINE)
-        assert not [name for name in imports if name.startswith(f"priorityprop_jax.{other}")]
-        assert not [name for name in imports if name.startswith("priorityprop_jax.training")]

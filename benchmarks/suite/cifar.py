@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.suite.workloads import Rows
-from priorityprop_jax.training.data import ENV_VAR, DataError, cache_folder
-from priorityprop_jax.training.tasks import cross_entropy
+from priorityprop_jax.cli.tasks import cross_entropy
+from priorityprop_jax.models.files import ENV_VAR, DataError, cache_folder
 
 FILE = "cifar10_jpeg.npz"
 

@@ -9,8 +9,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from priorityprop_jax.training.data import ENV_VAR, DataError
-from priorityprop_jax.training.runs import Failure, rate, whole
+from priorityprop_jax.cli.runs import Failure, rate, whole
+from priorityprop_jax.models.files import ENV_VAR, DataError
 
 
 def main(argv: Sequence[str]) -> int:

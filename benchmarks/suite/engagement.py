@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.suite.arms import Arm, arm_of, edit
 from benchmarks.suite.runners import CYCLE, CompiledRun, TrainerRun, build
 from benchmarks.suite.workloads import Stream, Workload, load
-from priorityprop_jax.paths import path_name
+from priorityprop_jax.core.paths import path_name
 
 STEPS = 4
 

@@ -29,7 +29,7 @@ from benchmarks.suite.standing import (
     standings,
 )
 from benchmarks.suite.statistics import Estimate
-from priorityprop_jax.tables import markdown
+from priorityprop_jax.core.tables import markdown
 
 
 def table(header: str, rows: Sequence[str]) -> str:

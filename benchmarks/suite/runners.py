@@ -32,13 +32,13 @@ from priorityprop_jax import (
     scale_by_priority,
     sparse_start,
 )
-from priorityprop_jax.backward.compact import row_value_and_grad
-from priorityprop_jax.backward.costs import program_flops
-from priorityprop_jax.paths import path_name
+from priorityprop_jax.cli.tasks import CharTransformer
+from priorityprop_jax.core.paths import path_name
+from priorityprop_jax.core.program import program_flops
+from priorityprop_jax.meprop.grad import row_value_and_grad
 from priorityprop_jax.priority import transform
 from priorityprop_jax.priority.scores import priority
 from priorityprop_jax.priority.transform import PriorityPropState
-from priorityprop_jax.training.tasks import CharTransformer
 
 WEIGHT_DECAY = 0.01
 CYCLE = 10

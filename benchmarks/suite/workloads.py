@@ -20,7 +20,7 @@ from flax import nnx
 
 from benchmarks.encoders import shortened
 from benchmarks.records import write
-from priorityprop_jax.training import tasks
+from priorityprop_jax.cli import tasks
 
 Augment = Callable[[dict[str, np.ndarray], np.random.Generator], dict[str, np.ndarray]]
 FOLDER = Path(__file__).parent / "workloads"

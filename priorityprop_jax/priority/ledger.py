@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from priorityprop_jax.priority.slots import Slots
+from priorityprop_jax.core.slots import Slots
 from priorityprop_jax.priority.transform import PriorityPropState
 
 _VECTORS = ("update_counts", "priorities", "allocation", "nonfinite_counts")

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from priorityprop_jax.core.slots import Bundle, Slots
 from priorityprop_jax.priority.scores import gain
-from priorityprop_jax.priority.slots import Bundle, Slots
 
 _SHARED = -1
 _SMALL = 2**14  # elements

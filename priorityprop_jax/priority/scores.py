@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from priorityprop_jax.priority.slots import Slots
+from priorityprop_jax.core.slots import Slots
 
 Magnitude = str | Callable[[Any], jax.typing.ArrayLike]
 

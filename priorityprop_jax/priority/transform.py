@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from priorityprop_jax.core.slots import Slots, find_slots
 from priorityprop_jax.priority.allocation import allocate
 from priorityprop_jax.priority.per_slot import PerSlot
 from priorityprop_jax.priority.schedule import check_spread, repeats
@@ -23,7 +24,6 @@ from priorityprop_jax.priority.scores import (
     magnitude,
     priority,
 )
-from priorityprop_jax.priority.slots import Slots, find_slots
 
 Budget = int | float | jax.Array | Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike] | None
 

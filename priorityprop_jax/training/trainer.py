@@ -22,14 +22,15 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from priorityprop_jax.paths import path_name
+from priorityprop_jax.core.layout import layout_of, put_beside
+from priorityprop_jax.core.paths import path_name
+from priorityprop_jax.core.slots import find_slots
+from priorityprop_jax.meprop.step import TopKCompute, TopKStep
+from priorityprop_jax.partial.stages import Stages
+from priorityprop_jax.partial.step import BudgetedStep, Compute
 from priorityprop_jax.priority.ledger import Ledger
-from priorityprop_jax.priority.slots import find_slots
 from priorityprop_jax.priority.transform import Budget, PriorityPropState, priorityprop
-from priorityprop_jax.training.budgeted import BudgetedStep, Compute, layout_of, put_beside
-from priorityprop_jax.training.sparse import DynamicSparsity, SparsityChange
-from priorityprop_jax.training.stages import Stages
-from priorityprop_jax.training.topk import TopKCompute, TopKStep
+from priorityprop_jax.sparse.training import DynamicSparsity, SparsityChange
 
 LossFn = Callable[[Any, Any], Any]
 Record = dict[str, Any]

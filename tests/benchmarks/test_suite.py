@@ -15,7 +15,7 @@ import pytest
 from benchmarks.records import read_lines
 from benchmarks.suite import arms, harness, workloads
 from benchmarks.suite.workloads import Rows, Stream
-from priorityprop_jax.training.cli import main
+from priorityprop_jax.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -128,7 +128,7 @@ def test_wrong_arguments_are_one_line(arguments, code, says, capsys):
 
 def command(*arguments, **options):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    return [sys.executable, "-c", "import sys; from priorityprop_jax.training.cli import main; "
+    return [sys.executable, "-c", "import sys; from priorityprop_jax.cli.main import main; "
             "sys.exit(main())", "bench", *arguments], environment  # fmt: skip
 
 

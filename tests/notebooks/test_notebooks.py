@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from priorityprop_jax.training import data
+from priorityprop_jax.models import files as data
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 FINETUNE = "02_finetune_on_a_budget"

@@ -17,8 +17,8 @@ from priorityprop_jax import (
     meprop,
     sparse_start,
 )
-from priorityprop_jax.backward.sparse.swap import sparse_layers
-from priorityprop_jax.training.tasks import MLP, cross_entropy
+from priorityprop_jax.cli.tasks import MLP, cross_entropy
+from priorityprop_jax.sparse.swap import sparse_layers
 from tests.training import worker
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")

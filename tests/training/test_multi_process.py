@@ -19,8 +19,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from priorityprop_jax import WorkerLostError, priorityprop
-from priorityprop_jax.training.budgeted import by_layer
-from priorityprop_jax.training.tasks import cross_entropy
+from priorityprop_jax.cli.tasks import cross_entropy
+from priorityprop_jax.core.slots import by_layer
 from priorityprop_jax.training.trainer import _raise_if_lost
 from tests.training import worker
 

@@ -18,8 +18,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from priorityprop_jax import PriorityPropTrainer, WorkerLostError
-from priorityprop_jax.training.budgeted import by_layer
-from priorityprop_jax.training.tasks import CharTransformer, cross_entropy
+from priorityprop_jax.cli.tasks import CharTransformer, cross_entropy
+from priorityprop_jax.core.slots import by_layer
 
 STEPS = 6  # in an epoch
 ROWS = 8  # in a batch

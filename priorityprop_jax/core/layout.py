@@ -1,0 +1,39 @@
+"""Where arrays lie: on one device or laid out on a mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+
+def spread(x: Any) -> bool:
+    """Whether an array is on several devices."""
+    sharding = getattr(x, "sharding", None)
+    return sharding is not None and len(sharding.device_set) > 1
+
+
+def layout_of(tree: Any) -> Any:
+    """Where the arrays on several devices are, for `out_shardings`; None for the others.
+
+    Left to itself the compiler lays results out as it likes: the second step would be compiled
+    anew, and a resumed run round otherwise than the unbroken one.
+    """
+    if not any(map(spread, jax.tree.leaves(tree))):
+        return None  # what the compiler takes whatever the structure of the results
+    return jax.tree.map(lambda x: x.sharding if spread(x) else None, tree)
+
+
+def put_beside(params: Any, tree: Any) -> Any:
+    """The arrays on the devices that the parameters are on, where these are several."""
+    first = jax.tree.leaves(params)[0]
+    sharding = getattr(first, "sharding", None)
+    if not isinstance(sharding, jax.sharding.NamedSharding) or len(sharding.device_set) == 1:
+        return tree
+    everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+
+    def place(x: Any) -> Any:
+        there = isinstance(x, jax.Array) and x.sharding.device_set == sharding.device_set
+        return x if there else jax.device_put(x, everywhere)
+
+    return jax.tree.map(place, tree)

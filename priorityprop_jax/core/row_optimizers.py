@@ -1,0 +1,504 @@
+"""Optimizers that update the rows a gradient has, and leave the others alone.
+
+Compiled in place, an update reads and writes the touched rows of the weight and of its moments and
+nothing else. XLA writes in place only where every read of the old array comes before, and copies
+the whole of it otherwise: what looks idle below puts the reads first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+
+from priorityprop_jax.core.paths import path_name
+from priorityprop_jax.core.rows import (
+    SCATTER,
+    RowSparse,
+    check_rows,
+    check_transformation,
+    is_row_sparse,
+    on_values,
+)
+
+
+class RowSparseState(NamedTuple):
+    """The state of `row_sparse`.
+
+    Attributes:
+      step: updates so far, ``int32[]``.
+      row_counts: for every leaf of the parameters in flatten order: ``int32[rows]``, how often each
+        row was touched; ``()`` for leaves of fewer than two dimensions.
+      inner_states: for every leaf the inner optimizer's state, with an axis of rows in front where
+        the leaf has at least two dimensions.
+    """
+
+    step: jax.Array
+    row_counts: tuple[Any, ...]
+    inner_states: tuple[Any, ...]
+
+
+class CaughtUpState(NamedTuple):
+    """The state of a row under ``decay_stale``.
+
+    Attributes:
+      last_step: the step up to which the moments are decayed, ``int32[]``.
+      inner_state: the inner optimizer's state.
+    """
+
+    last_step: jax.Array
+    inner_state: Any
+
+
+def row_sparse(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Runs an elementwise optimizer row by row, on the rows that have a gradient.
+
+    A leaf of at least two dimensions is row-wise: each row (index of axis 0) has its own moments
+    and its own step count, so that bias correction is right for each. A row without a gradient
+    keeps its parameters and its state bit for bit: the moments of momentum and Adam stand still
+    meanwhile, the *lazy* variant of these optimizers. A dense gradient touches all rows, and gives
+    what ``inner`` alone would give. Leaves of fewer dimensions, such as biases, are updated by
+    ``inner`` as a whole; where their gradient is `RowSparse`, it is made dense. Where a gradient is
+    None, nothing changes.
+
+    ``inner`` must be elementwise, as Adam, SGD, RMSProp, Lion and Adagrad are. It sees one row (or
+    one leaf of fewer dimensions) at a time, without its name: what depends on other elements, such
+    as LAMB's trust ratio, Adafactor's factors or clipping by norm, takes each row for a parameter
+    of its own. A schedule inside ``inner`` runs on the row's count; one on the clock of steps goes
+    behind, as in ``optax.chain(row_sparse(optax.scale_by_adam()),
+    on_values(optax.scale_by_learning_rate(schedule)))``.
+
+    Args:
+      inner: any elementwise Optax optimizer.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` with the state `RowSparseState`. Where the gradient
+      is `RowSparse`, so is the update, of the same rows: see `apply_row_updates`.
+
+    Raises:
+      TypeError: if ``inner`` is no transformation; when called, if the row numbers of a gradient
+        are no longer integers, because a transformation in front has changed them.
+      ValueError: when called, if gradients do not fit the state or the parameters.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from priorityprop_jax.core.row_optimizers import apply_row_updates, row_sparse
+      >>> from priorityprop_jax.core.rows import RowSparse
+      >>> params = {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(3)}
+      >>> tx = row_sparse(optax.adam(0.5))
+      >>> state = tx.init(params)
+      >>> kernel = RowSparse(jnp.array([1]), jnp.ones((1, 2)), (3, 2))
+      >>> updates, state = tx.update({"kernel": kernel, "bias": jnp.ones(3)}, state, params)
+      >>> apply_row_updates(params, updates)["kernel"].round(3).tolist()
+      [[0.0, 0.0], [-0.5, -0.5], [0.0, 0.0]]
+    """
+    return _row_sparse(inner)
+
+
+def _row_sparse(
+    inner: optax.GradientTransformation, *, tell_step: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """`row_sparse`; with ``tell_step`` the inner update takes the number of earlier steps."""
+    check_transformation(inner)
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params):
+        leaves = _leaves(params)
+        return RowSparseState(
+            step=jnp.zeros([], jnp.int32),
+            row_counts=tuple(
+                _laid_out(jnp.zeros(jnp.shape(x)[0], jnp.int32), x) if _row_wise(x) else ()
+                for x in leaves
+            ),
+            inner_states=tuple(_init_leaf(inner, x) for x in leaves),
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        grads, treedef = jax.tree.flatten(updates, is_leaf=_is_leaf)
+        leaves = [None] * len(grads) if params is None else _leaves(params)
+        if not len(grads) == len(leaves) == len(state.inner_states):
+            raise ValueError(
+                f"there are {len(grads)} gradients and {len(state.inner_states)} leaves in the "
+                "state; absent gradients are None, leaf by leaf"
+            )
+        if tell_step:
+            extra_args["step"] = state.step
+        new = [
+            _update_leaf(inner, *leaf, extra_args)
+            for leaf in zip(grads, state.row_counts, state.inner_states, leaves, strict=True)
+        ]
+        state = RowSparseState(
+            step=jnp.asarray(optax.safe_increment(state.step)),
+            row_counts=tuple(counts for _, counts, _ in new),
+            inner_states=tuple(inner_state for _, _, inner_state in new),
+        )
+        return treedef.unflatten([update for update, _, _ in new]), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _init_leaf(inner: optax.GradientTransformation, leaf: Any) -> Any:
+    if leaf is None:
+        return ()
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        leaf = jnp.zeros(leaf.shape, leaf.dtype)
+    leaf = jnp.asarray(leaf)
+    state = (jax.vmap(inner.init) if _row_wise(leaf) else inner.init)(leaf)
+    # A weak type would be gone after the first update, and the second would compile again.
+    return jax.tree.map(lambda x: _laid_out(jnp.asarray(x).astype(x.dtype), leaf), state)
+
+
+def _laid_out(x: jax.Array, leaf: Any) -> jax.Array:
+    """On the mesh of the leaf, if it has one: sharded as the leaf is, or as its rows are."""
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer):
+        return x
+    sharding = leaf.sharding
+    if not isinstance(sharding, NamedSharding):
+        return x  # stays free to follow the parameters to any device
+    if x.shape != leaf.shape:
+        by_row = _row_wise(leaf) and len(sharding.spec) > 0
+        spec = PartitionSpec(sharding.spec[0]) if by_row else PartitionSpec()
+        sharding = NamedSharding(sharding.mesh, spec)
+    return jax.device_put(x, sharding)
+
+
+def _update_leaf(
+    inner: optax.GradientTransformationExtraArgs,
+    grad: Any,
+    counts: Any,
+    state: Any,
+    param: Any,
+    extra_args: dict[str, Any],
+) -> tuple[Any, Any, Any]:
+    """The update, the row counts and the inner state of one leaf."""
+    if grad is None:
+        return None, counts, state
+    if is_row_sparse(grad):
+        check_rows(grad)
+        shape = grad.shape if param is None else jnp.shape(param)
+        found, k = jnp.shape(grad.values), len(grad.rows)
+        fits = isinstance(counts, tuple) or counts.shape == shape[:1]
+        if grad.shape != shape or found != (k, *shape[1:]) or not fits:
+            raise ValueError(
+                f"a gradient of shape {grad.shape} with {k} rows and values {found} does not fit a "
+                f"parameter of shape {shape}"
+            )
+        if isinstance(counts, tuple):
+            grad = grad.densify()
+
+    def update(grad, state, param):
+        return inner.update(grad, state, param, **extra_args)
+
+    if isinstance(counts, tuple):
+        updates, new = update(grad, state, param)
+        return updates, counts, jax.tree.map(lambda x, y: y.astype(x.dtype), state, new)
+    if not is_row_sparse(grad):
+        updates, new = jax.vmap(update)(grad, state, param)
+        new = jax.tree.map(lambda x, y: y.astype(x.dtype), state, new)
+        return updates, optax.safe_increment(counts), new
+    if 0 in grad.shape or not len(grad.rows):
+        return grad, counts, state
+
+    rows = grad.rows
+    own_state, own_param, own_counts = jax.tree.map(
+        lambda x: x.at[rows].get(mode="clip"), (state, param, counts)
+    )
+    updates, new = jax.vmap(update)(grad.values, own_state, own_param)
+    own_counts = optax.safe_increment(own_counts)
+    # Every read of the old state comes before the first write to it.
+    updates, new, own_counts, rows = jax.lax.optimization_barrier((updates, new, own_counts, rows))
+    counts, state = jax.tree.map(
+        lambda x, y: x.at[rows].set(y.astype(x.dtype), **SCATTER),
+        (counts, state),
+        (own_counts, new),
+    )
+    return RowSparse(grad.rows, updates, grad.shape), counts, state
+
+
+def row_sparse_adam(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    *,
+    weight_decay: Any = 0.0,
+    decay_stale: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam on the rows that have a gradient; `optax.adamw` where gradients are dense.
+
+    Lazy by default: the moments of a row, and its count in the bias correction, stand still while
+    it has no gradient. With ``decay_stale`` a row that missed :math:`s` steps is first caught up,
+
+    .. math:: m \leftarrow \beta_1^s m, \quad v \leftarrow \beta_2^s v, \quad t \leftarrow t + s,
+
+    so that its moments are those of dense Adam under gradients of zero; its parameters still move
+    only when it has a gradient.
+
+    Args:
+      learning_rate: a number, or a schedule of steps (not of a row's updates).
+      b1: decay of the first moment, in [0, 1).
+      b2: decay of the second moment, in [0, 1).
+      eps: added to the root of the second moment, at least 0.
+      weight_decay: decoupled, times the learning rate: of the touched rows, and of all of a leaf
+        whose gradient is dense. At least 0.
+      decay_stale: whether moments decay over missed steps. Static.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`; see `row_sparse` for what it takes and gives.
+
+    Raises:
+      TypeError: if an argument is of the wrong kind.
+      ValueError: if a number is out of its range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from priorityprop_jax.core.row_optimizers import row_sparse_adam
+      >>> from priorityprop_jax.core.rows import RowSparse
+      >>> params, tx = jnp.zeros((3, 2)), row_sparse_adam(0.5)
+      >>> grads = RowSparse(jnp.array([1]), jnp.ones((1, 2)), params.shape)
+      >>> updates, state = tx.update(grads, tx.init(params), params)
+      >>> updates.rows.tolist(), updates.values.round(3).tolist()
+      ([1], [[-0.5, -0.5]])
+    """
+    _check_learning_rate(learning_rate)
+    _check_number("b1", b1, below=1)
+    _check_number("b2", b2, below=1)
+    _check_number("eps", eps)
+    _check_number("weight_decay", weight_decay)
+    inner = optax.scale_by_adam(b1, b2, eps)
+    if decay_stale:
+
+        def decay(state, missed):
+            return state._replace(
+                count=state.count + missed,
+                mu=_decayed(state.mu, b1, missed),
+                nu=_decayed(state.nu, b2, missed),
+            )
+
+        inner = _catch_up(inner, decay)
+    # 0 would do no harm, but ask for parameters where none are needed.
+    if not isinstance(weight_decay, int | float) or weight_decay:
+        inner = optax.chain(inner, optax.add_decayed_weights(weight_decay))
+    return _with_learning_rate(inner, learning_rate, decay_stale)
+
+
+def row_sparse_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: Any = None,
+    *,
+    nesterov: bool = False,
+    decay_stale: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.sgd` on the rows that have a gradient.
+
+    Args:
+      learning_rate: a number, or a schedule of steps (not of a row's updates).
+      momentum: decay of the momentum, in [0, 1); None for none.
+      nesterov: whether momentum is Nesterov's. Static.
+      decay_stale: whether the momentum of a row decays over the steps that it missed, by
+        ``momentum ** missed``; by default it stands still. Static.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`; see `row_sparse` for what it takes and gives.
+
+    Raises:
+      TypeError: if an argument is of the wrong kind.
+      ValueError: if a number is out of its range, or ``nesterov`` or ``decay_stale`` is asked for
+        without momentum.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from priorityprop_jax.core.row_optimizers import row_sparse_sgd
+      >>> from priorityprop_jax.core.rows import RowSparse
+      >>> params, tx = jnp.zeros((3, 2)), row_sparse_sgd(0.5, momentum=0.9)
+      >>> grads = RowSparse(jnp.array([1]), jnp.ones((1, 2)), params.shape)
+      >>> updates, state = tx.update(grads, tx.init(params))
+      >>> updates.values.tolist()
+      [[-0.5, -0.5]]
+    """
+    _check_learning_rate(learning_rate)
+    if momentum is None:
+        if nesterov or decay_stale:
+            raise ValueError("nesterov and decay_stale need a momentum, such as momentum=0.9")
+        return _with_learning_rate(optax.identity(), learning_rate, False)
+    _check_number("momentum", momentum, below=1)
+    inner = optax.trace(momentum, nesterov)
+    if decay_stale:
+        inner = _catch_up(
+            inner,
+            lambda state, missed: state._replace(trace=_decayed(state.trace, momentum, missed)),
+        )
+    return _with_learning_rate(inner, learning_rate, decay_stale)
+
+
+def _with_learning_rate(
+    inner: optax.GradientTransformation, learning_rate: Any, tell_step: bool
+) -> optax.GradientTransformationExtraArgs:
+    # Behind the rows: inside, a schedule would run on each row's own count.
+    return optax.chain(
+        _row_sparse(inner, tell_step=tell_step),
+        on_values(optax.scale_by_learning_rate(learning_rate)),
+    )
+
+
+def _catch_up(
+    inner: optax.GradientTransformation, decay: Callable[[Any, jax.Array], Any]
+) -> optax.GradientTransformationExtraArgs:
+    """Has ``decay(state, missed)`` make good for the steps missed since the last update."""
+
+    def init_fn(params):
+        return CaughtUpState(jnp.zeros([], jnp.int32), inner.init(params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        step = extra_args["step"]  # the others neither Adam nor momentum takes
+        caught_up = decay(state.inner_state, step - state.last_step)
+        updates, inner_state = inner.update(updates, caught_up, params)
+        return updates, CaughtUpState(jnp.asarray(optax.safe_increment(step)), inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _decayed(x: jax.Array, decay: Any, missed: jax.Array) -> jax.Array:
+    # In float32: a power near 1 would be rounded to 1 in bfloat16.
+    factor = jnp.power(jnp.asarray(decay, jnp.float32), missed.astype(jnp.float32))
+    return (x.astype(jnp.promote_types(x.dtype, jnp.float32)) * factor).astype(x.dtype)
+
+
+def apply_row_updates(params: Any, updates: Any) -> Any:
+    """`optax.apply_updates` where some updates are `RowSparse` and some absent.
+
+    Compiled with ``params`` donated, rows are added in place.
+
+    Args:
+      params: pytree of parameters.
+      updates: pytree of the same structure, with arrays, `RowSparse`, or None where a leaf stays.
+
+    Returns:
+      The new parameters, of the old dtypes; rows without an update are the very same, bit for bit.
+
+    Raises:
+      TypeError: if row numbers are no longer integers.
+      ValueError: if the structures or shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from priorityprop_jax.core.row_optimizers import apply_row_updates
+      >>> from priorityprop_jax.core.rows import RowSparse
+      >>> updates = {"kernel": RowSparse(jnp.array([1]), jnp.ones((1, 2)), (2, 2)), "bias": None}
+      >>> params = apply_row_updates({"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}, updates)
+      >>> params["kernel"].tolist(), params["bias"].tolist()
+      ([[0.0, 0.0], [1.0, 1.0]], [0.0, 0.0])
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    flat = treedef.flatten_up_to(updates)
+    for update in filter(is_row_sparse, flat):
+        check_rows(update)
+    if any(map(is_row_sparse, flat)):
+        flat = _all_first(flat)
+    return treedef.unflatten([_applied(x, u) for x, u in zip(leaves, flat, strict=True)])
+
+
+def _all_first(updates: list[Any]) -> list[Any]:
+    """The same updates, such that no row can be written before all of them are computed.
+
+    What they are computed from includes the weights: the backward pass reads a weight after its
+    own update is known, and XLA would copy it whole. The barrier says so, but XLA on CPUs drops it
+    before it decides what to copy; so the row numbers depend on an element of each update too.
+    """
+    updates = jax.lax.optimization_barrier(updates)
+    never = jnp.array(False)
+    for x in jax.tree.leaves([u.values if is_row_sparse(u) else u for u in updates]):
+        if x.size:
+            corner = x[(0,) * x.ndim]
+            never |= (corner != corner) & (corner == 0)  # false, which XLA does not find out
+    return [
+        RowSparse(u.rows + never.astype(u.rows.dtype), u.values, u.shape) if is_row_sparse(u) else u
+        for u in updates
+    ]
+
+
+def _applied(x: Any, update: Any) -> Any:
+    if update is None:
+        return x
+    x = jnp.asarray(x)
+    if not is_row_sparse(update):
+        return jnp.asarray(x + update).astype(x.dtype)
+    if update.shape != x.shape:
+        raise ValueError(f"an update of shape {update.shape} does not fit {x.shape}")
+    if 0 in x.shape:
+        return x
+    at, values = x.at[update.rows], update.values
+    if values.dtype == x.dtype:
+        return at.add(values, **SCATTER)
+    # As optax has it: the sum is rounded to the parameter's dtype, not the update.
+    moved = (at.get(mode="clip") + values).astype(x.dtype)
+    return at.set(jax.lax.optimization_barrier(moved), **SCATTER)
+
+
+def row_counts(opt_state: Any, params: Any) -> dict[str, jax.Array]:
+    """How often each row was updated, by the names of the row-wise leaves.
+
+    Args:
+      opt_state: an optimizer's state with a `RowSparseState` somewhere in it.
+      params: the parameters that the optimizer was initialised with.
+
+    Returns:
+      ``int32[rows]`` for every leaf of at least two dimensions.
+
+    Raises:
+      ValueError: if there is no `RowSparseState`, or more than one, or it is not of these
+        parameters.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from priorityprop_jax.core.row_optimizers import row_counts, row_sparse_adam
+      >>> params = {"layers": [{"kernel": jnp.ones((3, 2)), "bias": jnp.ones(3)}]}
+      >>> state = row_sparse_adam(0.1).init(params)
+      >>> {name: counts.tolist() for name, counts in row_counts(state, params).items()}
+      {'layers/0/kernel': [0, 0, 0]}
+    """
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, RowSparseState))
+    states = [node for node in nodes if isinstance(node, RowSparseState)]
+    if len(states) != 1:
+        raise ValueError(
+            f"expected one RowSparseState in the optimizer's state, found {len(states)}; it is the "
+            "state of row_sparse, row_sparse_adam and row_sparse_sgd"
+        )
+    paths, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: x is None)
+    counts = [jax.tree.leaves(own) for own in states[0].row_counts]
+    if [len(own) for own in counts] != [_row_wise(x) for _, x in paths]:
+        raise ValueError("the optimizer's state is not of these parameters")
+    return {path_name(path): own[0] for (path, _), own in zip(paths, counts, strict=True) if own}
+
+
+def _is_leaf(x: Any) -> bool:
+    return x is None or is_row_sparse(x)
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=lambda x: x is None)
+
+
+def _row_wise(leaf: Any) -> bool:
+    return leaf is not None and len(jnp.shape(leaf)) >= 2
+
+
+def _check_learning_rate(learning_rate: Any) -> None:
+    if learning_rate is None:
+        raise TypeError("learning_rate must be a number or a schedule, got None")
+    if not callable(learning_rate):
+        _check_number("learning_rate", learning_rate)
+
+
+def _check_number(name: str, x: Any, *, below: float = float("inf")) -> None:
+    if isinstance(x, bool) or not (isinstance(x, int | float) or hasattr(x, "dtype")):
+        raise TypeError(f"{name} must be a number, got {x!r}")
+    if isinstance(x, int | float) and not 0 <= x < below:
+        limits = "at least 0 and finite" if below == float("inf") else f"in [0, {below:g})"
+        raise ValueError(f"{name} must be {limits}, got {x}")

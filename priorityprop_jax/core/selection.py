@@ -1,0 +1,143 @@
+"""Which output features of a linear map the gradient flows back through: meProp's top-k."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Pattern = Literal["example", "unified", "block", "random"]
+
+PATTERNS: tuple[str, ...] = get_args(Pattern)
+
+
+def check_k(k: int | float) -> None:
+    """Raises where ``k`` can be neither a number of features nor a fraction of them."""
+    if isinstance(k, bool) or not isinstance(k, int | float | np.integer | np.floating):
+        raise TypeError(f"k must be a whole number or a fraction such as 0.04, got {k!r}")
+    if isinstance(k, int | np.integer):
+        if k < 1:
+            raise ValueError(f"k is {k}: at least 1 output feature must be kept")
+    elif not 0 < k <= 1:
+        raise ValueError(f"k is {k}: a fraction of the output features is above 0 and at most 1")
+
+
+def resolve_k(k: int | float, width: int, name: str = "", *, multiple: int = 1) -> int:
+    """The number of output features that ``k`` means for a layer.
+
+    Args:
+      k: a whole number of features, or a fraction in (0, 1] of them, rounded to the nearest.
+      width: output features of the layer.
+      name: what to call the layer in an error.
+      multiple: of what the number has to be a multiple, for blocks; rounded to the nearest, and at
+        least one.
+
+    Returns:
+      The number, from 1 to ``width``.
+
+    Raises:
+      TypeError: if ``k`` is not a number.
+      ValueError: if ``k`` is impossible, or ``width`` is no multiple of ``multiple``.
+
+    Example:
+      >>> from priorityprop_jax.core.selection import resolve_k
+      >>> resolve_k(20, 500), resolve_k(0.04, 500), resolve_k(0.04, 2048, multiple=16)
+      (20, 20, 80)
+    """
+    check_k(k)
+    layer = f"layer {name!r}" if name else "the layer"
+    if isinstance(k, int | np.integer):
+        if k > width:
+            raise ValueError(
+                f"k={k} is more than the {width} output features of {layer}: lower k, give it as a "
+                "fraction, or leave narrow layers dense with layers= or min_features="
+            )
+        number = int(k)
+    else:
+        number = max(1, round(float(k) * width))
+    if width % multiple:
+        raise ValueError(
+            f"the {width} output features of {layer} are no multiple of block={multiple}: choose a "
+            "block that divides them, or leave the layer out with layers="
+        )
+    return min(width, max(1, round(number / multiple)) * multiple)
+
+
+def magnitudes(dy: jax.Array) -> jax.Array:
+    """Summed magnitude ``sum_m |dy_mj|`` of each column, float32; infinite where one is NaN.
+
+    Args:
+      dy: output gradients ``[rows, features]``.
+
+    Returns:
+      ``[features]``. A NaN counts as infinite, so that it is chosen and seen, never dropped.
+    """
+    total = jnp.sum(jnp.abs(dy).astype(jnp.float32), axis=0)
+    return jnp.where(jnp.isnan(total), jnp.inf, total)
+
+
+def largest(scores: jax.Array, k: int) -> jax.Array:
+    """Places of the ``k`` largest scores, in ascending order; of equal ones the first.
+
+    On a TPU the choice is `jax.lax.approx_max_k`'s.
+
+    Args:
+      scores: ``[n]``, no NaN.
+      k: how many.
+
+    Returns:
+      ``[k]``, int32.
+    """
+    exact = lambda s: lax.top_k(s, k)[1]  # noqa: E731
+    places = lax.platform_dependent(scores, default=exact, tpu=lambda s: lax.approx_max_k(s, k)[1])
+    return jnp.sort(places)
+
+
+def at_random(dy: jax.Array, k: int, seed: int) -> jax.Array:
+    """``k`` columns drawn without replacement, every set as likely, in ascending order.
+
+    A backward pass is given no key. The draw is a hash of the seed and of all bits of ``dy``: the
+    same gradients give the same columns on every run, and other gradients others.
+
+    Args:
+      dy: output gradients ``[rows, features]``.
+      k: how many.
+      seed: of the draw.
+
+    Returns:
+      ``[k]``, int32.
+    """
+    bits = lax.bitcast_convert_type(dy.astype(jnp.float32), jnp.uint32)
+    # Weighted by place, as a plain sum does not see an exchange; whole numbers add up the same in
+    # any order, so that sharded and unsharded runs agree.
+    place = lax.broadcasted_iota(jnp.uint32, bits.shape, 0) * jnp.uint32(2654435761)
+    place += lax.broadcasted_iota(jnp.uint32, bits.shape, 1) * jnp.uint32(40503) + jnp.uint32(1)
+    key = jax.random.fold_in(jax.random.key(seed), jnp.sum(bits * place, dtype=jnp.uint32))
+    draws = jax.random.uniform(key, (dy.shape[1],))
+    return jnp.sort(lax.top_k(draws, k)[1])
+
+
+def seed_of(name: str, seed: int) -> int:
+    """A seed of a layer's own, so that equal gradients in two layers draw apart."""
+    return zlib.crc32(f"{seed}:{name}".encode()) & 0x7FFFFFFF
+
+
+def keep_largest(dy: jax.Array, k: int) -> jax.Array:
+    """``dy`` with all but the ``k`` largest magnitudes of each row set to zero.
+
+    Args:
+      dy: output gradients ``[rows, features]``.
+      k: how many of each row; of equal ones the first. NaN ranks above all.
+
+    Returns:
+      The same shape and dtype.
+    """
+    size = jnp.abs(dy).astype(jnp.float32)
+    size = jnp.where(jnp.isnan(size), jnp.inf, size)
+    kept = lax.top_k(size, k)[1]  # [rows, k]
+    mask = jnp.zeros(dy.shape, bool).at[jnp.arange(dy.shape[0])[:, None], kept].set(True)
+    return jnp.where(mask, dy, jnp.zeros((), dy.dtype))

@@ -1,0 +1,289 @@
+"""What a budget can address: names, sizes and depths of the slots of a parameter pytree.
+
+Everything here is static: it is worked out from paths and shapes while tracing, never from values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os.path
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from priorityprop_jax.core.paths import path_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """Leaves that share their slots: one slot, or one a layer where they are stacked.
+
+    Attributes:
+      name: the name of its slot, without the layer.
+      leaves: indices into the flattened parameters.
+      axes: for every leaf the axis of its layers, or None where it is not stacked.
+      layers: how many layers are stacked, or None.
+      start: the index of its first slot.
+    """
+
+    name: str
+    leaves: tuple[int, ...]
+    axes: tuple[int | None, ...]
+    layers: int | None
+    start: int
+
+    @property
+    def slots(self) -> int:
+        """How many slots it has."""
+        return 1 if self.layers is None else self.layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """The slots of a parameter pytree, in the order of the vectors over slots.
+
+    Attributes:
+      names: one a slot: ``"encoder/0/kernel"``, ``"decoder/kernel[3]"`` for layer 3 of a stack.
+      shapes: the shapes of the arrays in each slot.
+      sizes: elements in each slot.
+      depths: distance of each slot's layer from the loss, 0 at the output layer.
+      layers: the name of the layer that each slot belongs to (what shares a depth).
+      bundles: the leaves behind the slots.
+      leaf_names: the leaves of each slot, ``[3]`` behind those of layer 3 of a stack; none where
+        it is stacked on another axis than 0.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[tuple[int, ...], ...], ...]
+    sizes: tuple[int, ...]
+    depths: tuple[int, ...]
+    layers: tuple[str, ...]
+    bundles: tuple[Bundle, ...]
+
+    leaf_names: tuple[tuple[str, ...], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def leaves(self, active: Iterable[str]) -> frozenset[str]:
+        """The leaves, and layers of stacked leaves, that a set of slots stands for.
+
+        Args:
+          active: names of slots.
+
+        Returns:
+          What `partial_value_and_grad` calls them: the same names but for groups.
+
+        Raises:
+          ValueError: if there is no slot of a name, or a leaf is stacked on another axis than 0.
+
+        Example:
+          >>> from priorityprop_jax import find_slots
+          >>> slots = find_slots({"a": {"w": 1.0, "b": 1.0}}, group=lambda path: "all of a")
+          >>> sorted(slots.leaves({"all of a"}))
+          ['a/b', 'a/w']
+        """
+        index = {name: i for i, name in enumerate(self.names)}
+        found: set[str] = set()
+        for name in active:
+            if name not in index:
+                raise ValueError(f"there is no slot {name!r}")
+            if not self.leaf_names[index[name]]:
+                raise ValueError(
+                    f"slot {name!r} is not stacked on axis 0: its layers have no names"
+                )
+            found.update(self.leaf_names[index[name]])
+        return frozenset(found)
+
+
+def find_slots(
+    params: Any,
+    *,
+    stacked_axis: Callable[[str], int | None] | None = None,
+    group: Callable[[str], str | None] | None = None,
+) -> Slots:
+    """Finds the slots of a parameter pytree.
+
+    Depths are read from the paths: numbers count (``Dense_2`` comes before ``Dense_10``), layers of
+    a stack follow one another, words such as ``embed`` mean the input and ``head`` or ``logits``
+    the output. The order in which a pytree flattens means nothing. Where paths do not tell, give
+    the transformation a ``depth_factor`` of your own.
+
+    Args:
+      params: pytree of arrays or `jax.ShapeDtypeStruct`.
+      stacked_axis: given the path of a leaf, the axis along which it stacks layers (as scanned
+        modules do, usually 0), or None for a leaf of one layer. Each layer becomes a slot.
+      group: given the path of a leaf, the name of the slot that it shares with all leaves of the
+        same name, or None for a slot of its own. Stacked leaves of a group share layer by layer.
+
+    Returns:
+      The slots.
+
+    Raises:
+      ValueError: if two slots have one name, if a stacked axis does not exist, or if a group mixes
+        stacked leaves of different lengths, or stacked leaves with others.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from priorityprop_jax import find_slots
+      >>> params = {"blocks": {"kernel": jnp.ones((2, 3, 3))}, "head": {"kernel": jnp.ones((3, 1))}}
+      >>> slots = find_slots(params, stacked_axis=lambda path: 0 if "blocks" in path else None)
+      >>> slots.names
+      ('blocks/kernel[0]', 'blocks/kernel[1]', 'head/kernel')
+      >>> slots.depths
+      (2, 1, 0)
+    """
+    with_paths, _ = jax.tree_util.tree_flatten_with_path(params)
+    names = [path_name(path) for path, _ in with_paths]
+    shapes = [tuple(np.shape(leaf)) for _, leaf in with_paths]
+    axes = [_axis(stacked_axis, name, shape) for name, shape in zip(names, shapes, strict=True)]
+
+    members: dict[str, list[int]] = {}
+    grouped: set[str] = set()
+    for i, name in enumerate(names):
+        shared = group(name) if group is not None else None
+        if shared is not None:
+            grouped.add(shared)
+        elif name in members:
+            raise ValueError(f"two leaves have the path {name!r}; rename a key of the parameters")
+        members.setdefault(name if shared is None else shared, []).append(i)
+
+    wrappers = len(os.path.commonprefix([name.split("/")[:-1] for name in names]))
+    stacks = _stack_roots(names, [axis is not None for axis in axes])
+    keys: list[str] = []
+    slot_names: list[str] = []
+    slot_shapes: list[tuple[tuple[int, ...], ...]] = []
+    leaf_names: list[tuple[str, ...]] = []
+    bundles: list[Bundle] = []
+    for name, leaves in members.items():
+        if name in grouped and any(names[i] == name for i in leaves) and len(leaves) > 1:
+            raise ValueError(f"the group {name!r} has the name of a leaf; choose another name")
+        lengths = {None if axes[i] is None else shapes[i][axes[i] or 0] for i in leaves}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"group {name!r} mixes leaves with stacks of {sorted(map(str, lengths))} layers; "
+                "all leaves of a group must be stacked alike"
+            )
+        layers = lengths.pop()
+        bundle = Bundle(
+            name, tuple(leaves), tuple(axes[i] for i in leaves), layers, len(slot_names)
+        )
+        bundles.append(bundle)
+        inside = tuple(
+            shapes[i] if axes[i] is None else np.delete(shapes[i], axes[i] or 0).tolist()
+            for i in leaves
+        )
+        for layer in range(bundle.slots):
+            slot_names.append(name if layers is None else f"{name}[{layer}]")
+            slot_shapes.append(tuple(tuple(shape) for shape in inside))
+            number = layer if layers is not None else None
+            if all(axes[i] in (None, 0) for i in leaves):
+                mark = "" if layers is None else f"[{layer}]"
+                leaf_names.append(tuple(names[i] + mark for i in leaves))
+            else:
+                leaf_names.append(())
+            keys.append(_layer_name(names[leaves[-1]], number, stacks, wrappers))
+    if len(set(slot_names)) < len(slot_names):
+        twice = sorted({name for name in slot_names if slot_names.count(name) > 1})
+        raise ValueError(f"two slots have the name {twice[0]!r}; rename a group or a key")
+
+    in_order = sorted(set(keys), key=forward_key)
+    depth = {key: len(in_order) - 1 - place for place, key in enumerate(in_order)}
+    return Slots(
+        names=tuple(slot_names),
+        shapes=tuple(slot_shapes),
+        sizes=tuple(sum(math.prod(shape) for shape in shapes) for shapes in slot_shapes),
+        depths=tuple(depth[key] for key in keys),
+        layers=tuple(keys),
+        bundles=tuple(bundles),
+        leaf_names=tuple(leaf_names),
+    )
+
+
+def _axis(
+    stacked_axis: Callable[[str], int | None] | None, name: str, shape: tuple[int, ...]
+) -> int | None:
+    axis = stacked_axis(name) if stacked_axis is not None else None
+    if axis is None:
+        return None
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(f"stacked_axis({name!r}) is {axis}, but the leaf has shape {shape}")
+    return axis % len(shape)
+
+
+def _stack_roots(names: Sequence[str], stacked: Sequence[bool]) -> frozenset[str]:
+    """The shortest prefixes below which every leaf is stacked: the scanned modules."""
+    mixed = {
+        "/".join(parts[:n])
+        for name, is_stacked in zip(names, stacked, strict=True)
+        if not is_stacked
+        for parts in [name.split("/")]
+        for n in range(len(parts))
+    }
+    roots = set()
+    for name, is_stacked in zip(names, stacked, strict=True):
+        if is_stacked:
+            parts = name.split("/")
+            cuts = ("/".join(parts[:n]) for n in range(len(parts) + 1))
+            roots.add(next(cut for cut in cuts if cut not in mixed))
+    return frozenset(roots)
+
+
+def _layer_name(path: str, layer: int | None, stacks: frozenset[str], wrappers: int) -> str:
+    """The part of a path that names its layer: up to the first number, else the parent module.
+
+    Numbers in the first parts that wrap the whole model (``MLP_0``) tell no layers apart.
+    """
+    parts = path.split("/")
+    if layer is not None:
+        cuts = ("/".join(parts[:n]) for n in range(len(parts) + 1))
+        root = next((cut for cut in cuts if cut in stacks), "")
+        return f"{root}[{layer}]"
+    for n, part in enumerate(parts):
+        if n >= wrappers and re.search(r"\d+$", part):
+            return "/".join(parts[: n + 1])
+    return "/".join(parts[:-1]) or path
+
+
+_INPUT = re.compile(r"^(embed|wte|wpe|tok|pos(?!t)|patch|stem|input)|embedding", re.IGNORECASE)
+_OUTPUT = re.compile(r"^(lm_?head|head|output|out|logits?|classifier|readout)", re.IGNORECASE)
+_LAST_NORM = re.compile(
+    r"^(final|last|ln_?f|norm_?f|pooler)|^(layer_?norm|norm|ln|rms_?norm)$", re.I
+)
+_ENCODER = re.compile(r"^encoder$", re.IGNORECASE)
+_DECODER = re.compile(r"^decoder$", re.IGNORECASE)
+
+
+def forward_key(name: str) -> tuple[tuple[int, str, int], ...]:
+    """A sort key that puts layer names in forward order, input first.
+
+    Args:
+      name: a layer's name, parts joined by ``/``, the layer of a stack in brackets.
+
+    Returns:
+      A tuple to sort by: for every part its kind (input, encoder, ordinary, decoder, last norm,
+      output), then its word, then its number.
+
+    Example:
+      >>> from priorityprop_jax.core.slots import forward_key
+      >>> sorted(["Dense_10", "head", "Dense_2", "embed"], key=forward_key)
+      ['embed', 'Dense_2', 'Dense_10', 'head']
+    """
+    key = []
+    for part in re.sub(r"\[(\d+)\]$", r"/\1", name).split("/"):
+        word, number = re.fullmatch(r"(.*?)_?(\d*)", part, re.DOTALL).groups()  # type: ignore[union-attr]
+        kinds = (_INPUT, _ENCODER, None, _DECODER, _LAST_NORM, _OUTPUT)
+        kind = next((i for i, rule in enumerate(kinds) if rule and rule.search(word)), 2)
+        key.append((kind, word, int(number or 0)))
+    return tuple(key)
+
+
+def by_layer(params: Any) -> Callable[[str], str | None]:
+    """Puts leaves of one layer in one slot."""
+    slots = find_slots(params)
+    layer = dict(zip(slots.names, slots.layers, strict=True))
+    return lambda path: layer[path]

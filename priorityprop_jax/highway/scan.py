@@ -1,0 +1,531 @@
+"""Highway-BP over depth: the blocks of a residual stack go backward all at once."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.extend import core
+
+Block = Callable[[Any, Any], Any]
+Residual = str | float | jax.Array | np.ndarray | Callable[[Any, Any], Any]
+
+_MEASURED = {"measured": False, "measured_diagonal": True}
+
+
+class HighwayReport(NamedTuple):
+    """How a backward pass of `highway_scan` went: float32 scalars.
+
+    Attributes:
+      rounds: rounds whose result was kept; 0 where the gradient is exact by plain autodiff.
+      correction: by how much the last round that ran changed the cotangents, relative to their
+        norm.
+      stopped: 1 if the guard ended the iteration, because corrections grew or were NaN, else 0.
+    """
+
+    rounds: jax.Array  # []
+    correction: jax.Array  # []
+    stopped: jax.Array  # []
+
+
+def highway_report() -> HighwayReport:
+    """A zero `HighwayReport`, for the argument ``probe`` of `highway_scan`.
+
+    A backward pass has no output of its own but gradients. So it writes its report there: the
+    gradient of the loss for the probe *is* the report. Give each `highway_scan` of a model a probe
+    of its own, as the reports of several would add up, like gradients do.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from priorityprop_jax.highway.scan import highway_report, highway_scan
+      >>> def loss_fn(params, probe, x):
+      ...     block = lambda p, x: x + 0.1 * jnp.tanh(x @ p)
+      ...     return jnp.sum(highway_scan(block, params, x, iterations=2, probe=probe) ** 2)
+      >>> params = jax.random.normal(jax.random.key(0), (6, 4, 4))
+      >>> grad_fn = jax.jit(jax.grad(loss_fn, argnums=(0, 1)))
+      >>> grads, report = grad_fn(params, highway_report(), jnp.ones(4))
+      >>> int(report.rounds), bool(report.stopped)
+      (2, False)
+    """
+    return HighwayReport(*(jnp.zeros((), jnp.float32) for _ in HighwayReport._fields))
+
+
+def highway_scan(
+    block: Block,
+    params: Any,
+    x: Any,
+    *,
+    iterations: int | None,
+    residual: Residual = "identity",
+    tol: float | None = None,
+    guard: bool = True,
+    collect: bool = False,
+    has_aux: bool = False,
+    probe: HighwayReport | None = None,
+) -> Any:
+    r"""Applies a stack of residual blocks; backward, all blocks at once, a few times over.
+
+    The forward pass is `jax.lax.scan` over the layers, bit for bit. Of the gradient, which is a sum
+    over all paths from a loss back to a layer, the backward pass keeps those that go through at
+    most :math:`k` (``iterations``) blocks and along the residuals of all others. With
+    :math:`x_i = K_i x_{i-1} + g_i(x_{i-1})`, and :math:`b_i` the cotangent that losses put on
+    :math:`x_i` directly,
+
+    .. math::
+        w^{(0)} = S(b), \qquad
+        w^{(j+1)} = S\big(b + J_g^\top w^{(j)}\big), \qquad
+        S(c)_i = c_i + K_{i+1}\, S(c)_{i+1}
+
+    where :math:`J_g^\top` is one product of all blocks' Jacobians with their cotangents at once.
+    One more gives the gradients of all parameters from :math:`w^{(k)}`, and that of ``x``. With
+    :math:`L` layers, :math:`k = L - 1` rounds are exact in exact arithmetic.
+
+    This is no saving of work: forward and backward cost :math:`(3 + k) / 3` of those of plain
+    backpropagation. It shortens the chain of dependent products from :math:`L` to :math:`k + 1`,
+    which pays where a device is idle for most of a block, as with small batches and narrow layers.
+    What ``k`` a model needs is for `gradient_quality_table` to tell: a trained model's Jacobians
+    are larger than a fresh one's, and the iteration may not converge before :math:`k = L - 1`.
+
+    Differentiating the gradient again needs a single round, or ``guard=False`` and no ``tol``, as
+    JAX has no reverse mode for the loop that they need; it gives the derivative of the approximate
+    gradient.
+    Cotangents are accumulated in float32 where the blocks are in a narrower type. Under
+    `jax.checkpoint` a block is computed again in every round.
+
+    Args:
+      block: ``(params_i, x) -> x``, the whole layer with its residual; the output is like ``x``.
+        Arrays that it closes over are seen by all layers, and get gradients too.
+      params: pytree of arrays, ``[layers, ...]``. What else differs by layer, such as the keys of
+        dropout, goes here as well.
+      x: pytree of floating-point arrays, the input of the first layer.
+      iterations: rounds, :math:`k \ge 0`, at most if ``tol`` or ``guard`` end them sooner. None, or
+        :math:`k \ge L - 1` without ``tol``, means the exact gradient by plain autodiff of the
+        scan, which is less work than as many rounds.
+      residual: the :math:`K_i` that paths go along.
+
+        - ``"identity"``: 1.
+        - a number, or an array ``[layers]`` (one number a layer) or ``[layers, channels]`` (a
+          diagonal, over the last axis of ``x``). Taken as constant.
+        - ``"measured"``: one number a layer and array of ``x``, :math:`w^\top J_i^\top w /
+          w^\top w` along :math:`w = w^{(0)}` of the identity, kept within 0 and 1.5: what makes
+          the block's remainder smallest there. Costs as much as a round, and changes little where
+          a block's residual is the identity anyway.
+        - ``"measured_diagonal"``: the same by channel (the last axis of ``x``).
+        - a function ``(params_i, x) -> diagonal``, with a diagonal that broadcasts against ``x``,
+          such as the carry gate of a gated layer.
+
+        Any choice leads to the same exact gradient; a better one leads there in fewer rounds.
+      tol: stop once a round's relative correction is not above it.
+      guard: stop before a round whose correction is larger than the last one's, as the rounds
+        after it would mostly lead further away; the first round is compared to the cotangents
+        themselves. A correction that is NaN stops too, and the gradient shows the NaN. Ask for a
+        report with ``probe``.
+      collect: also return the outputs of all layers, so that losses may be put on them.
+      has_aux: ``block`` returns ``(x, aux)``. The gradients of ``aux`` are exact for the
+        parameters of the same layer, and a path from there goes through one block at least.
+      probe: a zero report, see `highway_report`. Its gradient is the report of the backward pass.
+
+    Returns:
+      The last layer's output; or ``(x, ys)`` with ``collect``, ``(x, aux)`` with ``has_aux``,
+      ``(x, ys, aux)`` with both, ``ys`` and ``aux`` ``[layers, ...]``.
+
+    Raises:
+      TypeError: if ``block`` does not return the like of ``x``, ``x`` is not of floating-point
+        arrays, or an option is of a wrong type.
+      ValueError: if an option is impossible, or ``params`` do not share one number of layers.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from priorityprop_jax.highway.scan import highway_scan
+      >>> block = lambda p, x: x + 0.1 * jnp.tanh(x @ p)
+      >>> params = jax.random.normal(jax.random.key(0), (6, 4, 4))
+      >>> def loss_fn(params, iterations):
+      ...     return jnp.sum(highway_scan(block, params, jnp.ones(4), iterations=iterations) ** 2)
+      >>> exact, near = (jax.grad(loss_fn)(params, k) for k in (None, 2))
+      >>> bool(jnp.linalg.norm(near - exact) < 0.05 * jnp.linalg.norm(exact))
+      True
+
+    References:
+      Fagnou et al., `Accelerated Training through Iterative Gradient Propagation Along the Residual
+      Path <https://arxiv.org/abs/2501.17086>`_, 2025
+    """
+    layers = check(block, params, x, iterations, residual, tol)
+    rounds = layers if iterations is None else iterations
+    given = None
+    if not callable(residual) and not isinstance(residual, str):
+        given = _given_residual(residual, layers, x)
+
+    def layer(p: Any, x: Any) -> Any:
+        y, aux = block(p, x) if has_aux else (block(p, x), None)
+        check_same(x, y)
+        # A number is of the rest, so that what is differentiated is the floating-point alone.
+        differentiated, others = split(jax.tree.leaves(aux))
+        diagonal = _diagonal(residual(p, x), x) if callable(residual) else None
+        structure.append(jax.tree.structure(aux))
+        return (y, differentiated), (others, diagonal)
+
+    structure: list[Any] = []
+    first = jax.tree.map(lambda p: p[0], params)
+    hoisted, consts = hoist(layer, first, x)
+    tree = jax.tree.structure(params)
+    trained, fixed = split(jax.tree.leaves(params))  # [layers, ...]
+    shared, others = split(consts)
+
+    def apply(trained: list, shared: list, x: Any, fixed: list, others: list) -> Any:
+        return hoisted(join(shared, others), jax.tree.unflatten(tree, join(trained, fixed)), x)
+
+    def scan(trained, shared, x, fixed, others, given, probe):
+        def body(x, p):
+            (y, aux), (rest, _) = apply(p[0], shared, x, p[1], others)
+            return y, (y if collect else None, aux, rest)
+
+        return lax.scan(body, x, (trained, fixed), length=layers)
+
+    def forward(trained, shared, x, fixed, others, given, probe):
+        def body(x, p):
+            run = functools.partial(apply, fixed=p[1], others=others)
+            (y, aux), pullback, (rest, diagonal) = jax.vjp(run, p[0], shared, x, has_aux=True)
+            # The scan stacks what a pullback needs; what it has from the params is not copied.
+            return y, ((y if collect else None, aux, rest), pullback, diagonal)
+
+        y, (outputs, pullbacks, diagonal) = lax.scan(body, x, (trained, fixed), length=layers)
+        return (y, outputs), (pullbacks, given if diagonal is None else diagonal)
+
+    def backward(residuals, bars):
+        pullbacks, diagonal = residuals
+        y_bar, (ys_bar, aux_bar, _) = bars
+        dtypes = jax.tree.map(lambda y: y.dtype, y_bar)
+
+        def pull(w: Any, aux_bar: Any) -> Any:
+            return jax.vmap(lambda pullback, *bars: pullback(bars))(pullbacks, w, aux_bar)
+
+        def pull_wide(w: Any, aux_bar: Any) -> Any:
+            """``w`` as the blocks see it, and the cotangents of their inputs."""
+            w = jax.tree.map(lambda w, dtype: w.astype(dtype), w, dtypes)
+            return wide(w), wide(pull(w, aux_bar)[2])
+
+        b = jax.tree.map(lambda y: jnp.zeros((layers, *y.shape), _wide_type(y)), y_bar)
+        b = jax.tree.map(lambda b, y: b.at[-1].set(y.astype(b.dtype)), b, y_bar)
+        if collect:
+            b = jax.tree.map(jnp.add, b, wide(ys_bar))
+        if isinstance(residual, str) and residual in _MEASURED:
+            pulled = pull_wide(_accumulate(b, None), jax.tree.map(jnp.zeros_like, aux_bar))
+            by_channel = _MEASURED[residual]
+            diagonal = jax.tree.map(functools.partial(_measure, by_channel=by_channel), *pulled)
+
+        def step(w: Any) -> Any:
+            w, u = pull_wide(w, aux_bar)
+            if diagonal is None:
+                u = jax.tree.map(jnp.subtract, u, w)
+            else:
+                u = jax.tree.map(lambda u, w, k: u - k * w, u, w, diagonal)
+            return _accumulate(jax.tree.map(lambda b, u: b.at[:-1].add(u[1:]), b, u), diagonal)
+
+        w, report = iterate(step, _accumulate(b, diagonal), rounds, tol, guard)
+        w = jax.tree.map(lambda w, dtype: w.astype(dtype), w, dtypes)
+        trained_bar, shared_bar, x_bar = pull(w, aux_bar)
+        add = lambda g: jnp.sum(g, 0, dtype=_wide_type(g)).astype(g.dtype)  # noqa: E731
+        shared_bar = jax.tree.map(add, shared_bar)
+        x_bar = jax.tree.map(lambda g: g[0], x_bar)
+        probe_bar = None if probe is None else report
+        return trained_bar, shared_bar, x_bar, None, None, None, probe_bar
+
+    run = scan
+    if rounds < layers - 1 or tol is not None and iterations is not None:
+        run = jax.custom_vjp(scan)
+        run.defvjp(forward, backward)
+    y, (ys, aux, rest) = run(trained, shared, x, fixed, others, given, probe)
+    aux = jax.tree.unflatten(structure[0], join(aux, rest))
+    out = (y, *((ys,) if collect else ()), *((aux,) if has_aux else ()))
+    return out if len(out) > 1 else y
+
+
+def highway_nnx(
+    modules: Sequence[nnx.Module] | nnx.Module,
+    x: Any,
+    *,
+    call: Callable[[Any, Any], Any] | None = None,
+    **options: Any,
+) -> Any:
+    """`highway_scan` over `flax.nnx` modules of one shape.
+
+    Gradients reach the modules' parameters under `flax.nnx.grad` of the model that holds them.
+    What else a call changes in a module, such as the counts of its random streams and the
+    statistics of its norms, is changed as if the modules had been called one after the other.
+
+    Args:
+      modules: a list of modules that differ in the values of their arrays only, or one module whose
+        arrays all have a leading axis of layers, as `flax.nnx.vmap` over a constructor makes it. A
+        list costs a copy of all parameters in every step.
+      x: pytree of floating-point arrays, the input of the first module.
+      call: ``(module, x) -> x``, or ``(x, aux)`` with ``has_aux``; by default ``module(x)``.
+      **options: of `highway_scan`. A function ``residual`` takes a module for ``params_i``.
+
+    Returns:
+      As `highway_scan`.
+
+    Raises:
+      TypeError: if ``modules`` are none.
+      ValueError: if they are not of one shape.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from priorityprop_jax.highway.scan import highway_nnx
+      >>> class Block(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.linear = nnx.Linear(4, 4, rngs=rngs)
+      ...     def __call__(self, x):
+      ...         return x + jnp.tanh(self.linear(x))
+      >>> blocks = nnx.List([Block(nnx.Rngs(i)) for i in range(6)])
+      >>> loss_fn = lambda blocks, x: jnp.sum(highway_nnx(blocks, x, iterations=2) ** 2)
+      >>> grads = nnx.grad(loss_fn)(blocks, jnp.ones((1, 4)))
+      >>> grads[0]["linear"]["kernel"].shape
+      (4, 4)
+    """
+    stacked = isinstance(modules, nnx.Module) and not isinstance(modules, nnx.List)
+    items = [modules] if stacked else list(modules)  # pyright: ignore[reportArgumentType]
+    if not items or not all(isinstance(module, nnx.Module) for module in items):
+        raise TypeError(f"modules must be flax.nnx modules, got {modules!r}")
+    run = call or (lambda module, x: module(x))
+    graphdef, params, state = nnx.split(items[0], nnx.Param, ...)
+    if not stacked:
+        splits = [nnx.split(module, nnx.Param, ...) for module in items]
+        for i, split in enumerate(splits):
+            if jax.tree.map(jnp.shape, split) != jax.tree.map(jnp.shape, splits[0]):
+                raise ValueError(f"module {i} is not of the shape of module 0")
+        states = [split[1:] for split in splits]
+        params, state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    has_aux = options.pop("has_aux", False)
+    residual = options.pop("residual", "identity")
+    if callable(residual):
+        function, residual = residual, lambda p, x: function(nnx.merge(graphdef, *p), x)
+
+    def block(p: Any, x: Any) -> Any:
+        module = nnx.merge(graphdef, *p)
+        out = run(module, x)
+        y, aux = out if has_aux else (out, None)
+        return y, (aux, nnx.state(module, nnx.Not(nnx.Param)))
+
+    *out, (aux, state) = highway_scan(
+        block, (params, state), x, residual=residual, has_aux=True, **options
+    )
+    for i, module in enumerate(items):
+        nnx.update(module, state if stacked else jax.tree.map(lambda s, i=i: s[i], state))
+    out = [*out, aux] if has_aux else out
+    return out[0] if len(out) == 1 else tuple(out)
+
+
+# The iteration.
+
+
+def iterate(
+    step: Callable[[Any], Any], w: Any, rounds: int, tol: float | None, guard: bool = True
+) -> tuple[Any, HighwayReport]:
+    """Rounds of ``w = step(w)`` under a guard; see `highway_scan` for when they stop."""
+    size = _norm(w)
+    # Under `jax.shard_map` it has to vary over the axes that the norms vary over.
+    zero = jnp.where(jnp.isnan(size), 0, jnp.zeros_like(size))
+    if tol is None and not guard:
+        last = w
+        for _ in range(rounds):
+            last, w = w, step(w)
+        correction = _ratio(_distance(w, last), _norm(w))
+        return w, HighwayReport(zero + rounds, correction, zero)
+
+    def body(state: Any) -> Any:
+        w, allowed, report, _ = state
+        new = step(w)
+        moved, size = _distance(new, w), _norm(new)
+        worse = (moved > allowed) & guard  # not so if it is NaN, which the gradient has to show
+        w = jax.tree.map(lambda new, w: jnp.where(worse, w, new), new, w)
+        stopped = worse | jnp.isnan(moved)
+        done = stopped if tol is None else stopped | (moved <= tol * size)
+        kept = report.rounds + jnp.where(worse, 0, 1)
+        return w, moved, HighwayReport(kept, _ratio(moved, size), stopped.astype(kept.dtype)), done
+
+    def going(state: Any) -> Any:
+        return ~state[3] & (state[2].rounds < rounds)
+
+    state = w, size, HighwayReport(zero, zero, zero), zero > 0
+    w, _, report, _ = body(state) if rounds == 1 else lax.while_loop(going, body, state)
+    return w, report
+
+
+def _accumulate(c: Any, diagonal: Any) -> Any:
+    """The cotangents ``c`` of all layers' outputs, ``[layers, ...]``, summed along the residual."""
+    if diagonal is None:
+        return jax.tree.map(functools.partial(lax.cumsum, axis=0, reverse=True), c)
+
+    return jax.tree.map(lambda c, k: associative_affine(k, c, reverse=True), c, diagonal)
+
+
+def associative_affine(a: jax.Array, b: jax.Array, *, reverse: bool) -> jax.Array:
+    """``y_t = a_t y_{t-1} + b_t`` along axis 0, or its transpose, in a logarithm of the steps.
+
+    Args:
+      a: ``[time, ...]``, which broadcasts against ``b``.
+      b: ``[time, ...]``.
+      reverse: whether it is the transpose, ``y_t = a_{t+1} y_{t+1} + b_t``.
+    """
+
+    def join(first: Any, second: Any) -> Any:
+        return first[0] * second[0], second[0] * first[1] + second[1]
+
+    if reverse:
+        a = jnp.roll(a, -1, axis=0)  # nothing comes after the last step, whatever its factor
+    return lax.associative_scan(join, (a, b), reverse=reverse)[1]
+
+
+def _measure(w: jax.Array, pulled: jax.Array, by_channel: bool) -> jax.Array:
+    axes = tuple(range(1, w.ndim - (by_channel and w.ndim > 1)))
+    along, square = (jnp.sum(a * w, axes, keepdims=True) for a in (pulled, w))
+    return jnp.clip(jnp.where(square == 0, 1, along / jnp.where(square == 0, 1, square)), 0, 1.5)
+
+
+def _norm(w: Any) -> jax.Array:
+    squares = [jnp.sum(jnp.square(leaf.astype(_wide_type(leaf)))) for leaf in jax.tree.leaves(w)]
+    return jnp.sqrt(functools.reduce(operator.add, squares)).astype(jnp.float32)
+
+
+def _distance(a: Any, b: Any) -> jax.Array:
+    return _norm(jax.tree.map(jnp.subtract, a, b))
+
+
+def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
+
+
+def _wide_type(x: Any) -> Any:
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def wide(tree: Any) -> Any:
+    """In float32 at least."""
+    return jax.tree.map(lambda x: x.astype(_wide_type(x)), tree)
+
+
+# The blocks.
+
+
+def hoist(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], list]:
+    """``function`` with the arrays that it closes over as a first argument, and those arrays.
+
+    A custom VJP must not close over anything that is traced.
+    """
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+    tree = jax.tree.structure(shape)
+
+    def converted(consts: list, *args: Any) -> Any:
+        run = core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, consts))
+        return jax.tree.unflatten(tree, run(*jax.tree.leaves(args)))
+
+    return converted, list(closed.consts)
+
+
+def split(leaves: Sequence[Any]) -> tuple[list, list]:
+    """What can be differentiated, and what can not; None in the place of the other kind."""
+    inexact = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
+    pairs = list(zip(leaves, inexact, strict=True))
+    return [a if yes else None for a, yes in pairs], [None if yes else a for a, yes in pairs]
+
+
+def join(some: Sequence[Any], others: Sequence[Any]) -> list:
+    """What `split` took apart."""
+    return [b if a is None else a for a, b in zip(some, others, strict=True)]
+
+
+# What is wrong.
+
+
+def check(
+    block: Any, params: Any, x: Any, iterations: Any, residual: Any = "identity", tol: Any = None
+) -> int:
+    """Refuses what is no stack of layers, or else says how many layers it has."""
+    if not callable(block):
+        raise TypeError(f"block must be a function (params_i, x) -> x, got {block!r}")
+    whole = isinstance(iterations, int) and not isinstance(iterations, bool)
+    if iterations is not None and not whole:
+        raise TypeError(f"iterations must be a whole number or None, got {iterations!r}")
+    if iterations is not None and iterations < 0:
+        raise ValueError(f"iterations must be at least 0, got {iterations}")
+    if tol is not None and not tol >= 0:
+        raise ValueError(f"tol must be at least 0 or None, got {tol!r}")
+    if isinstance(residual, str) and residual not in ("identity", *_MEASURED):
+        raise ValueError(
+            f"residual must be 'identity', 'measured', 'measured_diagonal', a number, an array or "
+            f"a function (params_i, x) -> diagonal, got {residual!r}"
+        )
+    leaves = jax.tree.leaves(x)
+    if not leaves or not all(jnp.issubdtype(jnp.result_type(a), jnp.floating) for a in leaves):
+        raise TypeError(
+            f"x must hold floating-point arrays only, got {jax.tree.map(jnp.result_type, x)}; what "
+            "is no activation goes into params, or is closed over by block"
+        )
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(params)}
+    if len(sizes) != 1 or sizes == {()} or sizes == {(0,)}:
+        raise ValueError(
+            "the arrays of params must share a first axis of at least one layer, got first axes "
+            f"{sorted(sizes)}"
+        )
+    return sizes.pop()[0]
+
+
+def check_same(x: Any, y: Any) -> None:
+    """Refuses a layer's output ``y`` that is not like its input."""
+    kinds = [
+        (jax.tree.structure(tree), [(a.shape, a.dtype) for a in map(jnp.asarray, leaves)])
+        for tree in (x, y)
+        for leaves in [jax.tree.leaves(tree)]
+    ]
+    if kinds[0] != kinds[1]:
+        raise TypeError(
+            f"block must return the like of x, {jax.tree.map(jax.typeof, x)}, got "
+            f"{jax.tree.map(jax.typeof, y)}; is has_aux missing or too much?"
+        )
+
+
+def _given_residual(residual: Any, layers: int, x: Any) -> Any:
+    residual = jnp.asarray(residual)
+    if residual.ndim > 2 or residual.ndim and residual.shape[0] != layers:
+        raise ValueError(
+            f"residual must be a number or of shape [{layers}] or [{layers}, channels], got "
+            f"{list(residual.shape)}"
+        )
+
+    def fit(x: jax.Array) -> jax.Array:
+        if residual.ndim == 2 and (not x.ndim or residual.shape[1] not in (1, x.shape[-1])):
+            raise ValueError(
+                f"residual has {residual.shape[1]} channels, but the last axis of x is of "
+                f"{list(x.shape)}"
+            )
+        channels = residual.shape[1:] if x.ndim else ()
+        shape = (layers, *[1] * (x.ndim - len(channels)), *channels)
+        if residual.ndim == 0:
+            return jnp.full(shape, residual, _wide_type(x))
+        return residual.reshape(shape).astype(_wide_type(x))
+
+    return jax.tree.map(fit, x)
+
+
+def _diagonal(diagonal: Any, x: Any) -> Any:
+    """A function's residual, with as many axes as ``x``."""
+
+    def fit(x: jax.Array, k: Any) -> jax.Array:
+        k = jnp.asarray(k, _wide_type(x))
+        k = k.reshape((1,) * (x.ndim - k.ndim) + k.shape)
+        if k.ndim > x.ndim or any(n not in (1, m) for n, m in zip(k.shape, x.shape, strict=True)):
+            raise ValueError(
+                f"residual must return what broadcasts against x {list(x.shape)}, got "
+                f"{list(k.shape)}"
+            )
+        return lax.stop_gradient(k)
+
+    return jax.tree.map(fit, x, diagonal)

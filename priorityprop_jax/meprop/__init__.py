@@ -1,0 +1,1 @@
+"""Top-k of output gradients."""

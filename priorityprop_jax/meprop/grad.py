@@ -1,0 +1,243 @@
+"""meProp's gradients as the backward pass makes them: a few rows, never a whole array of zeros."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from priorityprop_jax.core.modules import through_module
+from priorityprop_jax.core.paths import path_name
+from priorityprop_jax.core.rows import RowSparse
+from priorityprop_jax.core.varying import vary, varying
+from priorityprop_jax.meprop.products import Frame, LayerUse, Tap
+
+_MARK = "meprop tap of "
+
+
+def meprop_value_and_grad(
+    loss_fn: Callable[..., Any], *, has_aux: bool = False, wrt: Any = nnx.Param
+) -> Callable[..., tuple[Any, Any]]:
+    r"""`jax.value_and_grad`, with row-sparse gradients where meProp makes them.
+
+    The gradient of a kernel ``(out, in)`` behind a `meprop` layer has ``k`` rows that are not zero,
+
+    .. math:: dW_{K,:} = dy_{:,K}^\top x,
+
+    and is returned as `RowSparse`: the rows' numbers and values, ready for `row_sparse_adam`. All
+    other gradients are arrays. So is that of a kernel that is used twice, or otherwise than by its
+    layer (in a penalty on weights, say), whose layer runs inside `jax.lax.scan`, `jax.checkpoint`
+    or a function jitted by itself, or whose pattern is ``"example"``. `densify` makes every
+    gradient an array.
+
+    The loss is traced twice: once abstractly, to see which layer is called how.
+
+    Args:
+      loss_fn: ``(model, *args, **kwargs) -> loss``, or ``(loss, aux)`` with ``has_aux``.
+      has_aux: as in `jax.value_and_grad`.
+      wrt: filter of the variables of an `nnx` module that are parameters.
+
+    Returns:
+      A function ``(model, *args, **kwargs) -> (value, grads)``. The model is an `nnx` module, or a
+      pytree of parameters in which a layer's kernel is found by the ``name`` of its
+      `meprop_dot_general`, as ``name/kernel``. For a module, ``grads`` is an `nnx.State` of all
+      variables that ``wrt`` lets through, and what else the loss changes in it is changed.
+
+    Raises:
+      TypeError: if ``loss_fn`` is no function.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from priorityprop_jax import meprop, meprop_value_and_grad
+      >>> model = nnx.Sequential(
+      ...     nnx.Linear(4, 32, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(32, 2, rngs=nnx.Rngs(1)))
+      >>> meprop(model, 3)  # the output layer stays dense
+      1
+      >>> loss_fn = lambda model, x: (model(x) ** 2).sum()
+      >>> value, grads = meprop_value_and_grad(loss_fn)(model, jnp.ones((5, 4)))
+      >>> grads["layers"][0]["kernel"].values.shape, grads["layers"][2]["kernel"].shape
+      ((3, 4), (32, 2))
+    """
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function, got {loss_fn!r}")
+
+    @functools.wraps(loss_fn)
+    def value_and_grad(model, *args, **kwargs):
+        if not isinstance(model, nnx.Module):
+            return row_value_and_grad(loss_fn, model, *args, has_aux=has_aux, **kwargs)
+        return through_module(
+            lambda loss: functools.partial(row_value_and_grad, loss, has_aux=True),
+            lambda model: loss_fn(model, *args, **kwargs),
+            model,
+            has_aux=has_aux,
+            wrt=wrt,
+        )
+
+    return value_and_grad
+
+
+def row_value_and_grad(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    has_aux: bool = False,
+    sizes: Mapping[str, jax.Array] | None = None,
+    **kwargs: Any,
+) -> tuple[Any, Any]:
+    """What `meprop_value_and_grad` does, for a pure function of a pytree of parameters.
+
+    Args:
+      loss_fn: ``(params, *args, **kwargs) -> loss``, or ``(loss, aux)`` with ``has_aux``.
+      params: pytree of arrays.
+      *args: further arguments.
+      has_aux: as in `jax.value_and_grad`.
+      sizes: by layer name, which of its compiled sizes a layer uses: an int32 scalar. Layers that
+        are not named use the largest.
+      **kwargs: further arguments.
+
+    Returns:
+      The value and the gradients.
+    """
+
+    def loss(params):
+        return loss_fn(params, *args, **kwargs)
+
+    leaves, treedef = jax.tree.flatten(params)
+    # A tap takes the gradient of a leaf that nothing else depends on.
+    tapped = _tappable(loss, params)
+    taps = {name: _tap(k, leaves[i]) for i, (name, k) in tapped.items()}
+
+    def of_parts(parts, taps):
+        parts = iter(parts)
+        mixed = [leaf if i in tapped else next(parts) for i, leaf in enumerate(leaves)]
+        with Frame(taps, sizes)():
+            return loss(treedef.unflatten(mixed))
+
+    parts = [leaf for i, leaf in enumerate(leaves) if i not in tapped]
+    value, (part_grads, tap_grads) = jax.value_and_grad(of_parts, (0, 1), has_aux=has_aux)(
+        parts, taps
+    )
+    part_grads = iter(part_grads)
+    grads = [
+        _rows(tap_grads[tapped[i][0]], leaf) if i in tapped else next(part_grads)
+        for i, leaf in enumerate(leaves)
+    ]
+    return value, treedef.unflatten(grads)
+
+
+def find_uses(loss_fn: Callable[..., Any], params: Any, *args: Any) -> dict[str, LayerUse]:
+    """How a loss uses its meProp layers, found by tracing it abstractly.
+
+    Args:
+      loss_fn: ``(params, *args) -> anything``, pure.
+      params: pytree of arrays or `jax.ShapeDtypeStruct`.
+      *args: further arguments, the same.
+
+    Returns:
+      One `LayerUse` for each layer that has a name.
+    """
+    frame = Frame()
+
+    def traced(params, *args):
+        with frame():
+            return loss_fn(params, *args)
+
+    jax.eval_shape(traced, params, *args)
+    return frame.uses
+
+
+class _Probe(Frame):
+    """Gives taps that can be found again in the program that is traced."""
+
+    def enter(self, name: str, use: LayerUse) -> tuple[Tap | None, Any]:
+        super().enter(name, use)
+        use = self.uses[name]
+        if not (use.by_rows and use.direct):
+            return None, None
+        values = jnp.zeros((use.sizes[-1], use.inputs))
+        return Tap(checkpoint_name(values, _MARK + name), jnp.zeros(use.sizes[-1])), None
+
+
+def _tappable(loss: Callable[..., Any], params: Any) -> dict[int, tuple[str, int]]:
+    """Kernels that their layer alone depends on: place -> name, largest size of the layer.
+
+    What the layer multiplies by must be the leaf itself, at most in another precision: what is
+    computed from it, or stopped on the way, has another gradient than the tap brings.
+    """
+    probe = _Probe()
+
+    def traced(params):
+        with probe():
+            return loss(params)
+
+    jaxpr = jax.make_jaxpr(traced)(params).jaxpr
+    layers: dict[Any, str] = {}  # by variable of the tap
+    leaf = {var: i for i, var in enumerate(jaxpr.invars)}  # that a variable is, but for precision
+    stopped: dict[Any, int] = {}
+    found: dict[str, int] = {}
+    others: set[int] = set()  # that something else depends on
+    for eqn in _live(jaxpr):
+        operands = [None if hasattr(x, "val") else x for x in eqn.invars]
+        kind, first, out = eqn.primitive.name, next(iter(operands), None), eqn.outvars[:1]
+        if kind == "name" and eqn.params["name"].startswith(_MARK):
+            layers[out[0]] = eqn.params["name"].removeprefix(_MARK)
+        elif kind == "stop_gradient":
+            if first in leaf:
+                stopped[out[0]] = leaf[first]
+        elif kind == "convert_element_type" and first in leaf and _is_float(out[0]):
+            leaf[out[0]] = leaf[first]
+        else:
+            others.update(leaf[x] for x in operands if x in leaf)
+            for at, x in enumerate(operands):
+                if x in layers and operands[at - 1] in stopped:  # the kernel, then its tap
+                    found[layers[x]] = stopped[operands[at - 1]]
+    others.update(leaf[x] for x in jaxpr.outvars[:1] if x in leaf)
+    index, places = _kernels(params), list(found.values())
+    return {
+        place: (name, probe.uses[name].sizes[-1])
+        for name, place in found.items()
+        if index.get(name) == place
+        and place not in others
+        and places.count(place) == 1
+        and probe.uses[name].by_rows
+        and probe.uses[name].direct
+    }
+
+
+def _live(jaxpr: Any) -> list[Any]:
+    """The equations that the first output, the loss, depends on."""
+    needed, live = {x for x in jaxpr.outvars[:1] if not hasattr(x, "val")}, []
+    for eqn in reversed(jaxpr.eqns):
+        if needed.intersection(eqn.outvars):
+            needed.update(x for x in eqn.invars if not hasattr(x, "val"))
+            live.append(eqn)
+    return live[::-1]
+
+
+def _is_float(x: Any) -> bool:
+    return jnp.issubdtype(x.aval.dtype, jnp.floating)
+
+
+def _kernels(params: Any) -> dict[str, int]:
+    """Layer name -> place of its kernel among the leaves."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(params)
+    names = [path_name(path) for path, _ in paths]
+    return {
+        name.removesuffix("/kernel"): i for i, name in enumerate(names) if name.endswith("/kernel")
+    }
+
+
+def _tap(k: int, kernel: jax.Array) -> Tap:
+    """Zeros, which differ between the shards of a `jax.shard_map` where the kernel does."""
+    return jax.tree.map(lambda x: vary(x, varying(kernel)), Tap.zeros(k, kernel))
+
+
+def _rows(tap: Tap, leaf: jax.Array) -> RowSparse:
+    rows = tap.rows.astype(jnp.int32)
+    return RowSparse(rows, tap.values.astype(leaf.dtype), leaf.shape)

@@ -1,0 +1,1 @@
+"""Pretrained models, their tokenizers and weights."""

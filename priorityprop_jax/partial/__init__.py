@@ -1,0 +1,1 @@
+"""Gradients, optimizer state and forward passes of what is trained, only."""

@@ -1,0 +1,126 @@
+"""A few compiled programs for many active sets: a superset is always allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Generic, TypeVar
+
+Names = frozenset[str]
+Program = TypeVar("Program")
+
+
+def merge_upward(
+    sets: Iterable[Names], most: int, cost: Callable[[Names], float] = len
+) -> dict[Names, Names]:
+    """Merges active sets until they are few, each into a superset.
+
+    The two whose union adds the least cost, weighed by how often they occur, are merged first.
+
+    Args:
+      sets: the active sets of a plan, with repetition.
+      most: at most so many different sets are left, at least 1.
+      cost: of a step with an active set.
+
+    Returns:
+      For every set the one to run in its place.
+
+    Raises:
+      ValueError: if ``most`` is below 1.
+
+    Example:
+      >>> from priorityprop_jax.partial.variants import merge_upward
+      >>> plan = [frozenset("abc"), frozenset("ab"), frozenset("a")]
+      >>> merged = merge_upward(plan, 2)
+      >>> [sorted(merged[names]) for names in plan]
+      [['a', 'b', 'c'], ['a', 'b'], ['a', 'b']]
+    """
+    if most < 1:
+        raise ValueError(f"at least 1 set has to be left, got {most}")
+    counts: dict[Names, int] = {}
+    for names in sets:
+        counts[names] = counts.get(names, 0) + 1
+    merged = {names: names for names in counts}
+    while len(counts) > most:
+        order = sorted(counts, key=sorted)
+
+        def added(pair, counts=counts):
+            a, b = pair
+            union = cost(a | b)
+            return counts[a] * (union - cost(a)) + counts[b] * (union - cost(b))
+
+        a, b = min(((a, b) for i, a in enumerate(order) for b in order[i + 1 :]), key=added)
+        number = counts.pop(a) + counts.pop(b)
+        counts[a | b] = counts.get(a | b, 0) + number
+        merged = {names: a | b if to in (a, b) else to for names, to in merged.items()}
+    return merged
+
+
+class Variants(Generic[Program]):
+    """The programs of one run, at most ``most`` of them, by active set.
+
+    A set that has no program gets one while there is room; then it runs in the cheapest superset
+    that has one. Room for the full set is kept from the start, so there always is one.
+
+    Args:
+      full: the set of everything.
+      most: at most so many programs, at least 1.
+      cost: of a step with an active set.
+
+    Attributes:
+      sets: the sets that have been given a place, in the order of their coming.
+
+    Raises:
+      ValueError: if ``most`` is below 1.
+
+    Example:
+      >>> from priorityprop_jax.partial.variants import Variants
+      >>> variants = Variants(frozenset("abc"), most=2)
+      >>> [sorted(variants.choose(frozenset(names))) for names in ("a", "b", "abc", "a")]
+      [['a'], ['a', 'b', 'c'], ['a', 'b', 'c'], ['a']]
+    """
+
+    def __init__(self, full: Names, most: int, cost: Callable[[Names], float] = len) -> None:
+        if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+            raise ValueError(f"max_variants must be a whole number of at least 1, got {most!r}")
+        self.full, self.most, self.cost = full, most, cost
+        self.sets: list[Names] = []
+        self._programs: dict[tuple[Names, Hashable], Program] = {}
+
+    def plan(self, sets: Sequence[Names]) -> list[Names]:
+        """The sets to run for the steps of a cycle, in the same order.
+
+        Args:
+          sets: what the steps want.
+
+        Returns:
+          For every step a superset of what it wants, of those that have a place.
+        """
+        fresh = [names for names in sets if names not in self.sets and names != self.full]
+        room = self.most - len(self.sets) - (self.full not in self.sets)
+        merged = merge_upward(fresh, room, self.cost) if fresh and room > 0 else {}
+        return [self.choose(merged.get(names, names)) for names in sets]
+
+    def choose(self, wanted: Names) -> Names:
+        """The set to run in place of ``wanted``: itself, or a superset."""
+        if wanted in self.sets:
+            return wanted
+        if wanted == self.full or self.most > len(self.sets) + (self.full not in self.sets):
+            self.sets.append(wanted)
+            return wanted
+        fitting = [names for names in self.sets if names >= wanted]
+        if self.full not in fitting:
+            fitting.append(self.full)
+        best = min(fitting, key=lambda names: (self.cost(names), sorted(names)))
+        return best if best in self.sets else self.choose(best)
+
+    def program(self, names: Names, key: Hashable, build: Callable[[], Program]) -> Program:
+        """The program of a set for arguments of one kind; built when first asked for.
+
+        Args:
+          names: the set.
+          key: tells arguments of different shapes apart.
+          build: makes the program.
+        """
+        if (names, key) not in self._programs:
+            self._programs[names, key] = build()
+        return self._programs[names, key]

@@ -1,0 +1,1 @@
+"""Lean backward passes over time."""

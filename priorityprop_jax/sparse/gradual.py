@@ -1,0 +1,237 @@
+"""Gradual magnitude pruning (Zhu & Gupta, 2017) as an Optax transformation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from priorityprop_jax.sparse.masks import (
+    check_scope,
+    check_sparsity,
+    choose_leaves,
+    keep_largest,
+    kept_count,
+    scope_groups,
+)
+
+# Optax's own words, which it keeps private.
+_NO_PARAMS = (
+    "You are using a transformation that requires the current value of parameters, but you are "
+    "not passing `params` when calling `update`."
+)
+
+
+class GradualPruningState(NamedTuple):
+    """State of `gradual_pruning`."""
+
+    step: jax.Array  # int32[], steps taken.
+    sparsity: jax.Array  # float32[], to which the masks were last pruned; 0 before.
+    masks: Any  # as the parameters: bool arrays, True where kept; None for leaves left alone.
+
+
+def cubic_sparsity(
+    step: jax.typing.ArrayLike,
+    final_sparsity: float,
+    *,
+    begin: int,
+    end: int,
+    initial_sparsity: float = 0.0,
+) -> jax.Array:
+    r"""The sparsity of gradual pruning at a step.
+
+    .. math:: s_t = s_f + (s_i - s_f) \left(1 - \frac{t - t_0}{t_1 - t_0}\right)^3
+
+    from :math:`t_0` to :math:`t_1`, :math:`s_i` before and :math:`s_f` after.
+
+    Args:
+      step: :math:`t`; may be traced.
+      final_sparsity: :math:`s_f`.
+      begin: :math:`t_0`.
+      end: :math:`t_1`, in the paper :math:`t_0 + n \Delta t`.
+      initial_sparsity: :math:`s_i`.
+
+    Returns:
+      float32, in the shape of ``step``.
+
+    Example:
+      >>> from priorityprop_jax.sparse.gradual import cubic_sparsity
+      >>> [float(cubic_sparsity(t, 0.75, begin=0, end=20)) for t in (0, 10, 20)]
+      [0.0, 0.65625, 0.75]
+
+    References:
+      Zhu and Gupta, To prune, or not to prune, https://arxiv.org/abs/1710.01878
+    """
+    left = _left(step, begin, end)
+    # A sum of two products: exact at both ends, where one of them is 0.
+    return jnp.float32(final_sparsity) * (1 - left) + jnp.float32(initial_sparsity) * left
+
+
+def gradual_pruning(
+    final_sparsity: float,
+    *,
+    begin: int,
+    end: int,
+    every: int,
+    initial_sparsity: float = 0.0,
+    scope: str = "uniform",
+    where: Callable[[str], bool] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Prunes weights of small magnitude little by little while a network trains.
+
+    At step ``begin``, each ``every`` steps from there and at ``end`` the weights are pruned to the
+    sparsity of `cubic_sparsity`: of those still there the ones of the largest magnitude after this
+    step's update are kept, in the numbers and order of `magnitude_masks`. What is pruned once stays
+    pruned. Put it last in a chain: it replaces the updates of pruned weights by what makes them
+    zero, so that nothing may change these updates behind it, and leaves the others as they come.
+    Leaves of fewer than two dimensions, such as biases, are left alone.
+
+    An optimizer in front still spends memory and time on pruned weights, and where a gradient is
+    dense its moments go on moving. Once the masks are final, hand them on with `masks_of`.
+
+    Args:
+      final_sparsity: in [0, 1].
+      begin: the step of the first pruning, from 0.
+      end: the step of the last.
+      every: steps between two.
+      initial_sparsity: of the first pruning, at most ``final_sparsity``.
+      scope: ``"uniform"`` or ``"global"``, see `magnitude_masks`.
+      where: given the path of a leaf, whether to prune it.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` with the state `GradualPruningState`. An update
+      has the parameter's dtype where its own is narrower, as zero would not be reached by it. An
+      absent update (None) stays None: its leaf's weights are zeroed with its next update.
+
+    Raises:
+      ValueError: for options that make no sense; by ``update``, without ``params``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from priorityprop_jax.sparse.gradual import gradual_pruning, masks_of
+      >>> tx = optax.chain(optax.sgd(0.5), gradual_pruning(0.5, begin=0, end=0, every=1))
+      >>> params = {"kernel": jnp.array([[4.0, -3.0], [2.0, 1.0]])}
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update({"kernel": jnp.ones((2, 2))}, state, params)
+      >>> optax.apply_updates(params, updates)["kernel"].tolist()
+      [[3.5, -3.5], [0.0, 0.0]]
+      >>> masks_of(state)["kernel"].tolist()
+      [[True, True], [False, False]]
+
+    References:
+      Zhu and Gupta, To prune, or not to prune, https://arxiv.org/abs/1710.01878
+    """
+    check_sparsity("final_sparsity", final_sparsity)
+    check_sparsity("initial_sparsity", initial_sparsity)
+    check_scope(scope)
+    if initial_sparsity > final_sparsity:
+        raise ValueError(
+            f"initial_sparsity={initial_sparsity} is more than final_sparsity={final_sparsity}: "
+            "pruned weights do not come back"
+        )
+    if not 0 <= begin <= end < 2**31 or every < 1:
+        raise ValueError(
+            "steps must have 0 <= begin <= end < 2**31 and every >= 1, got "
+            f"begin={begin}, end={end}, every={every}"
+        )
+
+    def init_fn(params):
+        leaves = choose_leaves(params, where=where)
+        masks = [None if x is None else jnp.full_like(x, True, dtype=bool) for x in leaves]
+        return GradualPruningState(
+            step=jnp.zeros([], jnp.int32),
+            sparsity=jnp.zeros([], jnp.float32),
+            masks=jax.tree.structure(params).unflatten(masks),
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        if params is None:
+            raise ValueError(_NO_PARAMS)
+        weights, treedef = jax.tree.flatten(params)
+        new_updates = treedef.flatten_up_to(updates)
+        masks = treedef.flatten_up_to(state.masks)
+        step = state.step
+
+        def prune():
+            pruned = list(masks)
+            left = _left(step, begin, end)
+            for group in scope_groups(masks, scope):
+                after = [_after(weights[i], new_updates[i]) for i in group]
+                # Counts rather than fractions: both ends are exact.
+                least = kept_count(after, final_sparsity)
+                more = kept_count(after, initial_sparsity) - least
+                count = least + jnp.round(more * left).astype(jnp.int32)
+                kept = keep_largest(after, count, [masks[i] for i in group])
+                for i, mask in zip(group, kept, strict=True):
+                    pruned[i] = mask
+            sparsity = cubic_sparsity(
+                step, final_sparsity, begin=begin, end=end, initial_sparsity=initial_sparsity
+            )
+            return pruned, sparsity
+
+        on_time = ((step - begin) % every == 0) | (step == end)
+        masks, sparsity = lax.cond(
+            (step >= begin) & (step <= end) & on_time, prune, lambda: (masks, state.sparsity)
+        )
+        new_updates = [
+            update if update is None or mask is None else _masked(update, weight, mask)
+            for update, weight, mask in zip(new_updates, weights, masks, strict=True)
+        ]
+        state = GradualPruningState(
+            step=jnp.asarray(optax.safe_increment(step)),
+            sparsity=sparsity,
+            masks=treedef.unflatten(masks),
+        )
+        return treedef.unflatten(new_updates), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def masks_of(state: Any) -> Any:
+    """The masks in the state of an optimizer, ready for sparsification.
+
+    Args:
+      state: a `GradualPruningState`, or any state of Optax or `flax.nnx.Optimizer` with one in it.
+
+    Returns:
+      As the parameters: bool arrays, True where a weight is kept, and None for leaves left alone.
+
+    Raises:
+      ValueError: unless exactly one is in it.
+    """
+    nodes = jax.tree.leaves(state, is_leaf=_is_state)
+    found = [node for node in nodes if _is_state(node)]
+    if len(found) != 1:
+        raise ValueError(
+            f"found {len(found)} states of gradual_pruning in {type(state).__name__}: give the "
+            "one whose masks are meant"
+        )
+    return found[0].masks
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, GradualPruningState)
+
+
+def _left(step: jax.typing.ArrayLike, begin: int, end: int) -> jax.Array:
+    """What is left to prune: 1 up to `begin`, 0 from `end` on, cubic between."""
+    done = (jnp.asarray(step) - begin).astype(jnp.float32) / max(end - begin, 1)
+    done = jnp.where(jnp.asarray(step) >= end, 1.0, jnp.clip(done, 0.0, 1.0))
+    return (1 - done) ** 3
+
+
+def _after(weight: jax.Array, update: Any) -> jax.Array:
+    if update is None:
+        return weight
+    return (weight + update).astype(weight.dtype)  # as optax.apply_updates
+
+
+def _masked(update: jax.Array, weight: jax.Array, mask: jax.Array) -> jax.Array:
+    dtype = jnp.result_type(update, weight)
+    return jnp.where(mask, jnp.asarray(update).astype(dtype), -weight.astype(dtype))

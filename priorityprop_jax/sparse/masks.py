@@ -1,0 +1,309 @@
+"""Masks of weights: by magnitude, 2:4, at random, or made elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from priorityprop_jax.core.paths import path_name
+
+SCOPES = ("uniform", "global")
+
+
+def magnitude_masks(
+    params: Any,
+    sparsity: float,
+    *,
+    scope: str = "uniform",
+    minimum_ndim: int = 2,
+    where: Callable[[str], bool] | None = None,
+) -> Any:
+    """Masks that keep the weights of the largest magnitude.
+
+    Of ``n`` weights exactly ``round((1 - sparsity) * n)`` are kept; of equal ones the earlier in
+    the flattened array, and in an earlier leaf. A NaN counts as larger than all numbers.
+
+    Args:
+      params: pytree of arrays; may be traced.
+      sparsity: the fraction to prune, in [0, 1]. Static.
+      scope: ``"uniform"``: every leaf is pruned to this sparsity; ``"global"``: all chosen leaves
+        together are, by one threshold.
+      minimum_ndim: leaves of fewer dimensions, such as biases, are left alone, as are integers.
+      where: given the path of a leaf, such as ``"Dense_0/kernel"``, whether to prune it.
+
+    Returns:
+      As ``params``: bool arrays, True where a weight is kept, and None for leaves left alone.
+
+    Raises:
+      ValueError: for a sparsity outside [0, 1] or an unknown scope.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from priorityprop_jax.sparse.masks import magnitude_masks
+      >>> params = {"kernel": jnp.array([[1.0, -4.0], [3.0, 2.0]]), "bias": jnp.ones(2)}
+      >>> masks = magnitude_masks(params, 0.5)
+      >>> masks["kernel"].tolist(), masks["bias"]
+      ([[False, True], [True, False]], None)
+    """
+    check_sparsity("sparsity", sparsity)
+    check_scope(scope)
+    treedef = jax.tree.structure(params)
+    leaves = choose_leaves(params, minimum_ndim=minimum_ndim, where=where)
+    masks: list[Any] = list(leaves)
+    for group in scope_groups(leaves, scope):
+        chosen = [jnp.asarray(leaves[i]) for i in group]
+        count = kept_count(chosen, sparsity)
+        for i, mask in zip(group, _keep_largest(chosen, count), strict=True):
+            masks[i] = mask
+    return treedef.unflatten(masks)
+
+
+def two_four_mask(weight: jax.Array, *, axis: int = -1) -> jax.Array:
+    """A mask that keeps the two largest magnitudes of every four consecutive inputs.
+
+    Args:
+      weight: may be traced.
+      axis: the axis of the inputs: the last of a weight ``(out, in)``, but 0 of a kernel of a Flax
+        linear layer, ``(in, out)``, and 2 of one of a convolution, ``(H, W, in, out)``.
+
+    Returns:
+      bool, in the shape of the weight; of equal magnitudes the earlier are kept, and a NaN counts
+      as larger than all numbers.
+
+    Raises:
+      ValueError: if there is no such axis, or its length is no multiple of 4.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from priorityprop_jax.sparse.masks import two_four_mask
+      >>> two_four_mask(jnp.array([[1.0, -4.0, 3.0, 2.0]])).tolist()
+      [[False, True, True, False]]
+    """
+    weight = jnp.asarray(weight)
+    if not -weight.ndim <= axis < weight.ndim:
+        raise ValueError(f"axis is {axis}, but the weight has shape {weight.shape}")
+    if weight.shape[axis] % 4:
+        raise ValueError(
+            f"a 2:4 mask needs a multiple of 4 inputs, got {weight.shape[axis]} "
+            f"(axis {axis} of {weight.shape})"
+        )
+    moved = jnp.moveaxis(weight, axis, -1)
+    keys = _keys(moved, moved.dtype).reshape(-1, 4)
+    mine, other = keys[:, :, None], keys[:, None, :]
+    earlier = jnp.tri(4, k=-1, dtype=bool)
+    larger = (other > mine) | ((other == mine) & earlier)
+    return jnp.moveaxis((larger.sum(2) < 2).reshape(moved.shape), -1, axis)
+
+
+def random_mask(key: jax.Array, shape: Sequence[int], sparsity: float) -> jax.Array:
+    """A mask that keeps ``round((1 - sparsity) * n)`` of ``n`` weights, drawn at random.
+
+    Args:
+      key: of `jax.random`.
+      shape: of the mask.
+      sparsity: the fraction to prune, in [0, 1]. Static.
+
+    Raises:
+      ValueError: for a sparsity outside [0, 1].
+
+    Example:
+      >>> import jax
+      >>> from priorityprop_jax.sparse.masks import random_mask
+      >>> int(random_mask(jax.random.key(0), (10, 10), 0.95).sum())
+      5
+    """
+    check_sparsity("sparsity", sparsity)
+    size = math.prod(shape)
+    kept = jnp.arange(size) < round((1 - sparsity) * size)
+    return jax.random.permutation(key, kept).reshape(shape)
+
+
+def as_masks(masks: Any, params: Any) -> Any:
+    """Masks made elsewhere, such as those of a `jaxpruner` state, as `magnitude_masks` gives them.
+
+    Args:
+      masks: for each leaf of ``params`` an array of zeros and ones (or bools) of its shape, or the
+        same packed to uint8 ``[ceil(size / 8)]`` as by `numpy.packbits`, or None for a leaf left
+        alone. Leaves are matched by path: a dict fits parameters in an `flax.nnx.State`. Concrete.
+      params: pytree of arrays, or `jax.ShapeDtypeStruct`.
+
+    Returns:
+      As ``params``, of bool arrays and None.
+
+    Raises:
+      ValueError: if paths or shapes do not fit, or anything but zeros and ones is in a mask.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from priorityprop_jax.sparse.masks import as_masks
+      >>> params = {"kernel": jnp.ones((2, 4)), "bias": jnp.ones(4)}
+      >>> masks = {"kernel": jnp.packbits(jnp.array([1, 0, 0, 0, 1, 1, 0, 0])), "bias": None}
+      >>> as_masks(masks, params)["kernel"].astype(int).tolist()
+      [[1, 0, 0, 0], [1, 1, 0, 0]]
+    """
+    found = dict(_named(masks))
+    leaves = _named(params)
+    names = {name for name, _ in leaves}
+    if found.keys() != names:
+        raise ValueError(
+            "masks must have the paths of the parameters, with None for a leaf left alone; "
+            f"missing: {sorted(names - found.keys())}, unknown: {sorted(found.keys() - names)}"
+        )
+    treedef = jax.tree.structure(params, is_leaf=_is_none)
+    return treedef.unflatten([_as_mask(found[name], leaf, name) for name, leaf in leaves])
+
+
+def _as_mask(mask: Any, leaf: Any, name: str) -> Any:
+    if mask is None:
+        return None
+    mask = np.asarray(mask)
+    shape = np.shape(leaf)
+    size = math.prod(shape)
+    if mask.shape != shape and mask.dtype == np.uint8 and mask.shape == (-(-size // 8),):
+        mask = np.unpackbits(mask, count=size).reshape(shape)
+    if mask.shape != shape or leaf is None:
+        expected = "None" if leaf is None else f"of shape {shape}"
+        raise ValueError(f"the mask of {name!r} must be {expected}, got one of shape {mask.shape}")
+    kept = mask != 0
+    if not np.array_equal(mask, kept):
+        raise ValueError(f"the mask of {name!r} must hold zeros and ones only")
+    return jnp.asarray(kept)
+
+
+def check_sparsity(name: str, sparsity: float) -> None:
+    """Raises a ValueError unless a sparsity lies in [0, 1]."""
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {sparsity}")
+
+
+def check_scope(scope: str) -> None:
+    """Raises a ValueError for an unknown scope."""
+    if scope not in SCOPES:
+        raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}")
+
+
+def choose_leaves(
+    params: Any, *, minimum_ndim: int = 2, where: Callable[[str], bool] | None = None
+) -> list[Any]:
+    """The leaves to prune, in flatten order, and None for those left alone.
+
+    Args:
+      params: pytree of arrays or `jax.ShapeDtypeStruct`.
+      minimum_ndim: see `magnitude_masks`.
+      where: see `magnitude_masks`.
+    """
+    with_paths, _ = jax.tree_util.tree_flatten_with_path(params)
+    return [
+        leaf
+        if np.ndim(leaf) >= minimum_ndim
+        and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+        and (where is None or where(path_name(path)))
+        else None
+        for path, leaf in with_paths
+    ]
+
+
+def scope_groups(leaves: Sequence[Any], scope: str) -> list[list[int]]:
+    """Which leaves share a threshold: lists of indices of those that are not None."""
+    chosen = [i for i, leaf in enumerate(leaves) if leaf is not None]
+    if scope == "global":
+        return [chosen] if chosen else []
+    return [[i] for i in chosen]
+
+
+def kept_count(leaves: Sequence[Any], sparsity: float) -> int:
+    """``round((1 - sparsity) * n)`` of the ``n`` weights of all leaves."""
+    return round((1 - sparsity) * sum(math.prod(np.shape(leaf)) for leaf in leaves))
+
+
+def keep_largest(
+    weights: Sequence[jax.Array],
+    count: jax.typing.ArrayLike,
+    among: Sequence[jax.Array] | None = None,
+) -> list[jax.Array]:
+    """Masks that keep the `count` largest magnitudes of all leaves; of equal ones the earlier.
+
+    The threshold is found bit by bit, each by counting: unlike a sort, that moves no element, so
+    that it costs one pass a bit and sharded leaves stay where they are.
+
+    Args:
+      weights: at least one leaf; a NaN counts as larger than all numbers.
+      count: may be traced; at most as many as there are to choose from.
+      among: masks of those to choose from; by default all.
+
+    Returns:
+      A bool array for every leaf.
+
+    Raises:
+      ValueError: for 2**31 weights or more.
+    """
+    sizes = [math.prod(x.shape) for x in weights]
+    if sum(sizes) >= 2**31:
+        raise ValueError(f"one threshold can rank fewer than 2**31 weights, not {sum(sizes)}")
+    dtype = jnp.result_type(*weights)
+    keys = [_keys(x, dtype) for x in weights]
+    here = [jnp.ones(x.shape, bool) for x in weights] if among is None else among
+    count = jnp.asarray(count, jnp.int32)
+    threshold = _threshold(keys, here, count)
+    above = [(key > threshold) & chosen for key, chosen in zip(keys, here, strict=True)]
+    ties = [(key == threshold) & chosen for key, chosen in zip(keys, here, strict=True)]
+    # The earlier a tie, the higher it ranks.
+    ranks, rest = [], sum(sizes)
+    for x, size in zip(weights, sizes, strict=True):
+        ranks.append(jnp.uint32(rest) - lax.iota(jnp.uint32, size).reshape(x.shape))
+        rest -= size
+    threshold = _threshold(ranks, ties, count - _count(above), bits=sum(sizes).bit_length())
+    return [
+        higher | (tie & (rank >= threshold))
+        for higher, tie, rank in zip(above, ties, ranks, strict=True)
+    ]
+
+
+_keep_largest = jax.jit(keep_largest)
+
+
+def _keys(weights: jax.Array, dtype: Any) -> jax.Array:
+    """Unsigned integers in the order of magnitudes, NaN last: their bits, taken in one dtype."""
+    magnitudes = jnp.abs(weights.astype(dtype))
+    if magnitudes.dtype.itemsize == 8:
+        return lax.bitcast_convert_type(magnitudes, jnp.uint64)
+    return lax.bitcast_convert_type(magnitudes.astype(jnp.float32), jnp.uint32)
+
+
+def _threshold(
+    keys: Sequence[jax.Array],
+    among: Sequence[jax.Array],
+    count: jax.Array,
+    bits: int | None = None,
+) -> jax.Array:
+    """The largest number, of so many bits, that at least `count` keys reach."""
+    dtype = keys[0].dtype
+    # The sign bit of a magnitude is never set.
+    bits = 8 * dtype.itemsize - 1 if bits is None else bits
+
+    def decide(i, threshold):
+        raised = threshold | (jnp.ones((), dtype) << (bits - 1 - i).astype(dtype))
+        reached = [(key >= raised) & chosen for key, chosen in zip(keys, among, strict=True)]
+        return jnp.where(_count(reached) >= count, raised, threshold)
+
+    return lax.fori_loop(0, bits, decide, jnp.zeros((), dtype))
+
+
+def _count(masks: Sequence[jax.Array]) -> jax.Array:
+    counts = [jnp.sum(mask, dtype=jnp.int32) for mask in masks]
+    return sum(counts[1:], counts[0])
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _named(tree: Any) -> list[tuple[str, Any]]:
+    with_paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)
+    return [(path_name(path), leaf) for path, leaf in with_paths]

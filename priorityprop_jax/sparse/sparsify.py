@@ -1,0 +1,202 @@
+"""Sparse layers for the weights of a pruned model, where they are measured to be faster."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from priorityprop_jax.core.modules import check_module, walk
+from priorityprop_jax.core.tables import aligned
+from priorityprop_jax.sparse.backends import sparse_backend
+from priorityprop_jax.sparse.geometry import ConvGeometry
+from priorityprop_jax.sparse.layers import SparseConv, SparseLayer
+from priorityprop_jax.sparse.swap import dense_layers, is_dense, replace, to_sparse
+
+SECONDS = 0.3  # for measuring one layer, compiling left out
+
+
+class LayerChoice(NamedTuple):
+    """A row of the table of `sparsify`.
+
+    Attributes:
+      layer: its path.
+      sparsity: the share of its kernel that is zero.
+      dense_ms: milliseconds of forward and backward pass of the dense layer, over all its calls;
+        None where nothing was measured.
+      sparse_ms: those of the sparse one.
+      backend: its kernels.
+      choice: ``"sparse"`` or ``"dense"``: what is in the model now.
+    """
+
+    layer: str
+    sparsity: float
+    dense_ms: float | None
+    sparse_ms: float | None
+    backend: str
+    choice: str
+
+
+def sparsify(
+    model: nnx.Module, sample_input: Any, *, min_sparsity: float = 0.8
+) -> list[LayerChoice]:
+    """Makes those layers of a pruned model sparse, in place, that get faster by it.
+
+    An `nnx.Linear` or `nnx.Conv` is swapped when enough of its kernel is zero and its sparse layer
+    is faster, forward and backward, on inputs of the shapes that it gets when the model is called
+    with the sample: by the median of runs in turn with the dense one, warm. Zeros stay zero from
+    then on. Prints the table that it returns. Make the optimizer behind it, as there are other
+    parameters.
+
+    Args:
+      model: a module, such as after `prune`.
+      sample_input: what the model is called with, a tuple for several arguments. Only shapes
+        matter; the model's own state, such as of dropout or batch statistics, is left as it is.
+      min_sparsity: the share of zeros from which a layer is tried.
+
+    Returns:
+      A row for each layer that could be sparse, in the order in which attributes were set.
+
+    Raises:
+      TypeError: if the model is no `nnx.Module`.
+      ValueError: if the model itself is such a layer, or ``min_sparsity`` is not in [0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from priorityprop_jax import prune, sparsify
+      >>> model = nnx.Sequential(
+      ...     nnx.Linear(8, 64, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(64, 4, rngs=nnx.Rngs(1)))
+      >>> masks = prune(model, 0.5)
+      >>> rows = sparsify(model, jnp.ones((4, 8)))
+      layer     sparsity  dense ms  sparse ms  backend  choice
+      layers/0     50.0%         -          -        -   dense
+      layers/2      0.0%         -          -        -   dense
+    """
+    check_module(model)
+    if not 0 <= min_sparsity <= 1:
+        raise ValueError(f"min_sparsity must be from 0 to 1, got {min_sparsity}")
+    if is_dense(model):
+        raise ValueError("the model is one layer: take SparseLinear.from_dense or SparseConv's")
+    layers = dense_layers(model)
+    zeros = {name: _share_of_zeros(layer) for name, layer in layers.items()}
+    tried = {name: layer for name, layer in layers.items() if zeros[name] >= min_sparsity}
+    inputs = _inputs_of(model, tried, sample_input) if tried else {}
+    rows, new = [], {}
+    for name, layer in layers.items():
+        if not inputs.get(name):
+            rows.append(LayerChoice(name, zeros[name], None, None, "-", "dense"))
+            continue
+        sparse = to_sparse(layer)
+        dense_ms, sparse_ms = _milliseconds(layer, sparse, inputs[name])
+        choice = "sparse" if sparse_ms < dense_ms else "dense"
+        if choice == "sparse":
+            new[id(layer)] = sparse
+        backend = _backend(sparse, inputs[name][0])
+        rows.append(LayerChoice(name, zeros[name], dense_ms, sparse_ms, backend, choice))
+    replace(model, new)
+    print("\n".join(aligned([_HEADER, *map(_cells, rows)])))
+    return rows
+
+
+_HEADER = ("layer", "sparsity", "dense ms", "sparse ms", "backend", "choice")
+
+
+def _cells(row: LayerChoice) -> tuple[str, ...]:
+    times = ["-" if ms is None else f"{ms:.3f}" for ms in (row.dense_ms, row.sparse_ms)]
+    return (row.layer, f"{row.sparsity:.1%}", *times, row.backend, row.choice)
+
+
+def _share_of_zeros(layer: Any) -> float:
+    kernel = np.asarray(layer.kernel[...])
+    return 1 - np.count_nonzero(kernel) / max(kernel.size, 1)
+
+
+def _inputs_of(
+    model: nnx.Module, layers: Mapping[str, Any], sample_input: Any
+) -> dict[str, list[jax.ShapeDtypeStruct]]:
+    """Shapes and dtypes of what each layer gets at each of its calls."""
+    found: dict[str, list[jax.ShapeDtypeStruct]] = {name: [] for name in layers}
+    arguments = sample_input if isinstance(sample_input, tuple) else (sample_input,)
+    graph, state = nnx.split(model)
+
+    def call(state):
+        copy = nnx.merge(graph, state)
+        for name, layer in walk(copy):
+            if name in found:
+                # A copy of its own, which may become something else.
+                object.__setattr__(layer, "__class__", _recording(type(layer), found[name]))
+        copy(*arguments)  # type: ignore[operator]
+
+    jax.eval_shape(call, state)
+    return found
+
+
+def _recording(kind: Any, found: list[jax.ShapeDtypeStruct]) -> Any:
+    """A kind of layer that notes what it is called with."""
+
+    class Recording(kind):
+        def __call__(self, inputs, *rest, **options):
+            inputs = jnp.asarray(inputs)
+            found.append(jax.ShapeDtypeStruct(inputs.shape, inputs.dtype))
+            return super().__call__(inputs, *rest, **options)
+
+    return Recording
+
+
+def _backend(layer: SparseLayer, x: jax.ShapeDtypeStruct) -> str:
+    geometry = ConvGeometry((1, 1)) if isinstance(layer, SparseConv) else None  # any will do
+    dtype = layer.dtype or jnp.result_type(x.dtype, layer.values.dtype)
+    return sparse_backend(layer.pattern, geometry=geometry, dtype=dtype).name
+
+
+def _milliseconds(
+    dense: Any, sparse: Any, inputs: list[jax.ShapeDtypeStruct]
+) -> tuple[float, float]:
+    """Of forward and backward pass of two layers, over all calls of a step."""
+    totals = np.zeros(2)
+    for shape in set(inputs):
+        runs = [_both_passes(layer, shape) for layer in (dense, sparse)]
+        totals += inputs.count(shape) * np.array(_medians(runs))
+    return 1e3 * float(totals[0]), 1e3 * float(totals[1])
+
+
+def _both_passes(layer: Any, shape: jax.ShapeDtypeStruct) -> Callable[[], Any]:
+    graph, params, rest = nnx.split(layer, nnx.Param, ...)
+
+    def program(params, rest, x, dy):
+        def forward(params, x):
+            return nnx.merge(graph, params, rest)(x)
+
+        y, pull = jax.vjp(forward, params, x)
+        return y, pull(dy)
+
+    dtype = shape.dtype if jnp.issubdtype(shape.dtype, jnp.floating) else jnp.float32
+    x = jax.random.normal(jax.random.key(0), shape.shape).astype(dtype)
+    y = jax.eval_shape(layer, x)
+    dy = jax.random.normal(jax.random.key(1), y.shape).astype(y.dtype)
+    compiled = jax.jit(program)
+    return lambda: jax.block_until_ready(compiled(params, rest, x, dy))
+
+
+def _medians(runs: list[Callable[[], Any]]) -> list[float]:
+    """Median seconds of each, all in turn."""
+    for run in runs:
+        run()  # compiles
+    start = time.perf_counter()
+    for run in runs:
+        run()
+    rounds = int(np.clip(SECONDS / (time.perf_counter() - start), 3, 100))
+    seconds: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for run, spent in zip(runs, seconds, strict=True):
+            start = time.perf_counter()
+            run()
+            spent.append(time.perf_counter() - start)
+    return [statistics.median(spent) for spent in seconds]

@@ -1,0 +1,382 @@
+"""Changing which layers of a model are sparse, and which of their weights there are, in place."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from priorityprop_jax.core import rows as row_sparse
+from priorityprop_jax.core.modules import check_module, parts_of, walk
+from priorityprop_jax.core.paths import path_name
+from priorityprop_jax.sparse.layers import (
+    SparseConv,
+    SparseLayer,
+    SparseLinear,
+    convertible,
+)
+from priorityprop_jax.sparse.masks import as_masks, magnitude_masks, random_mask
+from priorityprop_jax.sparse.pattern import carry
+
+
+def prune(
+    model: nnx.Module,
+    sparsity: float | None = None,
+    *,
+    masks: Any = None,
+    scope: str = "uniform",
+    layers: Any = None,
+) -> dict[str, jax.Array]:
+    """Sets the smallest weights of dense layers to zero, in place; `sparsify` then swaps layers.
+
+    Args:
+      model: the module.
+      sparsity: the share to prune, in [0, 1].
+      masks: instead: what to keep, by layer (``{"layers/0": mask}``) or as a tree of parameters, as
+        `jaxpruner` has them; see `as_masks`. Layers that it does not name are left alone.
+      scope: ``"uniform"``: every layer to this sparsity; ``"global"``: all of them together.
+      layers: which layers, an `nnx` filter; by default all `nnx.Linear` and `nnx.Conv` but the
+        last, the output layer, in the order in which attributes were set.
+
+    Returns:
+      The masks by path of the layer, bool in the shape of its kernel.
+
+    Raises:
+      ValueError: if there is no such layer, masks do not fit, or an option makes no sense.
+
+    Example:
+      >>> from flax import nnx
+      >>> from priorityprop_jax import prune
+      >>> model = nnx.Sequential(
+      ...     nnx.Linear(8, 64, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(64, 4, rngs=nnx.Rngs(1)))
+      >>> masks = prune(model, 0.9)
+      >>> list(masks), int((model.layers[0].kernel[...] != 0).sum())
+      (['layers/0'], 51)
+    """
+    check_module(model)
+    if (sparsity is None) == (masks is None):
+        raise ValueError("give either a sparsity or masks=")
+    if sparsity is None:
+        found = _by_all_names(model, dense_layers(model).values())
+        chosen = _by_layer(masks, {name: layer.kernel.shape for name, layer in found.items()})
+    else:
+        found = layers_to_prune(model, layers)
+        kernels = {name: layer.kernel[...] for name, layer in found.items()}
+        by_name = magnitude_masks(kernels, sparsity, scope=scope)
+        chosen = {name: by_name[name] for name in found}  # in the order of the layers
+    for name, mask in chosen.items():
+        kernel = found[name].kernel
+        kernel.set_value(jnp.where(mask, kernel[...], 0))
+    return chosen
+
+
+def sparse_start(
+    model: nnx.Module,
+    sparsity: float,
+    *,
+    places: str = "random",
+    layers: Any = None,
+    seed: int = 0,
+) -> int:
+    """Makes the layers of a model sparse, in place, to train it so from the start.
+
+    For a model that is trained, and to swap only what gets faster, see `prune` and `sparsify`.
+
+    Args:
+      model: the module.
+      sparsity: of each layer, in [0, 1): of ``n`` weights ``round((1 - sparsity) * n)`` are kept.
+      places: ``"random"``: drawn, with the dense layer's initial values times
+        ``(1 - sparsity) ** -0.5``, as a feature sums over fewer; ``"largest"``: of the largest
+        values, as they are.
+      layers: which layers, as for `prune`.
+      seed: of random places.
+
+    Returns:
+      How many layers were changed.
+
+    Raises:
+      ValueError: if there is no such layer, or an option makes no sense.
+
+    Example:
+      >>> from flax import nnx
+      >>> from priorityprop_jax import sparse_start
+      >>> model = nnx.Sequential(
+      ...     nnx.Linear(8, 64, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(64, 4, rngs=nnx.Rngs(1)))
+      >>> sparse_start(model, 0.9), type(model.layers[0]).__name__, model.layers[0].nonzeros
+      (1, 'SparseLinear', 51)
+    """
+    check_module(model)
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be from 0 to below 1, got {sparsity}")
+    if places not in ("random", "largest"):
+        raise ValueError(f'places must be "random" or "largest", got {places!r}')
+    found = layers_to_prune(model, layers)
+    kernels = {name: layer.kernel[...] for name, layer in found.items()}
+    if places == "largest":
+        masks = magnitude_masks(kernels, sparsity)
+    else:
+        keys = jax.random.split(jax.random.key(seed), len(found))
+        masks = {
+            name: random_mask(key, kernel.shape, sparsity)
+            for key, (name, kernel) in zip(keys, kernels.items(), strict=True)
+        }
+    new = {}
+    for name, layer in found.items():
+        # With a capacity the number of places is known without the mask, and 2:4 is not packed.
+        capacity = max(int(masks[name].sum()), 1)
+        new[id(layer)] = to_sparse(layer, masks[name], capacity=capacity)
+        if places == "random":
+            values = new[id(layer)].values
+            values.set_value(values[...] * jnp.asarray((1 - sparsity) ** -0.5, values.dtype))
+    replace(model, new)
+    return len(new)
+
+
+def densify(model: Any) -> Any:
+    """Makes dense what is sparse: the layers of a model, or the `RowSparse` leaves of a tree.
+
+    For a model it is the inverse of `sparsify` and of `sparse_start`, with zeros where there were
+    no places. Make a new optimizer behind it, as for them.
+
+    Args:
+      model: a module, changed in place, or a pytree of arrays, None and `RowSparse`.
+
+    Returns:
+      How many layers were changed; or the tree, with arrays in their place.
+
+    Raises:
+      ValueError: if the model itself is a sparse layer.
+      TypeError: if row numbers are no longer integers.
+
+    Example:
+      >>> from flax import nnx
+      >>> from priorityprop_jax import densify, sparse_start
+      >>> model = nnx.Sequential(
+      ...     nnx.Linear(8, 64, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(64, 4, rngs=nnx.Rngs(1)))
+      >>> sparse_start(model, 0.9), densify(model), type(model.layers[0]).__name__
+      (1, 1, 'Linear')
+    """
+    if not isinstance(model, nnx.Module):
+        return row_sparse.densify(model)
+    if isinstance(model, SparseLayer):
+        raise ValueError("the model is one sparse layer: take its to_dense()")
+    new = {id(layer): layer.to_dense() for layer in sparse_layers(model).values()}
+    replace(model, new)
+    return len(new)
+
+
+def apply_further_mask(model: nnx.Module, masks: Any, optimizer: Any = None) -> Any:
+    """Prunes sparse layers further, in place; nothing is compiled anew.
+
+    Args:
+      model: a module with sparse layers, or one of these.
+      masks: for each layer to prune what to keep of it, bool in the shape of its kernel, by path
+        (``{"layers/0": mask}``) or as a tree; for one layer the mask itself. What is not in the
+        layer stays out of it.
+      optimizer: what belongs to the model's parameters and should go along: an `nnx.Optimizer`,
+        changed in place, or any pytree whose paths end as theirs do, such as an Optax state.
+
+    Returns:
+      The optimizer, with moments where the values are now.
+
+    Raises:
+      ValueError: if masks do not fit, or a layer is 2:4, whose places are fixed.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from priorityprop_jax import SparseLinear, apply_further_mask
+      >>> layer = SparseLinear(4, 4, sparsity=0.25, rngs=nnx.Rngs(0))
+      >>> apply_further_mask(layer, jnp.ones((4, 4)).at[:2].set(0))
+      >>> layer.values.shape, bool((layer.kernel()[:2] == 0).all())
+      ((12,), True)
+    """
+    check_module(model)
+    layers = _by_all_names(model, sparse_layers(model).values())
+    masks = {"": masks} if isinstance(model, SparseLayer) else masks
+    further = _by_layer(masks, {name: layer.kernel_shape for name, layer in layers.items()})
+    sources = {
+        id(layers[name]): layers[name].change_mask(layers[name].mask() & mask)
+        for name, mask in further.items()
+    }
+    # What an optimizer keeps for a shared layer may go by any of its names.
+    moved = {
+        name: (layer.values.shape, sources[id(layer)])
+        for name, layer in layers.items()
+        if id(layer) in sources
+    }
+    if isinstance(optimizer, nnx.Optimizer):
+        nnx.update(optimizer, move_state(nnx.state(optimizer), moved))
+        return optimizer
+    return move_state(optimizer, moved)
+
+
+def move_state(
+    tree: Any,
+    moved: Mapping[str, tuple[tuple[int, ...], jax.Array]],
+    like: Callable[[jax.Array, jax.Array], jax.Array] = lambda new, old: new,
+) -> Any:
+    """What is kept for the values of sparse layers, brought to where these are now.
+
+    Args:
+      tree: pytree, such as the state of an optimizer.
+      moved: by path of a layer: the shape of its values, and where they come from, as
+        `SparseLayer.change_mask` returns it.
+      like: makes of a new array and the old one what to put into the tree.
+
+    Returns:
+      The tree, with `carry` done to each leaf that has the path and shape of values.
+    """
+    owners = {f"{name}/values".lstrip("/"): entry for name, entry in moved.items()}
+
+    def move(path: Any, leaf: Any) -> Any:
+        owner = owner_of(path, owners)
+        if owner is None or leaf.shape != owners[owner][0]:
+            return leaf
+        return like(carry(leaf, owners[owner][1]), leaf)
+
+    return jax.tree_util.tree_map_with_path(move, tree)
+
+
+def owner_of(path: Any, names: Iterable[str]) -> str | None:
+    """Which parameter a leaf of an optimizer's state is kept for: its path ends like its name.
+
+    Args:
+      path: a key path.
+      names: of parameters. One may end like another: the longest is meant.
+    """
+    where = f"/{path_name(path)}"
+    return max((name for name in names if where.endswith(f"/{name}")), key=len, default=None)
+
+
+def sparse_layers(model: nnx.Module) -> dict[str, Any]:
+    """The sparse layers of a model, by path.
+
+    Args:
+      model: the module.
+    """
+    return {name: layer for name, layer in walk(model) if isinstance(layer, SparseLayer)}
+
+
+def dense_layers(model: nnx.Module) -> dict[str, Any]:
+    """The layers of a model that could be sparse, by path.
+
+    Args:
+      model: the module.
+    """
+    return {name: layer for name, layer in walk(model) if is_dense(layer)}
+
+
+def layers_to_prune(model: nnx.Module, layers: Any = None) -> dict[str, Any]:
+    """The dense layers that are meant, by path.
+
+    Args:
+      model: the module.
+      layers: an `nnx` filter; by default all but the last, the output layer.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    found = dense_layers(model)
+    if layers is None:
+        chosen = dict(list(found.items())[:-1])
+    else:
+        predicate = nnx.filterlib.to_predicate(layers)
+        chosen = {n: layer for n, layer in found.items() if predicate(tuple(n.split("/")), layer)}
+    if not chosen:
+        raise ValueError(
+            "there is no layer to make sparse: of the nnx.Linear and nnx.Conv of the model "
+            f"({', '.join(name or 'itself' for name in found) or 'none'}) "
+            + ("the last is left out as the output layer" if layers is None else "none is named")
+        )
+    return chosen
+
+
+def is_dense(layer: Any) -> bool:
+    """Whether something is a dense layer that has a sparse one that does the same.
+
+    Args:
+      layer: anything.
+    """
+    # Other classes that are derived from these do something else with a kernel.
+    return type(layer) in (nnx.Linear, nnx.Conv) and convertible(layer)
+
+
+def to_sparse(layer: Any, mask: Any = None, *, capacity: int | None = None) -> Any:
+    """The sparse layer in place of a dense one.
+
+    Args:
+      layer: one for which `is_dense` holds.
+      mask: bool, of the kernel's shape: what to keep; by default what is not zero.
+      capacity: places to make room for.
+    """
+    kind: Any = SparseLinear if isinstance(layer, nnx.Linear) else SparseConv
+    return kind.from_dense(layer, mask, capacity=capacity)
+
+
+def replace(node: Any, new: Mapping[int, Any], seen: set[int] | None = None) -> Any:
+    """Puts other modules in place of those with these ids, wherever they stand.
+
+    Args:
+      node: a module, or a list, tuple or dict of them; changed in place but for tuples.
+      new: what to put in, by the id of what is there.
+      seen: ids of what has been gone through.
+
+    Returns:
+      The node, or what is in its place.
+    """
+    seen = set() if seen is None else seen
+    if id(node) in new:
+        return new[id(node)]
+    if id(node) in seen:
+        return node
+    seen.add(id(node))
+    if isinstance(node, tuple):
+        others = tuple(replace(entry, new, seen) for entry in node)
+        return node if all(map(operator.is_, others, node)) else others
+    holder: Any = node
+    for key, entry in parts_of(node):
+        other = replace(entry, new, seen)
+        if other is not entry and isinstance(node, nnx.Pytree):
+            setattr(node, str(key), other)
+        elif other is not entry:
+            holder[key] = other
+    return node
+
+
+def _by_all_names(model: nnx.Module, layers: Iterable[Any]) -> dict[str, Any]:
+    """Layers by path: by each of them, where a model has a layer twice."""
+    wanted = set(map(id, layers))
+    found: dict[str, Any] = {}
+
+    def visit(node: Any, path: tuple[str, ...], above: frozenset[int]) -> None:
+        if id(node) in wanted:
+            found["/".join(path)] = node
+        elif id(node) not in above:
+            for key, entry in parts_of(node):
+                visit(entry, (*path, str(key)), above | {id(node)})
+
+    visit(model, (), frozenset())
+    return found
+
+
+def _by_layer(masks: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.Array]:
+    """Masks given by layer, or as a tree of parameters, by layer; those of all ones left out."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(masks)
+    given: dict[str, Any] = {}
+    for path, mask in flat:
+        name = path_name(path) if path else ""
+        layer = name.removesuffix("/kernel").removesuffix("/values")
+        layer = "" if name in ("kernel", "values", "params") and "" in shapes else layer
+        if layer in shapes:
+            given[layer] = mask
+        elif not jnp.all(jnp.asarray(mask) != 0):
+            raise ValueError(
+                f"there is a mask for {name!r}, but the layers are {', '.join(shapes) or 'none'}"
+            )
+    wanted = {name: jax.ShapeDtypeStruct(shapes[name], jnp.float32) for name in given}
+    return as_masks(given, wanted)

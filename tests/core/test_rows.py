@@ -1,0 +1,163 @@
+"""Row-sparse arrays against the dense arrays that they stand for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from priorityprop_jax.core.rows import (
+    RowSparse,
+    clip_by_global_norm,
+    densify,
+    global_norm,
+    is_row_sparse,
+    on_values,
+)
+
+SHAPE = (6, 3)
+
+
+def make(rows, shape=SHAPE, dtype=jnp.float32, seed=0):
+    """Random values; NaN where a row is padding."""
+    values = np.random.default_rng(seed).normal(size=(len(rows), *shape[1:]))
+    values[np.asarray(rows, int) >= shape[0]] = np.nan
+    return RowSparse(jnp.asarray(rows, jnp.int32), jnp.asarray(values, dtype), shape)
+
+
+def dense(x):
+    whole = np.zeros(x.shape, np.float32)
+    for row, values in zip(np.asarray(x.rows), np.asarray(x.values, np.float32), strict=True):
+        if row < x.shape[0]:
+            whole[row] = values
+    return whole
+
+
+ROWS = {"some": [1, 4], "padded": [0, 5, 6, 9], "all": list(range(6)), "none": [], "pad": [7]}
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
+@pytest.mark.parametrize("shape", [SHAPE, (6, 2, 3), (6,)], ids=str)
+def test_densify(rows, shape):
+    x = make(rows, shape)
+    tree = densify({"a": [x, jnp.ones(2)], "b": None})
+    np.testing.assert_array_equal(tree["a"][0], dense(x))
+    np.testing.assert_array_equal(tree["a"][1], [1.0, 1.0])
+    assert tree["b"] is None
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+def test_dtypes(dtype):
+    x = make(ROWS["padded"], dtype=dtype)
+    assert x.densify().dtype == dtype
+    np.testing.assert_array_equal(np.asarray(jax.jit(densify)(x), np.float32), dense(x))
+
+
+def test_no_rows_at_all():
+    assert make([], (0, 3)).densify().shape == (0, 3)
+    assert make([1], (4, 0)).densify().shape == (4, 0)
+
+
+def test_is_a_pytree_with_paths():
+    x = make([1, 4])
+    paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path({"w": x})]
+    assert paths == ["['w'].rows", "['w'].values"]
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, x)
+    assert doubled.rows.tolist() == [2, 8] and doubled.shape == SHAPE
+    assert jax.tree.map(lambda _: None, x).values is None
+    assert jax.tree.structure(x) == jax.tree.structure(make([2, 3]))
+    assert jax.tree.structure(x) != jax.tree.structure(make([2, 3], (7, 3)))
+    assert [is_row_sparse(y) for y in (x, x.rows, None)] == [True, False, False]
+
+
+def test_transformations_of_jax():
+    x = make([1, 4])
+    np.testing.assert_array_equal(jax.jit(lambda x: x)(x).densify(), dense(x))
+    abstract = jax.eval_shape(lambda x: x.map_values(lambda v: v.astype(jnp.bfloat16)), x)
+    assert abstract.values == jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)
+    assert jax.eval_shape(RowSparse.densify, abstract).shape == SHAPE
+    two = jax.tree.map(lambda *leaves: jnp.stack(leaves), x, make([0, 8], seed=1))
+    for i, whole in enumerate(jax.vmap(RowSparse.densify)(two)):
+        np.testing.assert_array_equal(whole, dense([x, make([0, 8], seed=1)][i]))
+
+
+def test_map_values():
+    x = make([1, 6]).map_values(lambda v: 3 * v)
+    np.testing.assert_array_equal(dense(x), 3 * dense(make([1, 6])))
+
+
+def make_tree():
+    return {
+        "w": make([0, 2, 6, 7]),
+        "half": make([1, 5], dtype=jnp.bfloat16),
+        "b": jnp.array([1.0, -2.0]),
+        "absent": None,
+    }
+
+
+def test_global_norm():
+    tree = make_tree()
+    expected = np.sqrt(sum(np.sum(np.square(dense(tree[k]))) for k in ("w", "half")) + 5.0)
+    np.testing.assert_allclose(jax.jit(global_norm)(tree), expected, rtol=3e-3)
+    del tree["half"]
+    np.testing.assert_allclose(global_norm(tree), optax.tree.norm(densify(tree)), rtol=1e-6)
+    assert global_norm({}) == 0
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 100.0])
+def test_clip_is_that_of_the_dense_tree(max_norm):
+    tree, tx, plain = (
+        make_tree(),
+        clip_by_global_norm(max_norm),
+        optax.clip_by_global_norm(max_norm),
+    )
+    expected, _ = plain.update(densify(tree), plain.init(None))
+    found, state = jax.jit(tx.update)(tree, tx.init(densify(tree)))
+    assert state == tx.init(densify(tree))
+    assert found["w"].rows.tolist() == [0, 2, 6, 7] and found["absent"] is None
+    assert found["half"].values.dtype == jnp.bfloat16
+    for name, x in densify(found).items():
+        if x is not None:
+            tolerance = 1e-2 if name == "half" else 1e-6
+            np.testing.assert_allclose(
+                np.asarray(x, np.float32), np.asarray(expected[name], np.float32), rtol=tolerance
+            )
+    if max_norm < 1:
+        np.testing.assert_allclose(global_norm(found), max_norm, rtol=1e-2)
+
+
+def test_clip_with_a_norm_that_is_not_finite():
+    tree = {"w": RowSparse(jnp.array([1]), jnp.array([[1.0, jnp.nan, 1.0]]), SHAPE)}
+    found, _ = clip_by_global_norm(1.0).update(tree, optax.EmptyState())
+    assert np.isnan(found["w"].values).all()
+
+
+def test_on_values_forwards_state_and_extra_arguments():
+    seen = []
+
+    def update(updates, state, params=None, *, value):
+        seen.append((jax.tree.map(jnp.shape, updates), params, value))
+        return jax.tree.map(lambda u: u + state, updates), state + 1
+
+    tx = on_values(optax.GradientTransformationExtraArgs(lambda params: 1, update))
+    tree = {"w": make([1, 7]), "b": jnp.ones(2), "absent": None}
+    found, state = tx.update(tree, tx.init(None), densify(tree), value=3)
+    assert state == 2
+    assert seen == [({"w": (2, 3), "b": (2,), "absent": None}, None, 3)]
+    np.testing.assert_allclose(found["w"].values, [tree["w"].values[0] + 1, [1, 1, 1]])
+    np.testing.assert_array_equal(found["w"].rows, [1, 7])
+
+
+def test_row_numbers_that_were_multiplied():
+    tree, _ = optax.scale(0.5).update({"w": make([1, 4])}, optax.EmptyState())
+    clip = clip_by_global_norm(1.0)
+    for call in (densify, global_norm, lambda tree: clip.update(tree, optax.EmptyState())):
+        with pytest.raises(TypeError, match="Use clip_by_global_norm.*densify the tree first"):
+            call(tree)
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="max_norm must be above 0, got -1"):
+        clip_by_global_norm(-1)
+    with pytest.raises(TypeError, match=r"optax\.GradientTransformation, got 3"):
+        on_values(3)

@@ -1,0 +1,290 @@
+"""Predicted costs against those of compiled programs."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from priorityprop_jax import StepCosts, find_slots, measure_costs, partial_value_and_grad
+from priorityprop_jax.core.program import product_flops, program_flops
+from priorityprop_jax.partial.costs import Costs
+from priorityprop_jax.partial.policies import step_cost
+
+LAYERS, WIDTH, INNER, BATCH = 2, 24, 48, 16
+
+
+def array(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+PARAMS = {
+    "embed": {"kernel": array(WIDTH, WIDTH)},
+    **{
+        f"layer_{i}": {
+            "up": array(WIDTH, INNER),
+            "up_bias": array(INNER),
+            "down": array(INNER, WIDTH),
+            "scale": array(WIDTH),
+        }
+        for i in range(LAYERS)
+    },
+    "head": {"kernel": array(WIDTH, 8)},
+}
+X = array(BATCH, WIDTH)
+
+
+def loss_fn(params, x):
+    h = x @ params["embed"]["kernel"]
+    for i in range(LAYERS):
+        p = params[f"layer_{i}"]
+        z = h * p["scale"] * jax.lax.rsqrt(jnp.mean(h**2, -1, keepdims=True) + 1e-6)
+        h = h + jax.nn.relu(z @ p["up"] + p["up_bias"]) @ p["down"]
+    return jnp.mean(jax.nn.logsumexp(h @ params["head"]["kernel"], axis=-1))
+
+
+def by_layer(path):
+    return path.split("/")[0]
+
+
+def compiled(slots, active):
+    step = partial_value_and_grad(loss_fn, slots.leaves(active))
+    return jax.jit(step).lower(PARAMS, X).compile()
+
+
+@pytest.fixture(scope="module")
+def slots():
+    return find_slots(PARAMS)
+
+
+@pytest.fixture(scope="module")
+def measured(slots):
+    return measure_costs(loss_fn, PARAMS, X, slots)
+
+
+def up_to(slots, depth):
+    return {name for name, d in zip(slots.names, slots.depths, strict=True) if d <= depth}
+
+
+# What is predicted.
+
+
+def some_sets(slots, seed=0, count=8):
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        chosen = rng.random(len(slots)) < rng.choice([0.2, 0.5, 0.8])
+        yield {name for name, on in zip(slots.names, chosen, strict=True) if on} or {"head/kernel"}
+
+
+def test_floors_and_own_costs_predict_any_active_set(slots, measured):
+    depths = dict(zip(slots.names, slots.depths, strict=True))
+    product = 2 * BATCH * WIDTH * INNER
+    for active in some_sets(slots):
+        deepest = max(depths[name] for name in active)
+        first = [name for name in active if depths[name] == deepest and "layer" in name]
+        found = program_flops(compiled(slots, active))
+        predicted = step_cost(slots, measured.flops, active)
+        # A floor is of the chain back through all of a layer, which its last slots do not need.
+        spare = 0 if not first or f"layer_{LAYERS - deepest}/scale" in active else 2 * product
+        assert 0.97 * found <= predicted <= 1.03 * found + spare, sorted(active)
+
+
+def test_one_slot_a_layer():
+    slots = find_slots(PARAMS, group=by_layer)
+    costs = measure_costs(loss_fn, PARAMS, X, slots)
+    for active in [{"head"}, {"layer_1"}, {"embed"}, {"layer_0", "head"}, {"embed", "layer_1"}]:
+        found = program_flops(compiled(slots, active))
+        predicted = step_cost(slots, costs.flops, active)
+        np.testing.assert_allclose(predicted, found, rtol=0.04, err_msg=str(active))
+
+
+def test_totals_are_those_of_the_compiler(slots, measured):
+    for depth in (0, max(slots.depths)):
+        analysis = compiled(slots, up_to(slots, depth)).cost_analysis()
+        analysis = analysis[0] if isinstance(analysis, list) else analysis
+        assert measured.flops.totals[depth] == analysis["flops"]
+    assert measured.flops.full == measured.flops.totals[-1]
+
+
+def test_vectors(slots, measured):
+    assert measured.names == slots.names
+    assert measured.milliseconds is None
+    for costs in (measured.flops, measured.bytes):
+        assert len(costs.own) == len(slots)
+        assert len(costs.floors) == len(costs.totals) == max(slots.depths) + 1
+        assert all(a <= b for a, b in itertools.pairwise(costs.floors))
+        assert min(costs.own) >= 0 and min(costs.floors) > 0
+    # A weight gradient is a product of its own.
+    own = dict(zip(slots.names, measured.flops.own, strict=True))
+    assert own["layer_1/up"] == pytest.approx(2 * BATCH * WIDTH * INNER, rel=0.1)
+    assert own["layer_1/up_bias"] < 0.1 * own["layer_1/up"]
+
+
+def test_a_model_of_one_slot():
+    params = {"w": array(8, 8)}
+    costs = measure_costs(lambda p, x: jnp.sum(x @ p["w"]), params, array(4, 8), find_slots(params))
+    assert costs.flops.floors[0] + costs.flops.own[0] == costs.flops.full > 0
+
+
+def test_aux_and_batches_of_more_than_arrays(slots, measured):
+    def with_aux(params, batch):
+        return loss_fn(params, batch["x"]), {"loss": 1.0}
+
+    slots = find_slots(PARAMS, group=lambda path: "all")
+    batch = {"x": X, "number": 3, "fraction": 0.5}
+    costs = measure_costs(with_aux, PARAMS, batch, slots, has_aux=True)
+    assert costs.flops.full == pytest.approx(measured.flops.full, rel=0.01)
+
+
+def test_stacked_layers():
+    params = {"stack": {"kernel": array(3, 16, 16)}, "head": {"kernel": array(16, 4)}}
+
+    def loss(params, x):
+        for i in range(3):
+            x = jnp.tanh(x @ params["stack"]["kernel"][i])
+        return jnp.sum(x @ params["head"]["kernel"])
+
+    slots = find_slots(params, stacked_axis=lambda path: 0 if "stack" in path else None)
+    costs = measure_costs(loss, params, array(8, 16), slots)
+    for active in ({"stack/kernel[2]"}, {"stack/kernel[0]", "stack/kernel[2]", "head/kernel"}):
+        step = partial_value_and_grad(loss, slots.leaves(active))
+        found = program_flops(jax.jit(step).lower(params, array(8, 16)).compile())
+        # Moving layers in and out of their stack counts here, where layers are tiny.
+        np.testing.assert_allclose(step_cost(slots, costs.flops, active), found, rtol=0.1)
+
+
+# The optimizer's part.
+
+
+def test_an_optimizer_costs_more_and_adam_more_than_sgd():
+    params = {"Dense_0": array(32, 32), "Dense_1": array(32, 32)}
+
+    def loss(params, x):
+        return jnp.sum(jnp.tanh(x @ params["Dense_0"]) @ params["Dense_1"])
+
+    plain, sgd, adam = (
+        measure_costs(loss, params, array(4, 32), find_slots(params), optimizer=optimizer)
+        for optimizer in (None, optax.sgd(0.1), optax.adam(0.1))
+    )
+    assert plain.flops.full < sgd.flops.full < adam.flops.full
+    assert sum(plain.flops.own) < sum(sgd.flops.own) < sum(adam.flops.own)
+    assert sgd.bytes.full < adam.bytes.full
+    assert sgd.flops.full - plain.flops.full == pytest.approx(2 * 2 * 32 * 32, rel=0.2)
+
+
+# Only shapes are used.
+
+
+def test_nothing_is_allocated():
+    wide = {"embed": array(200_000, 50_000), "head": array(50_000, 10)}  # 40 GB
+
+    def loss(params, x):
+        return jnp.sum(jnp.tanh(x @ params["embed"]) @ params["head"])
+
+    slots = find_slots(wide)
+    before = {id(x) for x in jax.live_arrays()}
+    costs = measure_costs(loss, wide, array(4, 200_000), slots, optimizer=optax.adam(1e-3))
+    assert {id(x) for x in jax.live_arrays()} <= before
+    assert costs.flops.full > 3 * 2 * 4 * 200_000 * 50_000 / 2
+    own = dict(zip(slots.names, costs.flops.own, strict=True))
+    assert own["embed"] > 1e3 * own["head"]
+
+
+def test_arrays_are_not_touched():
+    params = {"Dense_0": jnp.ones((8, 8)), "Dense_1": jnp.ones((8, 8))}
+    x = np.ones((4, 8), np.float32)
+    measure_costs(
+        lambda p, x: jnp.sum(jnp.tanh(x @ p["Dense_0"]) @ p["Dense_1"]),
+        params,
+        x,
+        find_slots(params),
+        optimizer=optax.sgd(0.1),
+    )
+    assert not any(p.is_deleted() for p in jax.tree.leaves(params))
+    np.testing.assert_array_equal(params["Dense_0"], np.ones((8, 8)))
+
+
+# Time.
+
+
+@pytest.mark.parametrize("optimizer", [None, optax.adam(1e-3)], ids=["gradients", "adam"])
+def test_timed_totals_do_not_decrease(optimizer):
+    params = {f"Dense_{i}": array(64, 64) for i in range(3)}
+
+    def loss(params, x):
+        for i in range(3):
+            x = jnp.tanh(x @ params[f"Dense_{i}"])
+        return jnp.sum(x)
+
+    slots = find_slots(params)
+    costs = measure_costs(loss, params, array(64, 64), slots, optimizer=optimizer, timed=2)
+    times = costs.milliseconds
+    assert times is not None and min(times.totals) > 0
+    assert all(a <= b for a, b in itertools.pairwise(times.totals))
+    assert all(a <= b for a, b in itertools.pairwise(times.floors))
+    assert len(times.own) == 3 and min(times.own) >= 0
+    assert times.full == times.totals[-1] < 60_000
+
+
+# Without the prefix.
+
+
+def test_without_prefix():
+    costs = StepCosts(own=(1.0, 2.0, 3.0), floors=(10.0, 12.0, 14.0), totals=(11.0, 15.0, 20.0))
+    less = costs.without_prefix([7.0, 4.0, 0.0])
+    assert less == StepCosts((1.0, 2.0, 3.0), (3.0, 8.0, 14.0), (4.0, 11.0, 20.0))
+    assert less.full == 20.0
+    # Neither negative nor decreasing, whatever the forward passes are said to cost.
+    odd = costs.without_prefix([5.0, 11.0, 100.0])
+    assert odd.floors == (5.0, 5.0, 5.0)
+    assert odd.totals == (6.0, 4.0, 0.0)
+    with pytest.raises(ValueError, match="2 forward costs for 3 depths"):
+        costs.without_prefix([1.0, 2.0])
+
+
+# Errors.
+
+
+def test_errors():
+    params = {"w": array(2, 2)}
+
+    def loss(params, x):
+        return jnp.sum(x @ params["w"])
+
+    with pytest.raises(ValueError, match="no slots"):
+        measure_costs(loss, {}, array(2, 2), find_slots({}))
+    with pytest.raises(ValueError, match="no leaf is called"):
+        measure_costs(loss, params, array(2, 2), find_slots({"v": array(2, 2)}))
+
+
+def test_costs_are_plain_data(measured):
+    assert Costs(measured.names, measured.flops, measured.bytes) == measured
+
+
+def test_product_flops_count_loops_and_the_dearest_branch():
+    x, w = jnp.ones((4, 8)), jnp.ones((8, 8))
+    one = 2 * 4 * 8 * 8
+
+    def looped(x, w):
+        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, length=5)[0].sum()
+
+    def count(function, *arguments):
+        return product_flops(jax.make_jaxpr(function)(*arguments))
+
+    assert count(looped, x, w) == 5 * one
+    # Backward: two products for each of the forward pass.
+    assert count(jax.grad(looped, (0, 1)), x, w) == 15 * one
+    assert count(
+        jax.jit(lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ w @ w, jnp.sin, x)), x
+    ) == (2 * one)
+    images, kernel = jnp.ones((2, 5, 5, 3)), jnp.ones((3, 3, 3, 7))
+    conv = lambda x, k: jax.lax.conv_general_dilated(  # noqa: E731
+        x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    assert count(conv, images, kernel) == 2 * (2 * 5 * 5 * 7) * (3 * 3 * 3)
+    # What a compiler counts for a program without loops
+    step = jax.grad(lambda w: jnp.sum(jnp.tanh(x @ w) @ w))
+    compiled = program_flops(jax.jit(step).lower(w).compile())
+    assert abs(count(step, w) / compiled - 1) < 0.2

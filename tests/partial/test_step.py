@@ -1,0 +1,880 @@
+"""Tests of `priorityprop_jax.partial.step`, and of the trainer on a budget of compute."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import flax.linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from priorityprop_jax.core.program import program_flops
+from priorityprop_jax.core.slots import find_slots
+from priorityprop_jax.partial.costs import measure_costs
+from priorityprop_jax.partial.policies import make_policy
+from priorityprop_jax.partial.prefix_cache import PrefixCache
+from priorityprop_jax.partial.stages import (
+    chain,
+    function_stage,
+    linen_stages,
+    nnx_stages,
+    scanned_stages,
+)
+from priorityprop_jax.partial.step import Compute
+from priorityprop_jax.training.trainer import PriorityPropTrainer
+
+ROWS, SIZE, WIDTH = 48, 8, 8
+NAMES = ("embed", "block_0", "block_1", "block_2", "head")
+X = np.random.default_rng(0).normal(size=(1024, 6)).astype(np.float32)
+Y = np.sin(X[:, :1] + X[:, 1:2] * X[:, 2:3]).astype(np.float32)
+
+
+def _batches(rows=ROWS, size=SIZE):
+    ids = np.arange(rows)
+    return [
+        {"x": X[:rows][i : i + size], "y": Y[:rows][i : i + size], "id": ids[i : i + size]}
+        for i in range(0, rows, size)
+    ]
+
+
+pytestmark = pytest.mark.usefixtures("compile_once")
+
+
+class Loader:
+    """Rows shuffled by epoch; sends a signal before one of the batches on request."""
+
+    def __init__(self, interrupt_at=None, number=signal.SIGINT):
+        self.interrupt_at, self.number, self.epoch = interrupt_at, number, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        order = np.random.default_rng(self.epoch).permutation(ROWS)
+        for i in range(0, ROWS, SIZE):
+            if (self.epoch, i // SIZE) == self.interrupt_at:
+                os.kill(os.getpid(), self.number)
+            rows = order[i : i + SIZE]
+            yield {"x": X[rows], "y": Y[rows], "id": rows}
+
+
+def _normal(rng, *shape):
+    return (rng.normal(size=shape) / np.sqrt(shape[0])).astype(np.float32)
+
+
+def _params():
+    rng = np.random.default_rng(1)
+    blocks = {
+        f"block_{i}": {"up": _normal(rng, WIDTH, WIDTH), "down": _normal(rng, WIDTH, WIDTH)}
+        for i in range(3)
+    }
+    head = {"w": _normal(rng, WIDTH, 1), "b": np.zeros(1, np.float32)}
+    return {"embed": {"w": _normal(rng, 6, WIDTH)}, **blocks, "head": head}
+
+
+def _embed(p, x):
+    return x @ p["w"]
+
+
+def _block(p, x):
+    return x + jnp.tanh(x @ p["up"]) @ p["down"]
+
+
+def _head(p, x):
+    return x @ p["w"] + p["b"]
+
+
+APPLY = {"embed": _embed, "block": _block, "head": _head}
+
+
+def _predict(params, x):
+    for name in NAMES:
+        x = APPLY[name.split("_")[0]](params[name], x)
+    return x
+
+
+def _chain():
+    params = _params()
+    return chain(*(function_stage(name, APPLY[name.split("_")[0]], params[name]) for name in NAMES))
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs, rate=0.0):
+        self.up = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+        self.down = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+        self.dropout = nnx.Dropout(rate, rngs=rngs.fork()) if rate else None
+
+    def __call__(self, x):
+        y = nnx.tanh(self.up(x))
+        return x + self.down(y if self.dropout is None else self.dropout(y))
+
+
+class Net(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.embed = nnx.Linear(6, WIDTH, rngs=rngs)
+        self.block_0, self.block_1, self.block_2 = Block(rngs), Block(rngs), Block(rngs)
+        self.head = nnx.Linear(WIDTH, 1, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.block_2(self.block_1(self.block_0(self.embed(x)))))
+
+
+def _modules(dropout_in=None):
+    rngs = nnx.Rngs(0)
+    return [
+        ("embed", nnx.Linear(6, WIDTH, rngs=rngs)),
+        *((f"block_{i}", Block(rngs, 0.5 if i == dropout_in else 0.0)) for i in range(3)),
+        ("head", nnx.Linear(WIDTH, 1, rngs=rngs)),
+    ]
+
+
+def _loss(model, batch):
+    error = model(batch["x"]) - batch["y"]
+    return jnp.mean(error**2), {"worst": jnp.max(jnp.abs(error))}
+
+
+def _tree_loss(params, batch):
+    return _loss(lambda x: _predict(params, x), batch)
+
+
+def _group(path):
+    return path.split("/")[0]
+
+
+@functools.cache
+def _costs():
+    slots = find_slots(_params(), group=_group)
+    return measure_costs(_tree_loss, _params(), _batches()[0], slots, has_aux=True)
+
+
+def _trainer(model=None, *, optimizer=None, budget=0.6, every=4, loss=_loss, where=None, **options):
+    model = _chain() if model is None else model
+    measured = {"costs": _costs()} if loss is _loss else {}
+    return PriorityPropTrainer(
+        model, optimizer or optax.adamw(0.01), loss, budget, recalc_every=every,
+        checkpoint_dir=where, progress=False, compute=Compute(**(measured | options)),
+    )  # fmt: skip
+
+
+def _leaves(tree):
+    return [
+        np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+        for x in jax.tree.leaves(tree)
+    ]
+
+
+def _assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(_leaves(a), _leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def _complete(trainer):
+    """The optimizer state of all slots, those in host memory included."""
+    return trainer._budgeted.complete(trainer.optimizer_state)
+
+
+def _slot_bytes(trainer):
+    """For each slot its parameters and its optimizer state, as they are."""
+    params, state = trainer.params, _complete(trainer).inner_state
+    moments = state[0]
+    return {
+        name: [x.tobytes() for x in _leaves((params[name], moments.mu[name], moments.nu[name]))]
+        + [np.asarray(moments.count)[i].tobytes()]
+        for i, name in enumerate(trainer._budgeted.slots.names)
+    }
+
+
+def _books(trainer):
+    """The report without what the clock says, and without what a new process compiles anew."""
+    report = trainer.get_compute_report()
+    del report["programs"], report["compile_seconds"]
+    for row in report["layers"]:
+        del row["milliseconds"]
+    return report
+
+
+def _values(history):
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in history.steps]
+
+
+def _alternating(*sets):
+    """A policy function that goes through sets of slots, one a cycle."""
+    return lambda at: [frozenset(sets[at.cycle % len(sets)])] * at.steps
+
+
+class TestFull:
+    def _by_hand(self, loss_fn, params, batches):
+        tx = optax.adamw(0.01)
+        params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
+
+        @functools.partial(jax.jit, donate_argnums=(0, 1))
+        def step(params, state, batch):
+            (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state, loss
+
+        state, losses = tx.init(params), []
+        for batch in batches:
+            params, state, loss = step(params, state, batch)
+            losses.append(float(loss))
+        return params, state, losses
+
+    @pytest.mark.parametrize("kind", ["stages", "pytree", "nnx"])
+    def test_is_the_plain_loop(self, kind):
+        if kind == "stages":
+            loss_fn, start = _tree_loss, _params()
+            trainer = _trainer(policy="full")
+        elif kind == "pytree":
+            loss_fn, start = _tree_loss, _params()
+            trainer = PriorityPropTrainer(
+                _params(), optax.adamw(0.01), _tree_loss, 1.0, recalc_every=4, progress=False,
+                compute=Compute(policy="full", costs=_costs()), group=_group,
+            )  # fmt: skip
+        else:
+            model = Net()
+            graph, start = nnx.split(model, nnx.Param)
+            loss_fn = lambda params, batch: _loss(nnx.merge(graph, params), batch)  # noqa: E731
+            trainer = PriorityPropTrainer(
+                model, optax.adamw(0.01), _loss, 1.0, recalc_every=4, progress=False,
+                compute=Compute(policy="full"),
+            )  # fmt: skip
+        batches = (_batches() * 4)[:20]
+        params, state, losses = self._by_hand(loss_fn, start, batches)
+        history = trainer.train(batches)
+        assert history.loss == losses
+        ours = trainer.optimizer_state.inner_state[0]
+        for mine, theirs in [
+            (trainer.params, params), (ours.mu, state[0].mu), (ours.nu, state[0].nu)
+        ]:  # fmt: skip
+            for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+                np.testing.assert_array_equal(a, b)
+        assert set(np.asarray(ours.count).tolist()) == {20}
+        assert trainer.get_compute_report()["programs"] == 1
+
+
+class TestInactiveSlots:
+    @pytest.mark.parametrize("policy", ["badam(1)", "priority"])
+    def test_keep_parameters_and_state_bit_for_bit(self, policy):
+        planned = []
+
+        def watched(at):
+            planned.append([frozenset(s) for s in make_policy(policy)(at)])
+            return planned[-1]
+
+        trainer = _trainer(policy=watched, every=3)
+        batches, before = _batches(), _slot_bytes(trainer)
+        frozen = 0
+        for number in range(9):
+            trainer.train(batches[number % 6 : number % 6 + 1])
+            after = _slot_bytes(trainer)
+            active = planned[-1][number % 3]
+            assert len(planned) == number // 3 + 1
+            for name in NAMES:
+                assert (after[name] != before[name]) == (name in active), (number, name)
+            frozen += len(set(NAMES) - active)
+            before = after
+        assert frozen > 8
+
+    def test_active_gradients_are_those_of_the_full_loss(self):
+        active = {"block_0", "block_2", "head"}
+        trainer = _trainer(optimizer=optax.sgd(1.0), policy=_alternating(active))
+        batch = _batches()[0]
+        trainer.train([batch])
+        grads, _ = jax.jit(jax.grad(_tree_loss, has_aux=True))(_params(), batch)
+        for name in NAMES:
+            moved = jax.tree.map(lambda a, b: a - b, _params()[name], trainer.params[name])
+            for ours, full in zip(_leaves(moved), _leaves(grads[name]), strict=True):
+                expected = full if name in active else np.zeros_like(full)
+                np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+class TestCache:
+    def _run(self, cache, policy="suffix(1)", epochs=3, every=4):
+        trainer = _trainer(policy=policy, cache=cache, every=every)
+        trainer.train(Loader(), epochs)
+        return trainer
+
+    def test_is_the_uncached_run(self, tmp_path):
+        plain = self._run(None)
+        assert plain.get_compute_report()["cached_steps"] == 0
+        for directory in (None, tmp_path):
+            with PrefixCache(directory, examples=ROWS, dtype="float32") as cache:
+                cached = self._run(cache)
+                assert cached.history.loss == plain.history.loss
+                _assert_same(cached.params, plain.params)
+                _assert_same(cached.optimizer_state, plain.optimizer_state)
+                # The first epoch fills it; later batches are other mixtures of the same rows.
+                report = cached.get_compute_report()
+                assert report["cached_steps"] == 12
+                assert cached.history.column("cached") == [0] * 6 + [1] * 12
+                assert (cache.hits, cache.misses) == (2 * ROWS, ROWS)
+                assert report["flops"] < plain.get_compute_report()["flops"]
+        # What is on the disk serves another run from its first step.
+        with PrefixCache(tmp_path, examples=ROWS, dtype="float32") as cache:
+            again = self._run(cache, epochs=1)
+            assert again.get_compute_report()["cached_steps"] == 6
+            assert again.history.loss == plain.history.loss[:6]
+
+        with PrefixCache(None, examples=ROWS) as cache:  # bfloat16
+            rounded = self._run(cache)
+        assert rounded.get_compute_report()["cached_steps"] == 12
+        assert rounded.history.loss != plain.history.loss
+        np.testing.assert_allclose(rounded.history.loss, plain.history.loss, rtol=0.05)
+
+    def test_an_updated_prefix_is_computed_anew(self):
+        policy = _alternating(
+            {"head"}, {"block_2", "head"}, set(NAMES), {"head"}, {"block_1", "head"}
+        )
+        plain = self._run(None, policy, epochs=10, every=12)
+        with PrefixCache(None, examples=ROWS, dtype="float32") as cache:
+            cached = self._run(cache, policy, epochs=10, every=12)
+        assert cached.history.loss == plain.history.loss
+        _assert_same(cached.params, plain.params)
+        # In every cycle but that of everything, the second epoch of the two.
+        assert cached.get_compute_report()["cached_steps"] == 24
+
+    def test_the_boundary_within_a_cycle(self):
+        # One prefix serves all steps of the cycle: the shortest of them.
+        sets = [frozenset({"block_1", "head"}), frozenset({"head"})] * 2
+        plain = self._run(None, lambda at: sets)
+        with PrefixCache(None, examples=ROWS, dtype="float32") as cache:
+            cached = self._run(cache, lambda at: sets, epochs=3)
+        assert cached.get_compute_report()["cached_steps"] == 12
+        # The head's prefix comes from two programs in place of one.
+        np.testing.assert_allclose(cached.history.loss, plain.history.loss, rtol=1e-5)
+
+    def test_moves_up_behind_what_froze(self):
+        early, late = {"block_0", "head"}, {"block_2", "head"}
+
+        def policy(at):
+            return [frozenset(early if at.cycle in (0, 2) else late)] * at.steps
+
+        plain = self._run(None, policy, epochs=7, every=6)
+        with PrefixCache(None, examples=ROWS, dtype="float32") as cache:
+            cached = self._run(cache, policy, epochs=7, every=6)
+        # Cycle 1 alone does not move it, as cycle 2 proves right; cycle 4 does, and fills it.
+        assert cached.history.column("cached") == [0] * 6 + [1] * 18 + [0] * 6 + [1] * 12
+        assert cached._budgeted._cache_at == NAMES.index("block_2")
+        assert cached.history.loss == plain.history.loss
+        _assert_same(cached.params, plain.params)
+
+    def test_two_trainers_may_take_turns_with_one_cache(self):
+        alone = self._run(None, epochs=2)
+        other = _chain()
+        other.params["embed"] = {"w": other.params["embed"]["w"] + 1}
+        with PrefixCache(None, examples=ROWS, dtype="float32") as cache:
+            first = self._run(cache, epochs=1)
+            second = _trainer(other, policy="suffix(1)", cache=cache)
+            second.train(Loader())
+            loader = Loader()
+            first.train(loader)
+            assert first.history.loss == alone.history.loss
+            cache.close()
+            first.train(loader)
+
+    def test_dropout_in_the_prefix_is_refused(self):
+        trainer = PriorityPropTrainer(
+            nnx_stages(_modules(dropout_in=0)), optax.sgd(0.1), _loss, 0.6, progress=False,
+            compute=Compute(
+                policy="suffix(1)", cache=PrefixCache(None, examples=ROWS), costs=_costs()
+            ),
+        )  # fmt: skip
+        with pytest.raises(ValueError, match="'block_0' cannot be reused.*dropout"):
+            trainer.train(_batches())
+
+    def test_dropout_behind_the_prefix_is_drawn_anew(self):
+        trainer = PriorityPropTrainer(
+            nnx_stages(_modules(dropout_in=2)), optax.sgd(0.0), _loss, 0.6, progress=False,
+            compute=Compute(
+                policy="suffix(1)", cache=PrefixCache(None, examples=ROWS), costs=_costs()
+            ),
+        )  # fmt: skip
+        history = trainer.train(_batches()[:1] * 4)
+        assert len(set(history.loss)) == 4
+        assert history.column("cached") == [0, 1, 1, 1]
+        assert trainer.evaluate(_batches()) == trainer.evaluate(_batches())
+
+    @pytest.mark.parametrize("policy", ["suffix(1)", "full"])
+    def test_frozen_dropout_without_a_cache_is_drawn_anew(self, policy):
+        trainer = PriorityPropTrainer(
+            nnx_stages(_modules(dropout_in=0)), optax.sgd(0.0), _loss, 1.0, progress=False,
+            compute=Compute(policy=policy, costs=_costs()),
+        )  # fmt: skip
+        assert len(set(trainer.train(_batches()[:1] * 3).loss)) == 3
+
+    def test_needs_ids_and_inputs_that_stay(self):
+        cache = PrefixCache(None, examples=ROWS)
+        trainer = _trainer(policy="suffix(1)", cache=cache)
+        with pytest.raises(ValueError, match='array "id"'):
+            trainer.train([{"x": X[:8], "y": Y[:8]}])
+        trainer.train(_batches()[:1])
+        with pytest.raises(ValueError, match="inputs of example 0"):
+            trainer.train([_batches()[0] | {"x": X[8:16]}])
+        with pytest.raises(ValueError, match="needs a model in stages"):
+            PriorityPropTrainer(
+                Net(), optax.sgd(0.1), _loss, 0.6, compute=Compute(policy="suffix(1)", cache=cache)
+            )
+
+
+class TestAccount:
+    def test_charges_what_the_compiler_counts(self):
+        with PrefixCache(None, examples=ROWS, dtype="float32") as cache:
+            trainer = _trainer(policy="suffix(1)", cache=cache)
+            history = trainer.train(Loader(), 2)
+        budgeted = trainer._budgeted
+        programs = {names: program for (names, _), (program, _) in
+                    budgeted._variants._programs.items()}  # fmt: skip
+        step, full = programs.pop(frozenset(("block_2", "head"))), programs.pop(frozenset(NAMES))
+        assert not programs
+        (forward,) = [program for program, _ in budgeted._programs.values()]
+        step, forward = program_flops(step), program_flops(forward)
+        # What is saved is saved against the full step that this trainer would run.
+        assert trainer.get_compute_report()["full_flops"] == 12 * program_flops(full)
+        assert step > 0 and forward > 0
+        assert history.column("flops") == [step + forward] * 6 + [step] * 6
+        assert trainer.get_compute_report()["flops"] == 12 * step + 6 * forward
+        assert budgeted._charged == 12 * step + 6 * forward
+
+    @pytest.mark.parametrize(
+        ("policy", "cached"), [("priority", False), ("priority", True), ("random", False)]
+    )
+    def test_stays_within_the_budget(self, policy, cached):
+        cache = PrefixCache(None, examples=256, dtype="float32") if cached else None
+        trainer = _trainer(policy=policy, budget=0.5, every=5, cache=cache, costs=None)
+        history = trainer.train(_batches(256, 32), 20)
+        report = trainer.get_compute_report()
+        assert report["steps"] == 160 and len(history.loss) == 160
+        assert report["flops"] == pytest.approx(sum(history.column("flops")))
+        assert report["full_flops"] == pytest.approx(160 * trainer._budgeted._full_flops)
+        assert report["share"] == pytest.approx(report["flops"] / report["full_flops"])
+        # The optimizer is charged and not foreseen, which the next cycle makes up for.
+        assert 0.35 < report["share"] <= 0.505
+        if policy == "priority":  # Scoring, which is paid for out of the same budget.
+            full = [v for v in report["variants"] if len(v["active"]) == 5]
+            assert full and full[0]["steps"] > 1
+        assert json.loads(json.dumps(report)) == report
+        layers = report["layers"]
+        assert [row["layer"] for row in layers] == list(NAMES)
+        counts = np.asarray(trainer.optimizer_state.update_counts)
+        assert sum(row["updates"] for row in layers) == counts.sum() == sum(history.updates)
+        by_slot = dict(zip(trainer._budgeted.slots.names, counts.tolist(), strict=True))
+        assert {row["layer"]: row["updates"] for row in layers} == by_slot
+        assert len(report["variants"]) <= 8
+        assert sum(v["steps"] for v in report["variants"]) == 160
+
+    def test_unknown_costs_before_the_first_step(self):
+        report = _trainer().get_compute_report()
+        assert report["steps"] == report["flops"] == 0 and json.dumps(report)
+        with pytest.raises(ValueError, match="compute=Compute"):
+            PriorityPropTrainer(_params(), optax.sgd(0.1), _tree_loss, 0.5).get_compute_report()
+
+    def test_no_recompilation(self):
+        seen = []
+
+        def drawn(at):
+            names = at.rng(1).choice(NAMES, size=2, replace=False).tolist()
+            seen.append(frozenset(names))
+            return [seen[-1]] * at.steps
+
+        trainer = _trainer(policy=drawn, every=2, max_variants=3)
+        trainer.train(_batches(), 4)
+        programs = trainer.get_compute_report()["programs"]
+        ran = [frozenset(v["active"]) for v in trainer.get_compute_report()["variants"]]
+        assert len(ran) == 3 and len(set(seen)) > 3
+        updates = [n for n in trainer.history.updates[::2]]
+        assert all(n >= len(wanted) for n, wanted in zip(updates, seen, strict=True))
+        by_slot = collections.Counter(name for wanted in seen for name in wanted)
+        counts = trainer.optimizer_state.update_counts
+        for name, count in zip(trainer._budgeted.slots.names, counts, strict=True):
+            assert count >= 2 * by_slot[name]  # Supersets only.
+        trainer.train(_batches(), 4)
+        assert trainer.get_compute_report()["programs"] == programs
+
+    def test_a_smaller_last_batch_compiles_once(self):
+        trainer = _trainer(policy="suffix(1)")
+        trainer.train(_batches(44), 1)
+        # The full step, for its FLOPs; then prefix and step, twice.
+        assert trainer.get_compute_report()["programs"] == 5
+        trainer.train(_batches(44), 2)
+        assert trainer.get_compute_report()["programs"] == 5
+
+    def test_budget_in_flops(self):
+        share = _trainer(policy="priority", budget=0.6)
+        a = share.train(_batches(), 3)
+        full = share._budgeted._full_flops
+        flops = _trainer(policy="priority", budget=0.6 * full * 4)
+        b = flops.train(_batches(), 3)
+        assert a.loss == b.loss and a.updates == b.updates
+        assert _books(share) == _books(flops)
+
+    @pytest.mark.parametrize("unit", ["flops", "bytes", "own"])
+    def test_given_costs_are_not_measured(self, unit, monkeypatch):
+        measured = _costs()
+        monkeypatch.setattr("priorityprop_jax.training.budgeted.measure_costs", None)
+        if unit == "own":
+            given = dataclasses.replace(
+                measured.flops, own=(0.0,) * 5, floors=(1.0, 2.0, 3.0, 4.0, 5.0),
+                totals=(1.0, 2.0, 3.0, 4.0, 5.0),
+            )  # fmt: skip
+        else:
+            given = getattr(measured, unit)
+        trainer = _trainer(policy="random", costs=given, budget=0.6)
+        trainer.train(_batches(), 2)
+        assert trainer._budgeted.costs == given
+        assert trainer._budgeted._charged <= 0.6 * given.full * 12
+        # The optimizer's FLOPs are in it.
+        assert trainer.get_compute_report()["full_flops"] > 12 * measured.flops.full
+
+    def test_costs_of_another_model(self):
+        slots = find_slots({"a": 1.0, "b": 1.0})
+        other = measure_costs(lambda p, x: p["a"] * p["b"] * x, {"a": 1.0, "b": 1.0}, 2.0, slots)
+        with pytest.raises(ValueError, match="costs are of 2 slots"):
+            _trainer(costs=other).train(_batches())
+
+
+class TestWrongArguments:
+    @pytest.mark.parametrize(
+        ("options", "error", "match"),
+        [
+            ({"policy": "best"}, ValueError, "no policy 'best'"),
+            ({"policy": "suffix"}, ValueError, r"suffix\(k\)"),
+            ({"policy": 3}, TypeError, "policy"),
+            ({"costs": 3}, TypeError, "measure_costs"),
+            ({"max_variants": 0}, ValueError, "max_variants"),
+            ({"block_state": "drop"}, ValueError, "block_state"),
+            ({"cache": "here"}, TypeError, "PrefixCache"),
+            ({"schedule": 0.1}, TypeError, "schedule"),
+            ({"clip_norm": 0}, ValueError, "clip_norm"),
+            ({"gain_decay": 1.0}, ValueError, "gain_decay"),
+        ],
+    )
+    def test_compute(self, options, error, match):
+        with pytest.raises(error, match=match):
+            _trainer(**options)
+
+    @pytest.mark.parametrize(
+        ("options", "error", "match"),
+        [
+            ({"total_budget": None}, TypeError, "total_budget"),
+            ({"total_budget": True}, TypeError, "total_budget"),
+            ({"total_budget": 0}, ValueError, "above 0"),
+            ({"total_budget": float("nan")}, ValueError, "finite"),
+            ({"recalc_every": 0}, ValueError, "at least 1"),
+            ({"recalc_every": 2.5}, TypeError, "whole number"),
+            ({"min_updates": 0}, ValueError, "min_updates and max_updates"),
+            ({"max_updates": 3}, ValueError, "min_updates and max_updates"),
+            ({"compute": "full"}, TypeError, "Compute"),
+            ({"spread": "nested"}, TypeError, "'spread'"),
+            ({"optimizer": 3}, (TypeError, AttributeError), "."),
+        ],
+    )
+    def test_trainer(self, options, error, match):
+        given = {
+            "model": _chain(), "optimizer": optax.sgd(0.1), "loss_fn": _loss, "total_budget": 0.5,
+            "compute": Compute(),
+        }  # fmt: skip
+        with pytest.raises(error, match=match):
+            PriorityPropTrainer(**(given | options))
+
+    @pytest.mark.parametrize(
+        ("policy", "match"),
+        [
+            (lambda at: [{"head"}] * 3, "4 sets"),
+            (lambda at: [{"head"}, set()] * 2, "not empty"),
+            (lambda at: [{"tail"}] * 4, "unknown slot 'tail'"),
+        ],
+    )
+    def test_policy_function(self, policy, match):
+        trainer = _trainer(policy=policy)
+        with pytest.raises(ValueError, match=match):
+            trainer.train(_batches())
+        _assert_same(trainer.params, _params())
+
+    @pytest.mark.parametrize("policy", ["priority", "random"])
+    def test_budget_below_the_cheapest_step(self, policy):
+        with pytest.raises(ValueError, match="with the output layer alone"):
+            _trainer(policy=policy, budget=0.01).train(_batches())
+        _trainer(policy="suffix(0)", budget=0.01).train(_batches())  # its cost is its own
+
+    def test_loss_that_calls_the_stages_twice(self):
+        def twice(model, batch):
+            return _loss(model, batch)[0] + _loss(model, batch)[0]
+
+        trainer = _trainer(loss=twice, costs=_costs())
+        with pytest.raises(ValueError, match="call the model once"):
+            trainer.train(_batches())
+
+
+class TestBlockState:
+    def test_offload_is_keep_and_reset_is_not(self):
+        runs = {}
+        for mode in ("keep", "offload", "reset"):
+            trainer = _trainer(policy="badam(1)", every=2, block_state=mode)
+            runs[mode] = trainer, trainer.train(_batches(), 3)
+        keep, offload, reset = (runs[mode][0] for mode in ("keep", "offload", "reset"))
+        assert keep.history.loss == offload.history.loss
+        _assert_same(keep.params, offload.params)
+        _assert_same(keep.optimizer_state, _complete(offload))
+        # All are the same for the first round of the blocks, and the head keeps its state.
+        assert reset.history.loss[:6] == keep.history.loss[:6]
+        assert reset.history.loss != keep.history.loss
+        resident = {
+            "keep": set(NAMES),
+            "offload": {"head", "block_0"},
+            "reset": {"head", "block_0"},
+        }
+        for mode, (trainer, _) in runs.items():
+            params = trainer.params
+            for row in trainer.get_compute_report()["layers"]:
+                own = sum(x.nbytes for x in jax.tree.leaves(params[row["layer"]]))
+                expected = 2 * own if row["layer"] in resident[mode] else 0
+                assert row["state_bytes"] == expected, (mode, row)
+
+
+class TestResume:
+    @pytest.mark.parametrize(
+        ("policy", "mode"), [("priority", "keep"), ("priority", "offload"), ("random", "reset")]
+    )
+    def test_within_a_cycle_bit_for_bit(self, policy, mode, tmp_path):
+        def make(name, where=None):
+            cache = PrefixCache(tmp_path / name, examples=ROWS)
+            return _trainer(
+                policy=policy, block_state=mode, budget=0.55, cache=cache, where=where
+            ), cache
+
+        whole, cache = make("whole")
+        whole.train(Loader(), 3)
+        cache.close()
+        folder = tmp_path / "checkpoints"
+        stopped, cache = make("cache", folder)
+        history = stopped.train(Loader((1, 3)), 3)
+        cache.close()
+        assert history.interrupted and len(history.loss) == 9  # One step into a cycle of four.
+        resumed, cache = make("cache", folder)
+        resumed.train(Loader(), 3, resume_from=folder)
+        cache.close()
+        assert resumed.history.loss == whole.history.loss
+        _assert_same(resumed.params, whole.params)
+        _assert_same(_complete(resumed), _complete(whole))
+        ours, theirs = _books(resumed), _books(whole)
+        # A cache on the disk may save a resumed run what the unbroken one had to compute.
+        assert [v["active"] for v in ours["variants"]] == [v["active"] for v in theirs["variants"]]
+        assert ours == theirs
+        again, cache = make("cache")
+        again.train(Loader(), 3, resume_from=folder)
+        assert _books(again) == theirs
+
+    def test_the_boundary_of_the_cache_is_that_of_the_unbroken_run(self, tmp_path):
+        # Stopped with outputs of three stages cached; then comes a step of everything, and after
+        # it a longer prefix. Rounding to bfloat16 tells where they were cached.
+        everything = frozenset(NAMES)
+        plan = [{"block_2"}, {"block_2"}, everything, {"head"}, {"head"}, {"head"}]
+
+        def make(where=None):
+            cache = PrefixCache(None, examples=ROWS)
+            return _trainer(
+                policy=lambda at: [frozenset(s) for s in plan], every=6, cache=cache, where=where
+            )
+
+        whole = make()
+        whole.train(Loader(), 2)
+        make(tmp_path).train(Loader((0, 2)), 2)
+        again = make(tmp_path)  # Stopped again before its first step.
+        again.train(Loader((0, 2)), 2, resume_from=tmp_path)
+        resumed = make(tmp_path)
+        resumed.train(Loader(), 2, resume_from=tmp_path)
+        assert resumed.history.loss == whole.history.loss
+        _assert_same(resumed.params, whole.params)
+
+    def test_needs_a_trainer_of_its_kind(self, tmp_path):
+        _trainer(policy="full", where=tmp_path).train(_batches())
+        with pytest.raises(ValueError, match="one of the two has a budget of compute"):
+            PriorityPropTrainer(
+                _chain(), optax.adamw(0.01), _loss, 0.6, group=_group, progress=False
+            ).train(_batches(), 2, resume_from=tmp_path)
+
+    @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this platform")
+    def test_after_a_kill(self, tmp_path):
+        script = textwrap.dedent(f"""
+            import importlib.util, sys, jax
+            jax.config.update("jax_num_cpu_devices", 8)
+            spec = importlib.util.spec_from_file_location("killed", {__file__!r})
+            killed = importlib.util.module_from_spec(spec)
+            sys.modules["killed"] = killed
+            spec.loader.exec_module(killed)
+            trainer, _ = killed._with_disk({str(tmp_path)!r}, "cache")
+            trainer.train(killed.Loader((2, 4), killed.signal.SIGKILL), 4)
+        """)
+        root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": path}, check=False,
+            capture_output=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        whole, cache = _with_disk(tmp_path / "unbroken", "cache")
+        whole.train(Loader(), 4)
+        cache.close()
+        resumed, cache = _with_disk(tmp_path, "cache")
+        resumed.train(Loader(), 4, resume_from=tmp_path / "checkpoints")
+        cache.close()
+        assert len(resumed.history.loss) == 24
+        assert resumed.history.loss == whole.history.loss
+        _assert_same(resumed.params, whole.params)
+
+
+def _with_disk(folder, name):
+    cache = PrefixCache(os.path.join(folder, name), examples=ROWS)
+    where = os.path.join(folder, "checkpoints")
+    policy = _alternating({"head"}, {"block_2", "head"}, {"block_1", "head"})
+    return _trainer(policy=policy, cache=cache, where=where), cache
+
+
+class TestGradients:
+    def test_schedule_and_clipping_by_hand(self):
+        schedule = optax.cosine_decay_schedule(1.0, 12)
+        active = [("block_1", "head"), ("block_0", "block_1")]
+        trainer = _trainer(
+            optimizer=optax.adam(0.05), policy=_alternating(*active), schedule=schedule,
+            clip_norm=0.3,
+        )  # fmt: skip
+        history = trainer.train(_batches(), 2)
+
+        params = jax.tree.map(jnp.asarray, _params())
+        tx, clip = optax.adam(0.05), optax.clip_by_global_norm(0.3)
+        states = {name: tx.init(params[name]) for name in NAMES}
+        clipped, losses = 0, []
+        gradients = jax.jit(jax.value_and_grad(_tree_loss, has_aux=True))
+        for number, batch in enumerate(_batches() * 2):
+            (loss, _), grads = gradients(params, batch)
+            losses.append(float(loss))
+            grads = {name: grads[name] for name in active[number // 4 % 2]}
+            clipped += sum(float(np.sum(x**2)) for x in _leaves(grads)) ** 0.5 > 0.3
+            grads, _ = clip.update(grads, clip.init(grads))
+            for name, grad in grads.items():
+                updates, states[name] = tx.update(grad, states[name])
+                updates = jax.tree.map(lambda u, n=number: u * schedule(n), updates)
+                params[name] = optax.apply_updates(params[name], updates)
+        assert 0 < clipped
+        np.testing.assert_allclose(history.loss, losses, rtol=1e-4)
+        for ours, theirs in zip(_leaves(trainer.params), _leaves(params), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+class TestModels:
+    def test_nnx_stages_are_written_back_and_evaluated_in_their_mode(self):
+        modules = _modules(dropout_in=2)
+        trainer = PriorityPropTrainer(
+            nnx_stages(modules), optax.adamw(0.01), _loss, 0.6, recalc_every=4, progress=False,
+            compute=Compute(policy="suffix(1)", costs=_costs()),
+        )  # fmt: skip
+        before = trainer.params
+        trainer.train(_batches(), 2)
+        params, by_name = trainer.model, dict(modules)
+        _assert_same(params, trainer.params)
+        for name in NAMES:
+            module = by_name[name]
+            held = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+            _assert_same(held, params[name])
+            same = all(
+                np.array_equal(a, b)
+                for a, b in zip(_leaves(held), _leaves(before[name]), strict=True)
+            )
+            assert same == (name not in ("block_2", "head"))
+        assert int(by_name["block_2"].dropout.rngs.count[...]) == 12
+        x = X[:ROWS]
+        for module in by_name.values():
+            module.eval()
+            x = module(x)
+        expected = float(jnp.mean((x - Y[:ROWS]) ** 2))
+        values = trainer.evaluate(_batches())
+        assert values["loss"] == pytest.approx(expected, rel=1e-5)
+        assert values == trainer.evaluate(_batches())
+
+    @pytest.mark.parametrize("kind", ["scanned", "linen", "nnx", "stacked"])
+    def test_other_models_train(self, kind):
+        params, options, costs = _params(), {}, _costs()
+        blocks = [params[f"block_{i}"] for i in range(3)]
+        stack = jax.tree.map(lambda *rows: np.stack(rows), *blocks)
+        loss = _loss
+        if kind == "scanned":
+            model = chain(
+                function_stage("embed", _embed, params["embed"]),
+                scanned_stages(_block, stack),
+                function_stage("head", _head, params["head"]),
+            )
+        elif kind == "linen":
+            layers = {
+                "embed": flax.linen.Dense(WIDTH),
+                **{f"block_{i}": flax.linen.Dense(WIDTH) for i in range(3)},
+                "head": flax.linen.Dense(1),
+            }
+            x = X[:1]
+            variables = {}
+            for i, (name, layer) in enumerate(layers.items()):
+                x, variables[name] = layer.init_with_output(jax.random.key(i), x)
+            model = linen_stages(list(layers.items()), variables)
+        elif kind == "nnx":
+            model = Net()
+            options = {"group": _group}
+        else:
+            model = {"embed": params["embed"], "block": stack, "head": params["head"]}
+            options = {"stacked_axis": lambda path: 0 if path.startswith("block") else None}
+            options["group"] = _group
+            costs = None
+
+            def loss(params, batch):
+                x = _embed(params["embed"], batch["x"])
+                for i in range(3):
+                    x = _block(jax.tree.map(lambda leaf, i=i: leaf[i], params["block"]), x)
+                return _loss(lambda _: _head(params["head"], x), batch)
+
+        trainer = PriorityPropTrainer(
+            model, optax.adamw(0.02), loss, 0.6, recalc_every=3, progress=False,
+            compute=Compute(costs=costs, block_state="offload"), **options,
+        )  # fmt: skip
+        before = trainer.evaluate(_batches())["loss"]
+        trainer.train(_batches(), 8)
+        assert trainer.evaluate(_batches())["loss"] < 0.7 * before
+        assert len(trainer.get_compute_report()["layers"]) == 5
+        assert len(trainer.get_compute_report()["variants"]) > 1
+
+
+class TestDevices:
+    def test_eight_choose_as_one(self):
+        mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+        batches, runs = _batches(1024, 512), []
+        for spread in (False, True):
+            stages = _chain()
+            if spread:
+                params = jax.device_put(stages.params, whole)
+                stages = dataclasses.replace(stages, params=params)
+                batches = [jax.device_put(batch, rows) for batch in batches]
+            trainer = _trainer(stages, every=3, block_state="offload", costs=None)
+            history = trainer.train(batches, 6)
+            runs.append((history, trainer.get_compute_report()))
+        (one, a), (eight, b) = runs
+        assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(trainer.params))
+        sequence = [[(v["active"], v["steps"]) for v in report["variants"]] for report in (a, b)]
+        assert sequence[0] == sequence[1] and len(sequence[0]) > 1
+        assert one.updates == eight.updates
+        np.testing.assert_allclose(one.loss, eight.loss, rtol=1e-5, atol=1e-6)
+
+        # FLOPs are those of one device with all of the batch, or the budget would buy other things.
+        assert a["flops"] == b["flops"] and a["full_flops"] == b["full_flops"]

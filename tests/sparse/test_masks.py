@@ -1,0 +1,121 @@
+"""Masks against a stable sort in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from priorityprop_jax.sparse.masks import (
+    as_masks,
+    magnitude_masks,
+    random_mask,
+    two_four_mask,
+)
+
+
+def reference(arrays, sparsity):
+    """The largest magnitudes of all arrays by a stable sort, NaN first."""
+    flat = np.concatenate([np.abs(np.asarray(x, np.float64)).reshape(-1) for x in arrays])
+    flat = np.where(np.isnan(flat), np.inf, flat)
+    kept = np.zeros(flat.size, bool)
+    kept[np.argsort(-flat, kind="stable")[: round((1 - sparsity) * flat.size)]] = True
+    parts = np.split(kept, np.cumsum([x.size for x in arrays])[:-1])
+    return [part.reshape(x.shape) for part, x in zip(parts, arrays, strict=True)]
+
+
+def make_params():
+    rng = np.random.default_rng(0)
+    ties = rng.integers(-3, 4, size=(8, 9)).astype(np.float32)
+    ties[2, 3] = np.nan
+    return {
+        "a": {"kernel": jnp.asarray(ties), "bias": jnp.ones(9)},
+        "b": {"kernel": jnp.asarray(rng.normal(size=(3, 2, 5)), jnp.bfloat16)},
+        "steps": jnp.ones((2, 2), jnp.int32),
+    }
+
+
+@pytest.mark.parametrize("scope", ["uniform", "global"])
+def test_magnitude_masks_keep_the_largest(scope):
+    params = make_params()
+    kernels = [params["a"]["kernel"], params["b"]["kernel"]]
+    for sparsity in (0.0, 0.3, 0.5, 0.9, 0.99, 1.0):
+        masks = magnitude_masks(params, sparsity, scope=scope)
+        found = [masks["a"]["kernel"], masks["b"]["kernel"]]
+        if scope == "global":
+            expected = reference(kernels, sparsity)
+        else:
+            expected = [reference([kernel], sparsity)[0] for kernel in kernels]
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == bool
+            np.testing.assert_array_equal(one, other)
+        assert masks["a"]["bias"] is None and masks["steps"] is None
+
+
+def test_leaves_are_chosen_by_path_and_dimensions():
+    params = make_params()
+    masks = magnitude_masks(params, 0.5, where=lambda path: path == "a/kernel")
+    assert masks["b"]["kernel"] is None and masks["a"]["kernel"] is not None
+    masks = magnitude_masks(params, 0.5, minimum_ndim=1)
+    assert masks["a"]["bias"].tolist() == [True] * 4 + [False] * 5
+    assert magnitude_masks({"bias": jnp.ones(3)}, 0.5, scope="global") == {"bias": None}
+
+
+def test_wrong_options_are_refused():
+    with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\], got 80"):
+        magnitude_masks({}, 80)
+    with pytest.raises(ValueError, match="scope must be one of"):
+        magnitude_masks({}, 0.5, scope="layer")
+    with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\]"):
+        random_mask(jax.random.key(0), (2,), -0.1)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_two_four_keeps_the_largest_two(axis):
+    weight = np.random.default_rng(0).integers(-3, 4, size=(8, 4, 12)).astype(np.float32)
+    weight[0, 0, 0] = np.nan
+    moved = np.moveaxis(weight, axis, -1)
+    expected = np.concatenate([reference([four], 0.5)[0] for four in moved.reshape(-1, 4)]).reshape(
+        moved.shape
+    )
+    np.testing.assert_array_equal(two_four_mask(weight, axis=axis), np.moveaxis(expected, -1, axis))
+
+
+def test_two_four_refuses_odd_shapes():
+    with pytest.raises(ValueError, match="multiple of 4 inputs, got 6"):
+        two_four_mask(jnp.ones((6, 4)), axis=0)
+    with pytest.raises(ValueError, match="axis is 2, but"):
+        two_four_mask(jnp.ones((4, 4)), axis=2)
+
+
+def test_random_masks_keep_exactly_as_many():
+    key = jax.random.key(1)
+    mask = random_mask(key, (4, 5), 0.75)
+    assert mask.dtype == bool and mask.shape == (4, 5) and int(mask.sum()) == 5
+    np.testing.assert_array_equal(mask, random_mask(key, (4, 5), 0.75))
+    assert np.any(np.asarray(mask) != random_mask(jax.random.key(2), (4, 5), 0.75))
+
+
+def test_masks_of_jaxpruner_are_accepted():
+    rng = np.random.default_rng(0)
+    params = {"layer": {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5)}}
+    expected = rng.random((3, 5)) < 0.4
+    for mask in (expected, expected.astype(np.uint8), expected * 1.0, jnp.packbits(expected)):
+        found = as_masks({"layer": {"kernel": mask, "bias": None}}, params)
+        np.testing.assert_array_equal(found["layer"]["kernel"], expected)
+        assert found["layer"]["kernel"].dtype == bool and found["layer"]["bias"] is None
+    state = nnx.state(nnx.Linear(3, 5, rngs=nnx.Rngs(0)), nnx.Param)
+    found = as_masks({"kernel": expected, "bias": None}, state)
+    np.testing.assert_array_equal(found["kernel"][...], expected)
+
+
+def test_masks_that_do_not_fit_are_refused():
+    params = {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5)}
+    with pytest.raises(ValueError, match=r"missing: \['bias'\], unknown: \['b'\]"):
+        as_masks({"kernel": None, "b": None}, params)
+    with pytest.raises(ValueError, match=r"'kernel' must be of shape \(3, 5\), got .* \(5, 3\)"):
+        as_masks({"kernel": jnp.ones((5, 3)), "bias": None}, params)
+    with pytest.raises(ValueError, match="zeros and ones only"):
+        as_masks({"kernel": jnp.full((3, 5), 2), "bias": None}, params)
+    with pytest.raises(ValueError, match="zeros and ones only"):
+        as_masks({"kernel": jnp.full((3, 5), jnp.nan), "bias": None}, params)

@@ -1,0 +1,265 @@
+"""The native kernels through XLA, each instruction set that runs here, against dense products."""
+
+import concurrent.futures
+import dataclasses
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from priorityprop_jax.sparse import native
+from priorityprop_jax.sparse.geometry import ConvGeometry
+from priorityprop_jax.sparse.pattern import make_pattern
+
+AVAILABLE, STATUS = native.native_status()
+needs_native = pytest.mark.skipif(not AVAILABLE, reason=STATUS)
+NAMES = ["avx512", "avx2", "base"]
+
+
+@pytest.fixture(params=NAMES)
+def instruction_set(request, monkeypatch):
+    """Has the kernels of one instruction set used."""
+    paths = native._installed()
+    if request.param not in paths or not native._can_run(paths, request.param):
+        pytest.skip(f"{request.param} was not built, or does not run here")
+    native._load(request.param)
+    monkeypatch.setattr(native, "_load_best", lambda: native._Library(request.param, "forced"))
+
+
+def random_case(outs, ins, batch, density, *, spare=3, seed=0):
+    """A pattern with room to spare, values with NaN where there is no place, and arrays."""
+    rng = np.random.default_rng(seed)
+    mask = rng.random((outs, ins)) < density
+    pattern = make_pattern(mask, capacity=int(mask.sum()) + spare)
+    values = rng.normal(size=pattern.capacity).astype(np.float32)
+    values[pattern.capacity - spare :] = np.nan
+    x = rng.normal(size=(batch, ins)).astype(np.float32)
+    dy = rng.normal(size=(batch, outs)).astype(np.float32)
+    return mask, pattern, jnp.asarray(values), jnp.asarray(x), jnp.asarray(dy)
+
+
+def reference(mask, values, x, dy):
+    """The three products in float64."""
+    weight = np.zeros(mask.shape)
+    weight[mask] = np.asarray(values)[: mask.sum()]
+    x, dy = np.asarray(x, np.float64), np.asarray(dy, np.float64)
+    dvalues = np.zeros(len(values))
+    dvalues[: mask.sum()] = (dy.T @ x)[mask]
+    return x @ weight.T, dy @ weight, dvalues
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("outs", "ins", "batch", "density"),
+    [
+        (5, 7, 1, 0.5),
+        (33, 20, 37, 0.2),
+        (64, 100, 128, 0.1),
+        (20, 30, 300, 0.5),
+        (130, 300, 64, 0.5),
+        (9, 8, 16, 0.0),
+        (4, 4, 3, 1.0),
+        (3, 4, 0, 1.0),
+        (257, 1100, 513, 0.3),
+        (1, 3000, 17, 0.9),
+    ],
+)
+def test_products_are_those_of_the_dense_weight(instruction_set, outs, ins, batch, density):
+    mask, pattern, values, x, dy = random_case(outs, ins, batch, density)
+    y, dx, dvalues = reference(mask, values, x, dy)
+    close = {"rtol": 1e-5, "atol": 1e-4}
+    np.testing.assert_allclose(native.forward(values, pattern, x), y, **close)
+    both = native.backward(values, pattern, x, dy)
+    np.testing.assert_allclose(both[0], dx, **close)
+    np.testing.assert_allclose(both[1], dvalues, **close)
+    only_dx = native.backward(values, pattern, x, dy, weights=False)
+    only_dvalues = native.backward(values, pattern, x, dy, inputs=False)
+    assert only_dx[1] is None and only_dvalues[0] is None
+    np.testing.assert_allclose(only_dx[0], dx, **close)
+    np.testing.assert_allclose(only_dvalues[1], dvalues, **close)
+    assert native.backward(values, pattern, x, dy, inputs=False, weights=False) == (None, None)
+
+
+@needs_native
+def test_what_is_not_finite_goes_only_where_it_belongs(instruction_set):
+    mask, pattern, values, x, dy = random_case(40, 50, 20, 0.2)
+    x = x.at[5, 3].set(jnp.nan)
+    dy = dy.at[2, 7].set(jnp.inf)
+    y = np.asarray(native.forward(values, pattern, x))
+    dx, dvalues = map(np.asarray, native.backward(values, pattern, x, dy))
+    rows, columns = np.nonzero(mask)
+    expected = np.zeros(y.shape, bool)
+    expected[5, mask[:, 3]] = True
+    np.testing.assert_array_equal(np.isnan(y), expected)
+    expected = np.zeros(dx.shape, bool)
+    expected[2, mask[7]] = True
+    np.testing.assert_array_equal(np.isinf(dx), expected)
+    np.testing.assert_array_equal(np.isfinite(dvalues[:-3]), (columns != 3) & (rows != 7))
+    assert not dvalues[-3:].any()
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["row_starts", "columns", "column_starts", "rows", "order"])
+def test_indices_out_of_bounds_are_an_error(instruction_set, name):
+    _, pattern, values, x, dy = random_case(6, 8, 5, 0.5)
+    for bad in (-1, 2**31 - 1):
+        array = getattr(pattern, name)
+        place = -1 if name.endswith("starts") else 2
+        corrupt = dataclasses.replace(pattern, **{name: array.at[place].set(bad)})
+        with pytest.raises(jax.errors.JaxRuntimeError, match="of a sparse pattern"):
+            if name in ("row_starts", "columns"):
+                native.forward(values, corrupt, x).block_until_ready()
+            else:
+                jax.block_until_ready(native.backward(values, corrupt, x, dy))
+
+
+@needs_native
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolutions_are_those_of_the_dense_kernel(instruction_set, groups):
+    geometry = ConvGeometry((3, 2), (2, 1), ((1, 2), (0, 1)), (1, 2), groups)
+    rng = np.random.default_rng(groups)
+    mask = rng.random((6, 4 // groups * 6)) < 0.5
+    pattern = make_pattern(mask, capacity=int(mask.sum()) + 2)
+    values = jnp.asarray(rng.normal(size=pattern.capacity), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(3, 7, 6, 4)), jnp.float32)
+    rows, columns = np.nonzero(mask)
+
+    @jax.jit
+    def dense(values, x):
+        kernel = jnp.zeros(mask.shape).at[rows, columns].set(values[: len(rows)])
+        return lax.conv_general_dilated(
+            x,
+            kernel.reshape(6, 4 // groups, 3, 2),
+            geometry.strides,
+            geometry.padding,
+            rhs_dilation=geometry.dilation,
+            feature_group_count=groups,
+            dimension_numbers=("NHWC", "OIHW", "NHWC"),
+            precision="highest",
+        )
+
+    y, vjp = jax.vjp(dense, values, x)
+    dy = jnp.asarray(rng.normal(size=y.shape), jnp.float32)
+    dvalues, dx = vjp(dy)
+    close = {"rtol": 1e-5, "atol": 1e-4}
+    np.testing.assert_allclose(native.conv_forward(values, pattern, x, geometry), y, **close)
+    both = native.conv_backward(values, pattern, x, dy, geometry)
+    np.testing.assert_allclose(both[0], dx, **close)
+    np.testing.assert_allclose(both[1], dvalues, **close)
+    only_dx = native.conv_backward(values, pattern, x, dy, geometry, weights=False)
+    only_dvalues = native.conv_backward(values, pattern, x, dy, geometry, inputs=False)
+    np.testing.assert_allclose(only_dx[0], dx, **close)
+    np.testing.assert_allclose(only_dvalues[1], dvalues, **close)
+
+
+@needs_native
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shards_of_a_batch(check_vma):
+    mask, pattern, values, x, dy = random_case(12, 10, 16, 0.4)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def shard(values, pattern, x, dy):
+        dx, dvalues = native.backward(values, pattern, x, dy)
+        assert dvalues is not None
+        return native.forward(values, pattern, x), dx, lax.psum(dvalues, "data")
+
+    batch, whole = P("data"), P()
+    sharded = jax.shard_map(
+        shard,
+        mesh=mesh,
+        in_specs=(whole, whole, batch, batch),
+        out_specs=(batch, batch, whole),
+        check_vma=check_vma,
+    )
+    results = jax.jit(sharded)(values, pattern, x, dy)
+    for result, expected in zip(results, reference(mask, values, x, dy), strict=True):
+        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+def test_vmap_goes_one_by_one():
+    mask, pattern, values, x, dy = random_case(6, 8, 5, 0.5)
+    stacked = jnp.stack([x, 2 * x])
+    y = jax.vmap(lambda x: native.forward(values, pattern, x))(stacked)
+    np.testing.assert_array_equal(y[1], 2 * y[0])
+    np.testing.assert_allclose(y[0], reference(mask, values, x, dy)[0], rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+def test_shapes_that_do_not_fit_are_an_error():
+    _, pattern, values, x, dy = random_case(6, 8, 5, 0.5)
+    with pytest.raises(ValueError, match=r"x \[batch, in\]"):
+        native.forward(values, pattern, x[:, :-1])
+    with pytest.raises(ValueError, match="capacity"):
+        native.forward(values[:-1], pattern, x)
+    with pytest.raises(ValueError, match="batches"):
+        native.backward(values, pattern, x, dy[:-1])
+    with pytest.raises(ValueError, match="blocks"):
+        native.forward(values, make_pattern(np.ones((4, 4)), block=2), x)
+    with pytest.raises(ValueError, match=r"height, width, 2\]"):
+        native.conv_forward(values, pattern, x, ConvGeometry((2, 2)))
+    with pytest.raises(ValueError, match="output"):
+        images = jnp.ones((1, 4, 4, 2))
+        native.conv_backward(values, pattern, images, images, ConvGeometry((2, 2)))
+
+
+def test_status_says_why_there_is_none(monkeypatch):
+    load = native._load_best.__wrapped__
+    if AVAILABLE:
+        monkeypatch.setattr(native, "_running_version", lambda: 2)
+        assert "FFI version" in load().status and load().name is None
+        monkeypatch.setattr(native, "_running_version", lambda: None)
+        assert "no headers" in load().status and load().name is None
+        monkeypatch.setattr(native, "_running_version", lambda: 999)
+        monkeypatch.setattr(native, "_can_run", lambda paths, name: name == "base")
+        assert load() == ("base", "baseline kernels")
+    monkeypatch.setattr(native, "_installed", dict)
+    assert "compiler" in load().status and load().name is None
+    monkeypatch.setattr(native, "_load_best", load)
+    _, pattern, values, x, _ = random_case(6, 8, 5, 0.5)
+    with pytest.raises(RuntimeError, match="compiler"):
+        native.forward(values, pattern, x)
+
+
+def test_version_of_this_jaxlib_is_known():
+    version = native._running_version()
+    assert version is not None and version >= 3
+
+
+@pytest.mark.once
+def test_sanitizers_find_nothing(tmp_path):
+    if sys.platform != "linux":
+        pytest.skip("sanitizers are asked for on Linux only")
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    here = pathlib.Path(__file__).parent
+    headers = pathlib.Path(native.__file__).parent / "csrc"
+
+    def build_and_run(sanitizers):
+        program = tmp_path / sanitizers
+        flags = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-std=c++17", "-pthread"]
+        empty = tmp_path / f"{sanitizers}.cc"
+        empty.write_text("int main() { return 0; }\n")
+        probe = [compiler, *flags, str(empty), "-o", str(program)]
+        if subprocess.run(probe, capture_output=True).returncode:
+            return None
+        # Few of the variants that differ only in how often a loop is unrolled, for a quick build.
+        source = ["-DPRIORITYPROP_VECTORS=3", f"-I{headers}", str(here / "sanitize_linear.cc")]
+        subprocess.run([compiler, *flags, *source, "-o", str(program)], check=True)
+        return subprocess.run([str(program)], capture_output=True, text=True)
+
+    kinds = ["address,undefined", "thread"]
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        runs = dict(zip(kinds, threads.map(build_and_run, kinds), strict=True))
+    for kind, run in runs.items():
+        assert run is None or run.returncode == 0, f"{kind}:\n{run.stderr}"
+    if None in runs.values():
+        pytest.skip(f"{compiler} lacks sanitizers: {[kind for kind in kinds if not runs[kind]]}")
