@@ -5,9 +5,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from flax import nnx
 from priorityprop_jax.highway.scan import highway_nnx
 from priorityprop_jax.models import bert as encoder
 from priorityprop_jax.models import files as data
+from priorityprop_jax.training.loader import ArrayLoader
 
 TASKS = ("digits", "mnist-mlp", "char-lm", "sst2", "pos-tag")
 CHAR_MODELS = ("transformer", "gru", "lstm")
@@ -78,100 +78,6 @@ _EWT = tuple(
         ("test", "89047fb69d310e0b0853133c49faf3f718473e88c72e2534165a221d8208d1cc"),
     )
 )
-
-
-class ArrayLoader:
-    """Batches of arrays that share their first axis, the same each time for a seed and an epoch.
-
-    The order of the rows is a pure function of `seed` and the epoch, so a run that resumes at epoch
-    3 with `set_epoch(3)` sees the batches that the unbroken run saw.
-
-    Args:
-      arrays: arrays of shape `[rows, ...]` by name, or a pair `(x, y)`.
-      batch_size: rows in a batch.
-      shuffle: whether the order of the rows changes from epoch to epoch; otherwise it is the
-        arrays' own.
-      seed: of the order.
-      drop_last: whether to leave out a last batch that is not full.
-      max_batches: at most so many batches in an epoch; `None` for all of them.
-
-    Raises:
-      ValueError: there is no array, no row or no full batch, the arrays differ in length, or
-        `batch_size`, `max_batches` or `seed` is too small.
-
-    Example:
-      >>> loader = ArrayLoader((np.zeros((10, 4)), np.arange(10)), batch_size=4)
-      >>> [batch["y"].tolist() for batch in loader]
-      [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-      >>> len(loader)
-      3
-    """
-
-    def __init__(
-        self,
-        arrays: tuple[np.ndarray, np.ndarray] | Mapping[str, np.ndarray],
-        batch_size: int,
-        *,
-        shuffle: bool = False,
-        seed: int = 0,
-        drop_last: bool = False,
-        max_batches: int | None = None,
-    ):
-        if isinstance(arrays, tuple):
-            if len(arrays) != 2:
-                raise ValueError(
-                    f"a tuple of arrays is a pair (x, y), got {len(arrays)}; use a dict otherwise"
-                )
-            arrays = {"x": arrays[0], "y": arrays[1]}
-        if not arrays:
-            raise ValueError("arrays is empty: nothing to make batches of")
-        self.arrays = {name: np.asarray(array) for name, array in arrays.items()}
-        if any(array.ndim == 0 for array in self.arrays.values()):
-            raise ValueError("every array needs a first axis of rows, got a scalar")
-        lengths = {name: len(array) for name, array in self.arrays.items()}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"arrays differ in length: {lengths}")
-        self.rows = next(iter(lengths.values()))
-        if self.rows == 0:
-            raise ValueError("the arrays have no rows: nothing to make batches of")
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}, at least 1 is needed")
-        if drop_last and self.rows < batch_size:
-            raise ValueError(
-                f"drop_last leaves no batch of {batch_size} out of {self.rows} rows; "
-                "lower batch_size or set drop_last=False"
-            )
-        if max_batches is not None and max_batches < 1:
-            raise ValueError(f"max_batches is {max_batches}, at least 1 (or None) is needed")
-        if seed < 0:
-            raise ValueError(f"seed is {seed}, at least 0 is needed")
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.seed = seed
-        self.drop_last = drop_last
-        self.max_batches = max_batches
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch whose order the next iteration follows; 0 at first."""
-        if epoch < 0:
-            raise ValueError(f"epoch is {epoch}, at least 0 is needed")
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        """Batches in an epoch."""
-        full = self.rows // self.batch_size
-        batches = full if self.drop_last else math.ceil(self.rows / self.batch_size)
-        return batches if self.max_batches is None else min(batches, self.max_batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Yields dicts of arrays, each `[batch, ...]`."""
-        order = np.arange(self.rows)
-        if self.shuffle:
-            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.rows)
-        for i in range(len(self)):
-            rows = order[i * self.batch_size : (i + 1) * self.batch_size]  # [batch]
-            yield {name: array[rows] for name, array in self.arrays.items()}
 
 
 @dataclasses.dataclass(frozen=True)
