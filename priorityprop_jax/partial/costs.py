@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from priorityprop_jax.core.program import abstract, analysis
+from priorityprop_jax.core.program import abstract, analysis, has_shape
 from priorityprop_jax.partial.grad import (
     apply_active_updates,
     find_active,
