@@ -179,7 +179,7 @@ def result(trainer: PriorityPropTrainer, history: History, task: Task) -> dict[s
     test = {} if task.test_data is None else trainer.evaluate(task.test_data)
     return {
         "steps": len(history.steps),
-        "updates": trainer.get_priority_report().total_updates,
+        "updates": trainer.get_priority_report().total,
         "train_loss": history.steps[-1]["loss"],
         "validation_loss": history.evals[-1]["loss"],
         "validation": history.evals[-1][task.metric],

@@ -28,7 +28,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
     """The same as a table of Markdown.
 
     Args:
-      rows: cells; the first row is the header.
+      rows: cells; the first row is the header. A ``|`` in a cell is escaped.
 
     Example:
       >>> from priorityprop_jax.core.tables import markdown
@@ -39,4 +39,4 @@ def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
       | output | 0.25 |
     """
     ruled = [rows[0], ("---", *["---:"] * (len(rows[0]) - 1)), *rows[1:]]
-    return ["| " + " | ".join(row) + " |" for row in ruled]
+    return ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in ruled]

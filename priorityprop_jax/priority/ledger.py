@@ -11,21 +11,22 @@ import jax
 import numpy as np
 
 from priorityprop_jax.core.slots import Slots
-from priorityprop_jax.priority.transform import PriorityPropState
+from priorityprop_jax.core.tables import aligned, markdown
 
-_VECTORS = ("update_counts", "priorities", "allocation", "nonfinite_counts")
-_COLUMNS = ("slot", "depth", "shape", "updates", "share", "priority", "granted", "non-finite")
+_VECTORS = ("update_counts", "priorities", "allocation")  # what makes a state one that counts
+_NONFINITE = "nonfinite_counts"  # where the state has it
 
 
-def find_state(opt_state: Any) -> PriorityPropState:
-    """The one `PriorityPropState` in any optimizer state.
+def find_state(opt_state: Any) -> Any:
+    """The one state that counts what was spent on every slot, in any optimizer state.
 
     Args:
       opt_state: the state of `priorityprop`, or of anything that it is a part of (`optax.chain`,
         `flax.nnx.Optimizer.opt_state`, ...).
 
     Returns:
-      The state; its fields may be wrapped as the framework wraps them.
+      The one NamedTuple with the fields ``update_counts``, ``priorities`` and ``allocation``, such
+      as a `PriorityPropState`; its fields may be wrapped as the framework wraps them.
 
     Raises:
       ValueError: if there is none, or more than one.
@@ -39,18 +40,22 @@ def find_state(opt_state: Any) -> PriorityPropState:
       >>> find_state(tx.init({"w": jnp.ones(3)})).update_counts
       Array([0], dtype=int32)
     """
-    is_state = lambda x: isinstance(x, PriorityPropState)  # noqa: E731
-    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
+    counts = lambda x: set(_VECTORS) <= set(getattr(x, "_fields", ()))  # noqa: E731
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=counts) if counts(x)]
     if len(found) != 1:
-        raise ValueError(f"expected one PriorityPropState in the optimizer state, got {len(found)}")
+        raise ValueError(
+            f"expected one state with the fields {', '.join(_VECTORS)} in the optimizer state, "
+            f"got {len(found)}: a ledger is of one optimizer that counts, such as priorityprop"
+        )
     return found[0]
 
 
 class Ledger:
-    """The account of a run: for every slot its updates, its share of the budget, its priority.
+    """The account of a run: for every slot what it got, its share of the whole, its priority.
 
     Args:
       slots: the slots of the trained parameters, see `find_slots`.
+      unit: what the state counts, for the heads of tables and the axes of pictures.
 
     Example:
       >>> import jax.numpy as jnp
@@ -63,92 +68,90 @@ class Ledger:
       >>> ledger = Ledger(find_slots(params))
       >>> ledger.record(state)
       >>> print(ledger)
-      slot     depth  shape  updates  share  priority  granted  non-finite
-      Dense_0      1    2x3        1  50.0%       1.1        1           0
-      Dense_1      0    3x1        1  50.0%         1        1           0
-      total                        2 100.0%                  2           0
+      slot     depth  shape  updates   share  priority  granted  non-finite
+      Dense_0      1    2x3        1   50.0%       1.1        1           0
+      Dense_1      0    3x1        1   50.0%         1        1           0
+      total                        2  100.0%                  2           0
       step 1, 2 slots, budget clamped in 0 cycles
     """
 
-    def __init__(self, slots: Slots) -> None:
+    def __init__(self, slots: Slots, unit: str = "updates") -> None:
+        self.unit = unit
         self.names: tuple[str, ...] = slots.names
         self.depths: tuple[int, ...] = slots.depths
         self.layers: tuple[str, ...] = slots.layers
         self.shapes = ["+".join(map(_shape_text, shapes)) for shapes in slots.shapes]
         self.steps: list[int] = []
-        self.history: list[list[int]] = []  # [records][slots], updates so far
-        self.clamped_cycles = 0
+        self.history: list[list[int]] = []  # [records][slots], spent so far
+        self.clamped_cycles: int | None = None
         self.vectors: dict[str, list[Any]] = {name: [0] * len(slots) for name in _VECTORS}
 
     def record(self, opt_state: Any) -> None:
         """Enters the present state of an optimizer. Waits for the device.
 
         Args:
-          opt_state: any optimizer state with one `PriorityPropState` in it.
+          opt_state: any optimizer state with one state that counts in it, see `find_state`. That
+            one also has ``step``; ``nonfinite_counts`` and ``clamped_cycles`` are shown where it
+            has them.
 
         Raises:
           ValueError: if there is no such state, or it is of other slots.
         """
         state = find_state(opt_state)
-        fields = ("step", "clamped_cycles", *_VECTORS)
-        step, clamped, *vectors = (
-            np.asarray(jax.tree.leaves(getattr(state, name))[0]) for name in fields
-        )
-        if vectors[0].shape != (len(self.names),):
+        read = lambda name: np.asarray(jax.tree.leaves(getattr(state, name))[0])  # noqa: E731
+        vectors = {name: read(name) for name in (*_VECTORS, _NONFINITE) if name in state._fields}
+        counts = vectors["update_counts"]
+        if counts.shape != (len(self.names),):
             raise ValueError(
-                f"the state has update counts of shape {vectors[0].shape}, but the ledger has "
+                f"the state has update counts of shape {counts.shape}, but the ledger has "
                 f"{len(self.names)} slots; give find_slots the options of the transformation"
             )
-        if self.steps and self.steps[-1] == int(step):
+        step = int(read("step"))
+        if self.steps and self.steps[-1] == step:
             self.steps.pop()
             self.history.pop()
-        self.steps.append(int(step))
-        self.history.append([int(n) for n in vectors[0]])
-        self.clamped_cycles = int(clamped)
-        self.vectors = {
-            name: vector.tolist() for name, vector in zip(_VECTORS, vectors, strict=True)
-        }
+        self.steps.append(step)
+        self.history.append([int(n) for n in counts])
+        clamped = "clamped_cycles"
+        self.clamped_cycles = int(read(clamped)) if clamped in state._fields else None
+        self.vectors = {name: vector.tolist() for name, vector in vectors.items()}
 
     @property
-    def total_updates(self) -> int:
-        """Updates spent on all slots together."""
+    def total(self) -> int:
+        """What was spent on all slots together, in `unit`."""
         return sum(self.vectors["update_counts"])
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One dict a slot: its name, depth, layer, shape, updates, share, priority, and two more.
+    def _columns(self) -> dict[str, list[Any]]:
+        """The vectors by the heads of their columns."""
+        heads = {"update_counts": self.unit, "priorities": "priority", "allocation": "granted"}
+        heads[_NONFINITE] = "non-finite"
+        return {head: self.vectors[name] for name, head in heads.items() if name in self.vectors}
 
-        ``share`` is of the updates spent so far, from 0 to 1; ``granted`` the updates of the last
-        cycle's allocation; ``non-finite`` how often the magnitude was NaN or infinite.
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict a slot: its name, depth, layer, shape, what it got, share, priority, and more.
+
+        What it got has the unit as its key (``"updates"``); ``share`` is of all that was spent so
+        far, from 0 to 1; ``granted`` is of the last cycle's allocation; ``non-finite``, where the
+        state counts it, how often the magnitude was NaN or infinite.
         """
-        total = max(self.total_updates, 1)
-        columns = zip(
-            self.names,
-            self.depths,
-            self.layers,
-            self.shapes,
-            *(self.vectors[name] for name in _VECTORS),
-            strict=True,
-        )
-        return [
-            {
-                "slot": name,
-                "depth": depth,
-                "layer": layer,
-                "shape": shape,
-                "updates": updates,
-                "share": updates / total,
-                "priority": priority,
-                "granted": granted,
-                "non-finite": nonfinite,
-            }
-            for name, depth, layer, shape, updates, priority, granted, nonfinite in columns
-        ]
+        total = max(self.total, 1)
+        known = zip(self.names, self.depths, self.layers, self.shapes, strict=True)
+        rows = []
+        for i, (name, depth, layer, shape) in enumerate(known):
+            row = {"slot": name, "depth": depth, "layer": layer, "shape": shape}
+            for head, vector in self._columns().items():
+                row[head] = vector[i]
+                if head == self.unit:
+                    row["share"] = vector[i] / total
+            rows.append(row)
+        return rows
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON. `from_dict` is the inverse."""
         return {
+            "unit": self.unit,
             "step": self.steps[-1] if self.steps else 0,
-            "total_updates": self.total_updates,
+            "total": self.total,
             "clamped_cycles": self.clamped_cycles,
             "slots": self.rows(),
             "history": {"steps": list(self.steps), "update_counts": [*map(list, self.history)]},
@@ -161,8 +164,8 @@ class Ledger:
         Raises:
           ValueError: if the record is not one of `as_dict`'s.
         """
-        ledger = cls(Slots((), (), (), (), (), ()))
         try:
+            ledger = cls(Slots((), (), (), (), (), ()), record.get("unit", "updates"))
             rows = record["slots"]
             ledger.names = tuple(row["slot"] for row in rows)
             ledger.depths = tuple(row["depth"] for row in rows)
@@ -172,12 +175,15 @@ class Ledger:
             ledger.history = [
                 [int(n) for n in counts] for counts in record["history"]["update_counts"]
             ]
-            ledger.clamped_cycles = int(record["clamped_cycles"])
-            keys = ("updates", "priority", "granted", "non-finite")
+            clamped = record["clamped_cycles"]
+            ledger.clamped_cycles = None if clamped is None else int(clamped)
+            keys = (ledger.unit, "priority", "granted")
             ledger.vectors = {
                 name: [row[key] for row in rows] for name, key in zip(_VECTORS, keys, strict=True)
             }
-        except (KeyError, TypeError) as error:
+            if rows and "non-finite" in rows[0]:
+                ledger.vectors[_NONFINITE] = [row["non-finite"] for row in rows]
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"not a ledger: {error!r} is missing or of another type") from error
         if any(len(counts) != len(ledger.names) for counts in ledger.history) or len(
             ledger.history
@@ -185,59 +191,39 @@ class Ledger:
             raise ValueError("not a ledger: its history does not fit its slots")
         return ledger
 
-    def _table(self) -> list[tuple[str, ...]]:
-        body = [
-            (
-                row["slot"],
-                str(row["depth"]),
-                row["shape"],
-                str(row["updates"]),
-                f"{row['share']:.1%}",
-                f"{row['priority']:.3g}",
-                str(row["granted"]),
-                str(row["non-finite"]),
-            )
-            for row in self.rows()
-        ]
-        totals = {name: str(sum(self.vectors[name])) for name in _VECTORS}
-        share = "100.0%" if self.total_updates else "0.0%"
-        total = ("total", "", "", totals["update_counts"], share, "")
-        return [*body, (*total, totals["allocation"], totals["nonfinite_counts"])]
+    def _table(self) -> list[list[str]]:
+        """Cells: the heads, one row a slot, the totals."""
+        form = {"share": "{:.1%}", "priority": "{:.3g}"}
+        heads = ["slot", "depth", "shape", self.unit, "share", "priority", "granted"]
+        heads += ["non-finite"] * (_NONFINITE in self.vectors)
+        body = [[form.get(head, "{}").format(row[head]) for head in heads] for row in self.rows()]
+        totals = {head: str(sum(vector)) for head, vector in self._columns().items()}
+        totals |= {"slot": "total", "priority": ""}
+        totals["share"] = "100.0%" if self.total else "0.0%"
+        return [heads, *body, [totals.get(head, "") for head in heads]]
 
     def _summary(self) -> str:
         step = self.steps[-1] if self.steps else 0
-        cycles = "cycle" if self.clamped_cycles == 1 else "cycles"
         slots = "slot" if len(self.names) == 1 else "slots"
-        return (
-            f"step {step}, {len(self.names)} {slots}, "
-            f"budget clamped in {self.clamped_cycles} {cycles}"
-        )
+        text = f"step {step}, {len(self.names)} {slots}"
+        if self.clamped_cycles is None:
+            return text
+        cycles = "cycle" if self.clamped_cycles == 1 else "cycles"
+        return f"{text}, budget clamped in {self.clamped_cycles} {cycles}"
 
     def __str__(self) -> str:
         """The ledger as an aligned table."""
-        table = [_COLUMNS, *self._table()]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = [
-            row[0].ljust(widths[0])
-            + "  "
-            + " ".join(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-            for row in table
-        ]
-        return "\n".join([*(line.rstrip() for line in lines), self._summary()])
+        return "\n".join([*(line.rstrip() for line in aligned(self._table())), self._summary()])
 
     def to_markdown(self) -> str:
         """The ledger as a Markdown table."""
-        cells = [_COLUMNS, ("---", *["---:"] * (len(_COLUMNS) - 1)), *self._table()]
-        lines = [
-            "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in cells
-        ]
-        return "\n".join([*lines, "", self._summary()])
+        return "\n".join([*markdown(self._table()), "", self._summary()])
 
     def plot(self, path: str | Path) -> Path:
-        """Draws which layers the updates of every cycle went to, over the run.
+        """Draws which layers the budget of every cycle went to, over the run.
 
         Layers are stacked from the input (bottom) to the output (top); a band's height is its share
-        of the updates spent between two records. Needs matplotlib (the extra ``demo``).
+        of what was spent between two records. Needs matplotlib (the extra ``demo``).
 
         Args:
           path: where the picture goes; the ending chooses the format.
@@ -268,9 +254,9 @@ class Ledger:
         axes.set_ylim(0, 1)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.set_xlabel("step")
-        axes.set_ylabel("share of updates")
+        axes.set_ylabel(f"share of {self.unit}")
         axes.set_title(
-            f"Where the budget went: {self.total_updates:,} updates over {len(self.names)} slots\n"
+            f"Where the budget went: {self.total:,} {self.unit} over {len(self.names)} slots\n"
             "(dashed: an even split)",
             fontsize=11,
         )

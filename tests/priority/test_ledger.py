@@ -1,6 +1,8 @@
 """The ledger: what it enters, prints and draws."""
 
 import json
+from typing import NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +45,7 @@ def test_rows_are_the_state():
         [row["non-finite"] for row in rows] == state.nonfinite_counts.tolist() == [0, 0, 3, 0, 0, 0]
     )
     np.testing.assert_allclose([row["priority"] for row in rows], state.priorities)
-    assert ledger.total_updates == int(state.update_counts.sum()) == 36
+    assert ledger.total == int(state.update_counts.sum()) == 36
     assert sum(row["share"] for row in rows) == pytest.approx(1)
     assert rows[0]["shape"] == "2" and rows[1]["shape"] == "3x2" and rows[0]["depth"] == 2
     assert ledger.steps == [0, 4, 8, 12] and [sum(x) for x in ledger.history] == [0, 12, 24, 36]
@@ -86,7 +88,7 @@ def test_finds_the_state_inside_a_flax_optimizer():
     step(model, optimizer)
     ledger = Ledger(find_slots(nnx.state(model, nnx.Param)))
     ledger.record(optimizer.opt_state)
-    assert ledger.total_updates == 2 and ledger.names == ("bias", "kernel")
+    assert ledger.total == 2 and ledger.names == ("bias", "kernel")
 
 
 def test_recording_a_step_again_replaces_it():
@@ -95,9 +97,53 @@ def test_recording_a_step_again_replaces_it():
     assert ledger.steps == [0, 4, 8, 12]
 
 
+class Features(NamedTuple):
+    """A state of another engine: it counts features and has neither NaN nor clamping to tell of."""
+
+    step: np.ndarray
+    update_counts: np.ndarray
+    priorities: np.ndarray
+    allocation: np.ndarray
+
+
+def test_reads_any_state_that_counts_and_says_its_unit(tmp_path):
+    slots = find_slots({"a|b": np.ones(2), "c": np.ones(3)})
+    ledger = Ledger(slots, unit="features")
+    state = Features(*map(np.asarray, (4, [3, 1], [0.5, 0.25], [6, 2])))
+    ledger.record((optax.EmptyState(), {"inner": state}))
+    assert ledger.total == 4 and ledger.rows()[0]["features"] == 3
+    assert ledger.rows()[0]["share"] == 0.75 and "non-finite" not in ledger.rows()[0]
+    lines = str(ledger).splitlines()
+    assert lines[0].split() == [
+        "slot",
+        "depth",
+        "shape",
+        "features",
+        "share",
+        "priority",
+        "granted",
+    ]
+    assert lines[-2].split() == ["total", "4", "100.0%", "8"]
+    assert lines[-1] == "step 4, 2 slots"
+    assert r"| a\|b | " in ledger.to_markdown()
+    again = Ledger.from_dict(json.loads(json.dumps(ledger.as_dict())))
+    assert str(again) == str(ledger) and again.as_dict() == ledger.as_dict()
+    labels = []
+    with mock.patch("matplotlib.axes.Axes.set_ylabel", lambda self, text: labels.append(text)):
+        ledger.plot(tmp_path / "features.png")
+    assert labels == ["share of features"]
+
+
+def test_reads_records_from_before_units():
+    ledger, _ = run()
+    record = ledger.as_dict()
+    del record["unit"]
+    assert Ledger.from_dict(record).as_dict() == ledger.as_dict()
+
+
 def test_what_is_not_a_budgeted_state_is_refused():
     ledger, state = run()
-    with pytest.raises(ValueError, match="expected one PriorityPropState"):
+    with pytest.raises(ValueError, match="expected one state with the fields update_counts"):
         ledger.record(optax.adam(0.1).init(PARAMS))
     with pytest.raises(ValueError, match="got 2"):
         ledger.record((state, state))

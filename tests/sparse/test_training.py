@@ -187,7 +187,7 @@ def test_pruning_ends_in_sparse_layers_that_go_on_where_it_stopped():
     np.testing.assert_allclose(loss(sparse.model, batch), loss(dense.model, batch), rtol=1e-6)
     sparse.train(loader(), epochs=1)
     assert [record["step"] for record in sparse.history.steps] == [*range(1, 13)]
-    assert sparse.get_priority_report().total_updates == 12 * 6
+    assert sparse.get_priority_report().total == 12 * 6
 
     # The same without the change of layers, as masks keep what is pruned at zero.
     dense.train(loader(), epochs=1)

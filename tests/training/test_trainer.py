@@ -156,7 +156,7 @@ class TestTraining:
         slots = len(trainer.optimizer_state.update_counts)
         assert sum(history.updates) == round(0.6 * slots * 5) * 8  # Eight whole cycles.
         ledger = trainer.get_priority_report()
-        assert ledger.total_updates == sum(history.updates)
+        assert ledger.total == sum(history.updates)
         assert ledger.steps == list(range(0, 41, 5))
         json.dumps(history.as_dict())
         assert History.from_dict(json.loads(json.dumps(history.as_dict()))) == history
@@ -423,7 +423,7 @@ class TestResume:
         history = stopped.train(Loader(_batches(), at), epochs=3, eval_data=_batches(32))
         assert history.interrupted and len(history.loss) == at[0] * 8 + at[1]
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        assert stopped.get_priority_report().total_updates == sum(history.updates)
+        assert stopped.get_priority_report().total == sum(history.updates)
 
         resumed = make(checkpoint_dir=tmp_path)
         loader = Loader(_batches())
