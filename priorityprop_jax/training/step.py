@@ -1,0 +1,225 @@
+"""What a trainer runs: a model, a step on it, and the plain step of any Optax optimizer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from priorityprop_jax.core.slots import Slots, find_slots
+from priorityprop_jax.priority.ledger import find_state
+
+# (params, rest, batch, **kwargs) -> (loss, (metrics, rest)), pure; kwargs are for `Model.loss`.
+Loss = Callable[..., tuple[jax.Array, tuple[dict[str, jax.Array], Any]]]
+
+
+class Model(Protocol):
+    """What a trainer can train: arrays that leave a user's object, and come back.
+
+    See `as_model` for those of `nnx` modules and pytrees.
+    """
+
+    def split(self) -> tuple[Any, Any]:
+        """The parameters and all other arrays, as they are now; after `join` those it was given."""
+        ...
+
+    def join(self, params: Any, rest: Any) -> None:
+        """Puts trained arrays into the user's object, which keeps them."""
+        ...
+
+    def loss(
+        self, loss_fn: Callable[..., Any], params: Any, rest: Any, batch: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """What ``loss_fn`` returns for the model in training mode, and the new rest. Pure."""
+        ...
+
+    def evaluator(self, params: Any, rest: Any) -> Any:
+        """What ``loss_fn`` and ``metric_fn`` are given to evaluate with. Pure."""
+        ...
+
+
+class Step(Protocol):
+    """One training step, and the account of all that were run.
+
+    Attributes:
+      slots: what the ledger has rows for.
+      unit: what the ledger counts, such as ``"updates"``.
+      compile_seconds: wall time spent on tracing and compiling so far.
+    """
+
+    slots: Slots
+    unit: str
+    compile_seconds: float
+
+    def init(self, params: Any) -> Any:
+        """The optimizer state before the first step."""
+        ...
+
+    def __call__(
+        self, params: Any, rest: Any, opt_state: Any, batch: Any
+    ) -> tuple[Any, Any, Any, dict[str, Any]]:
+        """Runs one step. The first three arguments are donated.
+
+        Returns:
+          New parameters, rest and optimizer state, and a dict: ``loss`` and the metrics, as arrays
+          on the device, and ``updates``; where they are counted also ``flops`` and ``cached``.
+        """
+        ...
+
+    def lay_out(self, layout: tuple[Any, Any, Any]) -> None:
+        """Keeps parameters, rest and state laid out as `layout_of` says, from the next step on."""
+        ...
+
+    @property
+    def saved(self) -> float | None:
+        """The share of a full run's FLOPs that was not spent so far; None where none are counted."""
+        ...
+
+    def report(self, opt_state: Any, seconds: float) -> dict[str, Any]:
+        """What the steps have cost, which took so many seconds, ready for JSON."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """What a resumed run needs beside the arrays, ready for JSON."""
+        ...
+
+    def restore(self, record: Mapping[str, Any], opt_state: Any) -> Any:
+        """The inverse of `record` and `complete`: the state to go on with.
+
+        Raises:
+          ValueError: the record is of a step with other options; nothing has changed then.
+        """
+        ...
+
+    def complete(self, opt_state: Any) -> Any:
+        """The optimizer state whole, for a checkpoint."""
+        ...
+
+    def check_processes(self) -> None:
+        """Raises a ValueError where several processes cannot run this step together."""
+        ...
+
+
+class Setup(NamedTuple):
+    """What a step is made for.
+
+    Attributes:
+      loss: ``(params, rest, batch, **kwargs) -> (loss, (metrics, rest))``, pure; ``kwargs`` only
+        for models whose own `loss` takes them.
+      loss_fn: the user's ``(model, batch) -> loss`` or ``(loss, metrics)``.
+      model: whose loss it is.
+      params: its parameters; only shapes are read.
+      optimizer: the Optax optimizer.
+      plain: makes the step that runs the optimizer on everything, to be wrapped.
+    """
+
+    loss: Loss
+    loss_fn: Callable[..., Any]
+    model: Model
+    params: Any
+    optimizer: optax.GradientTransformationExtraArgs
+    plain: Callable[[], Step]
+
+
+MakeStep = Callable[[Setup], Step]
+
+
+class PlainStep:
+    """The step of an Optax optimizer: all gradients, one compiled and donated program.
+
+    The optimizer is given ``value``, ``grad`` and ``value_fn``, of the batch.
+
+    Args:
+      loss: ``(params, rest, batch) -> (loss, (metrics, rest))``, pure.
+      params: the parameters; only shapes are read.
+      optimizer: any.
+      slots: of the parameters; by default a slot a leaf.
+    """
+
+    unit = "updates"
+    saved = None
+
+    def __init__(
+        self,
+        loss: Loss,
+        params: Any,
+        optimizer: optax.GradientTransformation,
+        slots: Slots | None = None,
+    ) -> None:
+        self.slots = find_slots(params) if slots is None else slots
+        self.compile_seconds = 0.0
+        self.traces = 0
+        self._loss = loss
+        self._optimizer = optax.with_extra_args_support(optimizer)
+        self.lay_out((None, None, None))
+
+    def init(self, params: Any) -> Any:
+        """The optimizer state before the first step."""
+        return self._optimizer.init(params)
+
+    def lay_out(self, layout: tuple[Any, Any, Any]) -> None:
+        """See `Step`."""
+        self.compiled = jax.jit(
+            self._program, donate_argnums=(0, 1, 2), out_shardings=(*layout, None)
+        )
+
+    def __call__(
+        self, params: Any, rest: Any, opt_state: Any, batch: Any
+    ) -> tuple[Any, Any, Any, dict[str, Any]]:
+        """Runs one step. The first three arguments are donated."""
+        traces, start = self.traces, time.perf_counter()
+        result = self.compiled(params, rest, opt_state, batch)
+        if self.traces > traces:
+            self.compile_seconds += time.perf_counter() - start
+        return result
+
+    def _program(self, params, rest, opt_state, batch):
+        self.traces += 1  # while tracing, so once a program
+        (loss, (metrics, new_rest)), grads = jax.value_and_grad(self._loss, has_aux=True)(
+            params, rest, batch
+        )
+        # Descent goes along the conjugate of what JAX gives for complex parameters.
+        grads = jax.tree.map(jnp.conj, grads)
+        updates, new_state = self._optimizer.update(
+            grads,
+            opt_state,
+            params,
+            value=loss,
+            grad=grads,
+            value_fn=lambda params: self._loss(params, rest, batch)[0],
+        )
+        before, after = counts(opt_state), counts(new_state)
+        spent = len(self.slots) if before is None else jnp.sum(after - before)
+        params = optax.apply_updates(params, updates)
+        return params, new_rest, new_state, {"loss": loss, **metrics, "updates": spent}
+
+    def report(self, opt_state: Any, seconds: float) -> dict[str, Any]:
+        """Nothing: every step costs the same."""
+        return {}
+
+    def record(self) -> dict[str, Any]:
+        """Nothing: all there is to keep is in arrays."""
+        return {}
+
+    def restore(self, record: Mapping[str, Any], opt_state: Any) -> Any:
+        """The state, as it is."""
+        return opt_state
+
+    def complete(self, opt_state: Any) -> Any:
+        """The state, as it is."""
+        return opt_state
+
+    def check_processes(self) -> None:
+        """Several processes can run this step."""
+
+
+def counts(opt_state: Any) -> Any:
+    """Updates of every slot so far, ``int32[slots]``; None where the state does not count them."""
+    try:
+        return find_state(opt_state).update_counts
+    except ValueError:
+        return None
