@@ -25,9 +25,9 @@ class NonFiniteLossError(FloatingPointError):
     def __init__(self, what: str, step: int):
         super().__init__(
             f"{what} at step {step}; lower the learning rate, clip the gradients (as in "
-            "optax.chain(optax.clip_by_global_norm(1.0), optimizer)), or leave out updates from bad "
-            "gradients with optax.apply_if_finite(optimizer, 5). Look for NaN in the data if it "
-            "happens at once"
+            "optax.chain(optax.clip_by_global_norm(1.0), optimizer)), or leave out updates from "
+            "bad gradients with optax.apply_if_finite(optimizer, 5). Look for NaN in the data if "
+            "it happens at once"
         )
         self.step = step
 

@@ -76,7 +76,7 @@ class Step(Protocol):
 
     @property
     def saved(self) -> float | None:
-        """The share of a full run's FLOPs that was not spent so far; None where none are counted."""
+        """The share of a full run's FLOPs not spent so far; None where they are not counted."""
         ...
 
     def report(self, opt_state: Any, seconds: float) -> dict[str, Any]:
