@@ -1,0 +1,103 @@
+"""Names of the flat door before the rooms had doors of their own. They work for one release."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from typing import Any
+
+# What has moved: the old name, and its room and name there.
+MOVED = {
+    "BlockState": "partial.offload.BlockState",
+    "Compute": "partial.step.Compute",
+    "Costs": "partial.costs.Costs",
+    "DynamicSparsity": "sparse.training.DynamicSparsity",
+    "HighwayReport": "highway.scan.HighwayReport",
+    "LinenLeanRNN": "rnn.lean.LinenLeanRNN",
+    "LinenMePropRNN": "rnn.fused.LinenMePropRNN",
+    "PrefixCache": "partial.prefix_cache.PrefixCache",
+    "RowSparse": "core.rows.RowSparse",
+    "Situation": "partial.policies.Situation",
+    "SparseConv": "sparse.layers.SparseConv",
+    "SparseIndex": "sparse.layers.SparseIndex",
+    "SparseLinear": "sparse.layers.SparseLinear",
+    "SparsePattern": "sparse.pattern.SparsePattern",
+    "Stages": "partial.stages.Stages",
+    "StepCosts": "partial.costs.StepCosts",
+    "TopKCompute": "meprop.step.TopKCompute",
+    "TopKUpdatesState": "priority.top_k.TopKUpdatesState",
+    "Variants": "partial.variants.Variants",
+    "WorkerLostError": "training.trainer.WorkerLostError",
+    "active_sets": "partial.policies.active_sets",
+    "apply_active_updates": "partial.grad.apply_active_updates",
+    "apply_further_mask": "sparse.swap.apply_further_mask",
+    "apply_row_updates": "core.row_optimizers.apply_row_updates",
+    "chain": "partial.stages.chain",
+    "choose_active": "partial.policies.choose_active",
+    "communication": "highway.stages.communication",
+    "densify": "sparse.swap.densify",
+    "format_quality": "highway.quality.format_quality",
+    "function_stage": "partial.stages.function_stage",
+    "gradient_quality": "highway.quality.gradient_quality",
+    "gradient_quality_table": "highway.quality.gradient_quality_table",
+    "gradual_pruning": "sparse.gradual.gradual_pruning",
+    "highway_nnx": "highway.scan.highway_nnx",
+    "highway_report": "highway.scan.highway_report",
+    "highway_rnn": "rnn.highway.highway_rnn",
+    "highway_scan": "highway.scan.highway_scan",
+    "highway_stages": "highway.stages.highway_stages",
+    "lean_rnn": "rnn.lean.lean_rnn",
+    "linen_stages": "partial.stages.linen_stages",
+    "magnitude_masks": "sparse.masks.magnitude_masks",
+    "make_pattern": "sparse.pattern.make_pattern",
+    "make_policy": "partial.policies.make_policy",
+    "measure_costs": "partial.costs.measure_costs",
+    "meprop_conv_general_dilated": "meprop.products.meprop_conv_general_dilated",
+    "meprop_dot_general": "meprop.products.meprop_dot_general",
+    "meprop_value_and_grad": "meprop.grad.meprop_value_and_grad",
+    "merge_upward": "partial.variants.merge_upward",
+    "nnx_partial_value_and_grad": "partial.grad.nnx_partial_value_and_grad",
+    "nnx_stages": "partial.stages.nnx_stages",
+    "partial_value_and_grad": "partial.grad.partial_value_and_grad",
+    "plot_quality": "highway.quality.plot_quality",
+    "prune": "sparse.swap.prune",
+    "prune_unused": "meprop.simplify.prune_unused",
+    "repeats": "priority.schedule.repeats",
+    "restore": "meprop.inject.restore",
+    "row_counts": "core.row_optimizers.row_counts",
+    "row_sparse": "core.row_optimizers.row_sparse",
+    "row_sparse_adam": "core.row_optimizers.row_sparse_adam",
+    "row_sparse_sgd": "core.row_optimizers.row_sparse_sgd",
+    "scanned_stages": "partial.stages.scanned_stages",
+    "sparse_backend": "sparse.backends.sparse_backend",
+    "sparse_conv": "sparse.functional.sparse_conv",
+    "sparse_linear": "sparse.functional.sparse_linear",
+    "sparse_start": "sparse.swap.sparse_start",
+    "sparsify": "sparse.sparsify.sparsify",
+    "stack_params": "partial.stages.stack_params",
+    "top_k_updates": "priority.top_k.top_k_updates",
+    "update_active": "partial.update.update_active",
+}
+
+# What is gone: the old name, and what to use instead.
+GONE: dict[str, str] = {}
+
+
+def old_name(name: str) -> Any:
+    """What a name of the old flat door stands for now.
+
+    Raises:
+      AttributeError: if it is gone, or has never been; says what to use instead.
+    """
+    if name in GONE:
+        raise AttributeError(f"priorityprop_jax.{name} is gone: {GONE[name]}")
+    if name not in MOVED:
+        raise AttributeError(f"module 'priorityprop_jax' has no attribute {name!r}")
+    room, _, new = MOVED[name].rpartition(".")
+    warnings.warn(
+        f"priorityprop_jax.{name} is now priorityprop_jax.{MOVED[name]}; "
+        "the old name goes with the next release",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return getattr(importlib.import_module(f"priorityprop_jax.{room}"), new)
