@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from benchmarks.finetune_sst2 import bootstrap
 from benchmarks.records import about, read_lines, write
-from priorityprop_jax import apply_row_updates, densify, row_sparse_adam
+from priorityprop_jax import densify, row_sparse_adam
 from priorityprop_jax.cli.tasks import load_task
 from priorityprop_jax.meprop.grad import row_value_and_grad
 from priorityprop_jax.meprop.products import MePropDot
@@ -169,7 +169,7 @@ def make_step(arm: Arm, k: int | None, width: int, rate: Any):
             updates, state = tx.update(densify(grads), state, params)
             return optax.apply_updates(params, updates), state, value
         updates, state = tx.update(grads, state, params)
-        return apply_row_updates(params, updates), state, value
+        return optax.apply_updates(params, updates), state, value
 
     return step
 

@@ -31,7 +31,7 @@ from jax import lax
 from tqdm import tqdm
 
 from benchmarks.records import about, write
-from priorityprop_jax import apply_row_updates, row_sparse_adam
+from priorityprop_jax import row_sparse_adam
 from priorityprop_jax.core.program import program_flops
 from priorityprop_jax.meprop.grad import row_value_and_grad
 from priorityprop_jax.meprop.products import MePropDot
@@ -107,8 +107,7 @@ def step_program(arm: str, fraction: float, width: int, batch: int):
     def step(params, state, x, y):
         value, grads = row_value_and_grad(loss, params, x, y)
         updates, state = tx.update(grads, state, params)
-        apply = apply_row_updates if by_rows else optax.apply_updates
-        return apply(params, updates), state, value
+        return optax.apply_updates(params, updates), state, value
 
     arguments = (params, tx.init(params), draw(7, batch, 784), jnp.arange(batch) % 10)
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()

@@ -31,10 +31,8 @@ MOVED = {
     "active_sets": "partial.policies.active_sets",
     "apply_active_updates": "partial.grad.apply_active_updates",
     "apply_further_mask": "sparse.swap.apply_further_mask",
-    "apply_row_updates": "core.row_optimizers.apply_row_updates",
     "chain": "partial.stages.chain",
     "choose_active": "partial.policies.choose_active",
-    "communication": "highway.stages.communication",
     "densify": "sparse.swap.densify",
     "format_quality": "highway.quality.format_quality",
     "function_stage": "partial.stages.function_stage",
@@ -45,7 +43,6 @@ MOVED = {
     "highway_report": "highway.scan.highway_report",
     "highway_rnn": "rnn.highway.highway_rnn",
     "highway_scan": "highway.scan.highway_scan",
-    "highway_stages": "highway.stages.highway_stages",
     "lean_rnn": "rnn.lean.lean_rnn",
     "linen_stages": "partial.stages.linen_stages",
     "magnitude_masks": "sparse.masks.magnitude_masks",
@@ -61,13 +58,11 @@ MOVED = {
     "partial_value_and_grad": "partial.grad.partial_value_and_grad",
     "plot_quality": "highway.quality.plot_quality",
     "prune": "sparse.swap.prune",
-    "prune_unused": "meprop.simplify.prune_unused",
     "repeats": "priority.schedule.repeats",
     "restore": "meprop.inject.restore",
     "row_counts": "core.row_optimizers.row_counts",
     "row_sparse": "core.row_optimizers.row_sparse",
     "row_sparse_adam": "core.row_optimizers.row_sparse_adam",
-    "row_sparse_sgd": "core.row_optimizers.row_sparse_sgd",
     "scanned_stages": "partial.stages.scanned_stages",
     "sparse_backend": "sparse.backends.sparse_backend",
     "sparse_conv": "sparse.functional.sparse_conv",
@@ -80,7 +75,13 @@ MOVED = {
 }
 
 # What is gone: the old name, and what to use instead.
-GONE: dict[str, str] = {}
+GONE: dict[str, str] = {
+    "apply_row_updates": "optax.apply_updates takes row-sparse updates",
+    "communication": "read the text of the compiled program",
+    "highway_stages": "split the batch and run an exact pipeline",
+    "prune_unused": "train the narrower model",
+    "row_sparse_sgd": "use priorityprop_jax.meprop.row_sparse(optax.sgd(...))",
+}
 
 
 def old_name(name: str) -> Any:

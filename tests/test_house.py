@@ -55,7 +55,6 @@ EXCEPTIONS: dict[str, set[str]] = {
         "priorityprop_jax.cli.finetune",
         "priorityprop_jax.cli.main",
         "priorityprop_jax.cli.tasks",
-        "priorityprop_jax.core.row_optimizers",
         "priorityprop_jax.highway.scan",
         "priorityprop_jax.meprop.products",
         "priorityprop_jax.models.bert",

@@ -23,7 +23,6 @@ from priorityprop_jax import (
     PrefixCache,
     PriorityPropTrainer,
     TopKCompute,
-    apply_row_updates,
     find_slots,
     lean_rnn,
     meprop,
@@ -239,8 +238,7 @@ def _programs(arm: Arm, workload: Workload, steps: int) -> Any:
         tx = transformation(arm, rate, steps)
         (value, aux), grads = value_and_grad(loss, params, rest, batch, has_aux=True)
         updates, state = tx.update(grads, state, params)
-        apply = apply_row_updates if arm.rows else optax.apply_updates
-        return apply(params, updates), state, value, aux.get("rows")
+        return optax.apply_updates(params, updates), state, value, aux.get("rows")
 
     if arm.pruned:
         evaluated, loss = (

@@ -7,7 +7,6 @@ the whole of it otherwise: what looks idle below puts the reads first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -64,7 +63,7 @@ def row_sparse(inner: optax.GradientTransformation) -> optax.GradientTransformat
     meanwhile, the *lazy* variant of these optimizers. A dense gradient touches all rows, and gives
     what ``inner`` alone would give. Leaves of fewer dimensions, such as biases, are updated by
     ``inner`` as a whole; where their gradient is `RowSparse`, it is made dense. Where a gradient is
-    None, nothing changes.
+    None nothing changes: its update has no rows, or is None too without ``params``.
 
     ``inner`` must be elementwise, as Adam, SGD, RMSProp, Lion and Adagrad are. It sees one row (or
     one leaf of fewer dimensions) at a time, without its name: what depends on other elements, such
@@ -78,7 +77,7 @@ def row_sparse(inner: optax.GradientTransformation) -> optax.GradientTransformat
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with the state `RowSparseState`. Where the gradient
-      is `RowSparse`, so is the update, of the same rows: see `apply_row_updates`.
+      is `RowSparse`, so is the update, of the same rows, which `optax.apply_updates` adds.
 
     Raises:
       TypeError: if ``inner`` is no transformation; when called, if the row numbers of a gradient
@@ -88,14 +87,14 @@ def row_sparse(inner: optax.GradientTransformation) -> optax.GradientTransformat
     Example:
       >>> import jax.numpy as jnp
       >>> import optax
-      >>> from priorityprop_jax.core.row_optimizers import apply_row_updates, row_sparse
+      >>> from priorityprop_jax.core.row_optimizers import row_sparse
       >>> from priorityprop_jax.core.rows import RowSparse
       >>> params = {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(3)}
       >>> tx = row_sparse(optax.adam(0.5))
       >>> state = tx.init(params)
       >>> kernel = RowSparse(jnp.array([1]), jnp.ones((1, 2)), (3, 2))
       >>> updates, state = tx.update({"kernel": kernel, "bias": jnp.ones(3)}, state, params)
-      >>> apply_row_updates(params, updates)["kernel"].round(3).tolist()
+      >>> optax.apply_updates(params, updates)["kernel"].round(3).tolist()
       [[0.0, 0.0], [-0.5, -0.5], [0.0, 0.0]]
     """
     return _row_sparse(inner)
@@ -138,7 +137,7 @@ def _row_sparse(
             row_counts=tuple(counts for _, counts, _ in new),
             inner_states=tuple(inner_state for _, _, inner_state in new),
         )
-        return treedef.unflatten([update for update, _, _ in new]), state
+        return treedef.unflatten(_all_first([update for update, _, _ in new])), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -178,7 +177,7 @@ def _update_leaf(
 ) -> tuple[Any, Any, Any]:
     """The update, the row counts and the inner state of one leaf."""
     if grad is None:
-        return None, counts, state
+        return _no_rows(param), counts, state
     if is_row_sparse(grad):
         check_rows(grad)
         shape = grad.shape if param is None else jnp.shape(param)
@@ -266,99 +265,42 @@ def row_sparse_adam(
       >>> updates.rows.tolist(), updates.values.round(3).tolist()
       ([1], [[-0.5, -0.5]])
     """
-    _check_learning_rate(learning_rate)
+    if not callable(learning_rate):
+        _check_number("learning_rate", learning_rate, "a number or a schedule")
     _check_number("b1", b1, below=1)
     _check_number("b2", b2, below=1)
     _check_number("eps", eps)
     _check_number("weight_decay", weight_decay)
     inner = optax.scale_by_adam(b1, b2, eps)
     if decay_stale:
-
-        def decay(state, missed):
-            return state._replace(
-                count=state.count + missed,
-                mu=_decayed(state.mu, b1, missed),
-                nu=_decayed(state.nu, b2, missed),
-            )
-
-        inner = _catch_up(inner, decay)
+        inner = _catch_up(inner, b1, b2)
     # 0 would do no harm, but ask for parameters where none are needed.
     if not isinstance(weight_decay, int | float) or weight_decay:
         inner = optax.chain(inner, optax.add_decayed_weights(weight_decay))
-    return _with_learning_rate(inner, learning_rate, decay_stale)
-
-
-def row_sparse_sgd(
-    learning_rate: optax.ScalarOrSchedule,
-    momentum: Any = None,
-    *,
-    nesterov: bool = False,
-    decay_stale: bool = False,
-) -> optax.GradientTransformationExtraArgs:
-    """`optax.sgd` on the rows that have a gradient.
-
-    Args:
-      learning_rate: a number, or a schedule of steps (not of a row's updates).
-      momentum: decay of the momentum, in [0, 1); None for none.
-      nesterov: whether momentum is Nesterov's. Static.
-      decay_stale: whether the momentum of a row decays over the steps that it missed, by
-        ``momentum ** missed``; by default it stands still. Static.
-
-    Returns:
-      An `optax.GradientTransformationExtraArgs`; see `row_sparse` for what it takes and gives.
-
-    Raises:
-      TypeError: if an argument is of the wrong kind.
-      ValueError: if a number is out of its range, or ``nesterov`` or ``decay_stale`` is asked for
-        without momentum.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from priorityprop_jax.core.row_optimizers import row_sparse_sgd
-      >>> from priorityprop_jax.core.rows import RowSparse
-      >>> params, tx = jnp.zeros((3, 2)), row_sparse_sgd(0.5, momentum=0.9)
-      >>> grads = RowSparse(jnp.array([1]), jnp.ones((1, 2)), params.shape)
-      >>> updates, state = tx.update(grads, tx.init(params))
-      >>> updates.values.tolist()
-      [[-0.5, -0.5]]
-    """
-    _check_learning_rate(learning_rate)
-    if momentum is None:
-        if nesterov or decay_stale:
-            raise ValueError("nesterov and decay_stale need a momentum, such as momentum=0.9")
-        return _with_learning_rate(optax.identity(), learning_rate, False)
-    _check_number("momentum", momentum, below=1)
-    inner = optax.trace(momentum, nesterov)
-    if decay_stale:
-        inner = _catch_up(
-            inner,
-            lambda state, missed: state._replace(trace=_decayed(state.trace, momentum, missed)),
-        )
-    return _with_learning_rate(inner, learning_rate, decay_stale)
-
-
-def _with_learning_rate(
-    inner: optax.GradientTransformation, learning_rate: Any, tell_step: bool
-) -> optax.GradientTransformationExtraArgs:
     # Behind the rows: inside, a schedule would run on each row's own count.
     return optax.chain(
-        _row_sparse(inner, tell_step=tell_step),
+        _row_sparse(inner, tell_step=decay_stale),
         on_values(optax.scale_by_learning_rate(learning_rate)),
     )
 
 
 def _catch_up(
-    inner: optax.GradientTransformation, decay: Callable[[Any, jax.Array], Any]
+    adam: optax.GradientTransformation, b1: Any, b2: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Has ``decay(state, missed)`` make good for the steps missed since the last update."""
+    """Decays the moments over the steps that were missed since the last update."""
 
     def init_fn(params):
-        return CaughtUpState(jnp.zeros([], jnp.int32), inner.init(params))
+        return CaughtUpState(jnp.zeros([], jnp.int32), adam.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
-        step = extra_args["step"]  # the others neither Adam nor momentum takes
-        caught_up = decay(state.inner_state, step - state.last_step)
-        updates, inner_state = inner.update(updates, caught_up, params)
+        step = extra_args["step"]  # the others Adam does not take
+        missed, moments = step - state.last_step, state.inner_state
+        caught_up = moments._replace(
+            count=moments.count + missed,
+            mu=_decayed(moments.mu, b1, missed),
+            nu=_decayed(moments.nu, b2, missed),
+        )
+        updates, inner_state = adam.update(updates, caught_up, params)
         return updates, CaughtUpState(jnp.asarray(optax.safe_increment(step)), inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -370,40 +312,6 @@ def _decayed(x: jax.Array, decay: Any, missed: jax.Array) -> jax.Array:
     return (x.astype(jnp.promote_types(x.dtype, jnp.float32)) * factor).astype(x.dtype)
 
 
-def apply_row_updates(params: Any, updates: Any) -> Any:
-    """`optax.apply_updates` where some updates are `RowSparse` and some absent.
-
-    Compiled with ``params`` donated, rows are added in place.
-
-    Args:
-      params: pytree of parameters.
-      updates: pytree of the same structure, with arrays, `RowSparse`, or None where a leaf stays.
-
-    Returns:
-      The new parameters, of the old dtypes; rows without an update are the very same, bit for bit.
-
-    Raises:
-      TypeError: if row numbers are no longer integers.
-      ValueError: if the structures or shapes differ.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from priorityprop_jax.core.row_optimizers import apply_row_updates
-      >>> from priorityprop_jax.core.rows import RowSparse
-      >>> updates = {"kernel": RowSparse(jnp.array([1]), jnp.ones((1, 2)), (2, 2)), "bias": None}
-      >>> params = apply_row_updates({"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}, updates)
-      >>> params["kernel"].tolist(), params["bias"].tolist()
-      ([[0.0, 0.0], [1.0, 1.0]], [0.0, 0.0])
-    """
-    leaves, treedef = jax.tree.flatten(params)
-    flat = treedef.flatten_up_to(updates)
-    for update in filter(is_row_sparse, flat):
-        check_rows(update)
-    if any(map(is_row_sparse, flat)):
-        flat = _all_first(flat)
-    return treedef.unflatten([_applied(x, u) for x, u in zip(leaves, flat, strict=True)])
-
-
 def _all_first(updates: list[Any]) -> list[Any]:
     """The same updates, such that no row can be written before all of them are computed.
 
@@ -411,6 +319,8 @@ def _all_first(updates: list[Any]) -> list[Any]:
     own update is known, and XLA would copy it whole. The barrier says so, but XLA on CPUs drops it
     before it decides what to copy; so the row numbers depend on an element of each update too.
     """
+    if not any(map(is_row_sparse, updates)):
+        return updates
     updates = jax.lax.optimization_barrier(updates)
     never = jnp.array(False)
     for x in jax.tree.leaves([u.values if is_row_sparse(u) else u for u in updates]):
@@ -423,22 +333,14 @@ def _all_first(updates: list[Any]) -> list[Any]:
     ]
 
 
-def _applied(x: Any, update: Any) -> Any:
-    if update is None:
-        return x
-    x = jnp.asarray(x)
-    if not is_row_sparse(update):
-        return jnp.asarray(x + update).astype(x.dtype)
-    if update.shape != x.shape:
-        raise ValueError(f"an update of shape {update.shape} does not fit {x.shape}")
-    if 0 in x.shape:
-        return x
-    at, values = x.at[update.rows], update.values
-    if values.dtype == x.dtype:
-        return at.add(values, **SCATTER)
-    # As optax has it: the sum is rounded to the parameter's dtype, not the update.
-    moved = (at.get(mode="clip") + values).astype(x.dtype)
-    return at.set(jax.lax.optimization_barrier(moved), **SCATTER)
+def _no_rows(leaf: Any) -> Any:
+    """The update of what has no gradient."""
+    if leaf is None:
+        return None
+    leaf = jnp.asarray(leaf)
+    if not leaf.ndim:
+        return jnp.zeros_like(leaf)
+    return RowSparse(jnp.zeros(0, jnp.int32), leaf[:0], leaf.shape)
 
 
 def row_counts(opt_state: Any, params: Any) -> dict[str, jax.Array]:
@@ -468,7 +370,7 @@ def row_counts(opt_state: Any, params: Any) -> dict[str, jax.Array]:
     if len(states) != 1:
         raise ValueError(
             f"expected one RowSparseState in the optimizer's state, found {len(states)}; it is the "
-            "state of row_sparse, row_sparse_adam and row_sparse_sgd"
+            "state of row_sparse and row_sparse_adam"
         )
     paths, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: x is None)
     counts = [jax.tree.leaves(own) for own in states[0].row_counts]
@@ -489,16 +391,11 @@ def _row_wise(leaf: Any) -> bool:
     return leaf is not None and len(jnp.shape(leaf)) >= 2
 
 
-def _check_learning_rate(learning_rate: Any) -> None:
-    if learning_rate is None:
-        raise TypeError("learning_rate must be a number or a schedule, got None")
-    if not callable(learning_rate):
-        _check_number("learning_rate", learning_rate)
-
-
-def _check_number(name: str, x: Any, *, below: float = float("inf")) -> None:
+def _check_number(
+    name: str, x: Any, kind: str = "a number", *, below: float = float("inf")
+) -> None:
     if isinstance(x, bool) or not (isinstance(x, int | float) or hasattr(x, "dtype")):
-        raise TypeError(f"{name} must be a number, got {x!r}")
+        raise TypeError(f"{name} must be {kind}, got {x!r}")
     if isinstance(x, int | float) and not 0 <= x < below:
         limits = "at least 0 and finite" if below == float("inf") else f"in [0, {below:g})"
         raise ValueError(f"{name} must be {limits}, got {x}")

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 # What every scatter of rows may rely on; padding is out of bounds, and dropped.
 SCATTER: dict[str, Any] = {"mode": "drop", "unique_indices": True, "indices_are_sorted": True}
@@ -28,6 +29,11 @@ class RowSparse:
     A pytree node with the children ``rows`` and ``values``. Functions that map over arrays see
     both: `optax.scale` would multiply the row numbers too. `on_values` keeps them out of it.
 
+    ``array + row_sparse`` adds the rows, as `optax.apply_updates` does: the sum has the array's
+    dtype, all other rows are the very same, and compiled with the array donated they are not even
+    read. It raises a TypeError if arithmetic was done on row numbers, and a ValueError if shapes
+    differ.
+
     Attributes:
       rows: ``int32[k]``, ascending and distinct, none negative. What is ``>= shape[0]`` is padding:
         it means no row, and its values, even NaN, are ignored.
@@ -37,13 +43,33 @@ class RowSparse:
     Example:
       >>> import jax.numpy as jnp
       >>> from priorityprop_jax.core.rows import RowSparse
-      >>> RowSparse(jnp.array([0, 3]), jnp.ones((2, 2)), (3, 2)).densify().tolist()
+      >>> some = RowSparse(jnp.array([0, 3]), jnp.ones((2, 2)), (3, 2))
+      >>> some.densify().tolist()
       [[1.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
+      >>> (jnp.ones((3, 2)) + some).tolist()
+      [[2.0, 2.0], [1.0, 1.0], [1.0, 1.0]]
     """
 
     rows: jax.Array
     values: jax.Array
     shape: tuple[int, ...]
+
+    # NumPy would take this for a number, and add it to each of its elements.
+    __array_ufunc__ = None
+
+    def __radd__(self, whole: Any) -> jax.Array:
+        check_rows(self)
+        whole = jnp.asarray(whole)
+        if self.shape != whole.shape:
+            raise ValueError(f"rows of a shape {self.shape} do not fit an array of {whole.shape}")
+        if 0 in whole.shape or not len(self.rows):
+            return whole
+        at = whole.at[self.rows]
+        if self.values.dtype == whole.dtype:
+            return at.add(self.values, **SCATTER)
+        # As optax has it: the sum is rounded to the parameter's dtype, not the update.
+        moved = (at.get(mode="clip") + self.values).astype(whole.dtype)
+        return at.set(lax.optimization_barrier(moved), **SCATTER)
 
     def densify(self) -> jax.Array:
         """The whole array, ``[*shape]``."""

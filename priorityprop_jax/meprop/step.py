@@ -17,7 +17,6 @@ from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.core.program import abstract, product_flops
 from priorityprop_jax.core.row_optimizers import (
     RowSparseState,
-    apply_row_updates,
     row_sparse,
 )
 from priorityprop_jax.core.rows import (
@@ -333,7 +332,7 @@ class TopKStep:
             factor: Any = compute.schedule(state.step)
             scale = on_values(optax.scale(factor))
             updates, _ = scale.update(updates, scale.init(params))
-        params = apply_row_updates(params, updates)
+        params = optax.apply_updates(params, updates)
         usable = jnp.isfinite(magnitudes)
         average = compute.decay * state.magnitudes + (1 - compute.decay) * magnitudes
         state = state._replace(

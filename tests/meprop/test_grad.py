@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from priorityprop_jax import meprop, meprop_dot_general, meprop_value_and_grad, restore
-from priorityprop_jax.core.row_optimizers import apply_row_updates, row_sparse_adam
+from priorityprop_jax.core.row_optimizers import row_sparse_adam
 from priorityprop_jax.core.rows import RowSparse, densify, is_row_sparse
 from priorityprop_jax.meprop.grad import find_uses, row_value_and_grad
 
@@ -434,7 +434,7 @@ def test_a_step_that_keeps_every_row_is_adams(k):
         grads = jax.grad(plain)(reference, X)
         more, other = theirs.update(grads, other, reference)
         return (
-            apply_row_updates(params, updates), state, optax.apply_updates(reference, more), other
+            optax.apply_updates(params, updates), state, optax.apply_updates(reference, more), other
         )  # fmt: skip
 
     params = reference = tree()
@@ -453,7 +453,7 @@ def test_a_step_is_that_of_lazy_adam():
     def step(params, state, x):
         _, grads = meprop_value_and_grad(loss)(params, x)
         updates, state = tx.update(grads, state, params)
-        return apply_row_updates(params, updates), state
+        return optax.apply_updates(params, updates), state
 
     params = tree()
     state, kernel = tx.init(params), np.asarray(params["a"]["kernel"])

@@ -16,7 +16,6 @@ from flax import nnx
 from priorityprop_jax import PriorityPropTrainer, TopKCompute, meprop, meprop_value_and_grad
 from priorityprop_jax.cli.tasks import MLP, Tagger
 from priorityprop_jax.core.row_optimizers import (
-    apply_row_updates,
     row_counts,
     row_sparse,
     row_sparse_adam,
@@ -215,7 +214,7 @@ def test_fixed_k_is_a_loop_by_hand():
         updates, state = tx.update(grads, state, params)
         scale = on_values(optax.scale(rate))
         updates, _ = scale.update(updates, scale.init(params))
-        return value, apply_row_updates(params, updates), state
+        return value, optax.apply_updates(params, updates), state
 
     losses = []
     for i, batch in enumerate(batches(5)):
