@@ -27,7 +27,12 @@ if TYPE_CHECKING:
         priorityprop,
         scale_by_priority,
     )
-    from priorityprop_jax.training.trainer import History, NonFiniteLossError, PriorityPropTrainer
+    from priorityprop_jax.training import (
+        History,
+        NonFiniteLossError,
+        PriorityPropTrainer,
+        Trainer,
+    )
 
 __version__ = "0.1.0"
 
@@ -38,6 +43,7 @@ __all__ = [
     "PriorityPropState",
     "PriorityPropTrainer",
     "Slots",
+    "Trainer",
     "allocate",
     "find_slots",
     "priorityprop",
@@ -48,12 +54,13 @@ _ROOMS = frozenset(
     {"core", "highway", "meprop", "models", "partial", "priority", "rnn", "sparse", "training"}
 )
 _FLAT = {  # the room of every name
-    "History": "training.trainer",
+    "History": "training",
     "Ledger": "priority",
-    "NonFiniteLossError": "training.trainer",
+    "NonFiniteLossError": "training",
     "PriorityPropState": "priority",
-    "PriorityPropTrainer": "training.trainer",
+    "PriorityPropTrainer": "training",
     "Slots": "core",
+    "Trainer": "training",
     "allocate": "priority",
     "find_slots": "core",
     "priorityprop": "priority",

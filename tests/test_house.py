@@ -33,15 +33,8 @@ EXCEPTIONS: dict[str, set[str]] = {
         "priorityprop_jax.rnn.fused imports priorityprop_jax.meprop.products",
         "priorityprop_jax.rnn.highway imports priorityprop_jax.highway.scan",
         "priorityprop_jax.sparse.training imports priorityprop_jax.training.trainer",
-        "priorityprop_jax.training.trainer imports priorityprop_jax.meprop.step",
-        "priorityprop_jax.training.trainer imports priorityprop_jax.partial.stages",
-        "priorityprop_jax.training.trainer imports priorityprop_jax.partial.step",
-        "priorityprop_jax.training.trainer imports priorityprop_jax.sparse.training",
     },
-    "circles": {
-        "priorityprop_jax.sparse.training",
-        "priorityprop_jax.training.trainer",
-    },
+    "circles": set(),
     "doors": {
         "highway",
         "meprop",
@@ -49,7 +42,6 @@ EXCEPTIONS: dict[str, set[str]] = {
         "partial",
         "rnn",
         "sparse",
-        "training",
     },
     "files": {
         "priorityprop_jax.cli.finetune",
@@ -68,7 +60,7 @@ EXCEPTIONS: dict[str, set[str]] = {
     "classes": {
         "priorityprop_jax.partial.prefix_cache.PrefixCache",
         "priorityprop_jax.partial.step.BudgetedStep",
-        "priorityprop_jax.training.trainer.PriorityPropTrainer",
+        "priorityprop_jax.training.trainer.Trainer",
     },
     "package": {
         "lines",

@@ -1,1 +1,22 @@
-"""RUN: the trainer, the command line, and the real tasks that they train on."""
+"""The training loop around any step: history, checkpoints, interrupts, several processes."""
+
+from priorityprop_jax.training.history import History, NonFiniteLossError
+from priorityprop_jax.training.loader import ArrayLoader
+from priorityprop_jax.training.model import as_model
+from priorityprop_jax.training.processes import WorkerLostError
+from priorityprop_jax.training.step import MakeStep, Model, Setup, Step
+from priorityprop_jax.training.trainer import PriorityPropTrainer, Trainer
+
+__all__ = [
+    "ArrayLoader",
+    "History",
+    "MakeStep",
+    "Model",
+    "NonFiniteLossError",
+    "PriorityPropTrainer",
+    "Setup",
+    "Step",
+    "Trainer",
+    "WorkerLostError",
+    "as_model",
+]

@@ -1,10 +1,12 @@
-"""Batches of arrays in memory, in an order that a resumed run repeats."""
+"""Where batches come from: arrays in memory, and what a trainer asks of any loader."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
+import jax
 import numpy as np
 
 
@@ -102,3 +104,29 @@ class ArrayLoader:
         for i in range(len(self)):
             rows = order[i * self.batch_size : (i + 1) * self.batch_size]  # [batch]
             yield {name: array[rows] for name, array in self.arrays.items()}
+
+
+def check_iterable(name: str, batches: Any, epochs: int) -> None:
+    """Raises unless batches can be got from this for so many epochs."""
+    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+        raise TypeError(f"{name} must be an iterable of batches, got {batches!r}")
+    if epochs > 1 and isinstance(batches, Iterator):
+        raise ValueError(
+            f"{name} is an iterator, which can be gone through once, but {epochs} epochs need it "
+            "anew each time: give a list or an object whose __iter__ starts afresh, or train one "
+            "epoch"
+        )
+
+
+def batches_in(loader: Any) -> int | None:
+    """Batches in an epoch, or None where the loader does not know."""
+    try:
+        return len(loader)
+    except TypeError:  # also of a `__len__` that cannot tell, as of a stream
+        return None
+
+
+def rows_in(batch: Any) -> int:
+    """Rows of a batch: the first axis of its first array; a batch of scalars is one example."""
+    leaves = jax.tree.leaves(batch)
+    return np.shape(leaves[0])[0] if leaves and np.ndim(leaves[0]) else 1

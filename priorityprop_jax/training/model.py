@@ -64,7 +64,9 @@ class NnxModel:
         """Updates the module."""
         nnx.update(self.module, params, rest)
 
-    def loss(self, loss_fn: LossFn, params: Any, rest: Any, batch: Any) -> tuple[Any, Any]:
+    def loss(
+        self, loss_fn: LossFn, params: Any, rest: Any, batch: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
         """See `Model`."""
         # A fresh tree: variables may only change at the trace level that made them.
         module = nnx.merge(self._train_graph, params, jax.tree.map(lambda leaf: leaf, rest))
@@ -110,7 +112,9 @@ class TreeModel:
         """Keeps the parameters for the next `split`."""
         self._params = params
 
-    def loss(self, loss_fn: LossFn, params: Any, rest: Any, batch: Any) -> tuple[Any, Any]:
+    def loss(
+        self, loss_fn: LossFn, params: Any, rest: Any, batch: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
         """See `Model`."""
         return loss_fn(params, batch), rest
 

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from priorityprop_jax import WorkerLostError, priorityprop
 from priorityprop_jax.cli.tasks import cross_entropy
 from priorityprop_jax.core.slots import by_layer
-from priorityprop_jax.training.trainer import _raise_if_lost
+from priorityprop_jax.training.processes import raise_if_lost
 from tests.training import worker
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -89,7 +89,7 @@ def test_arrays_stay_laid_out_as_they_were(trained):
     trace = state.inner_state[0].trace["blocks"][0]["qkv"]["kernel"]
     assert jax.tree.leaves(trace)[0].sharding == kernel.sharding
     # Were they not, the second step would be compiled anew.
-    assert trainer._compiled_step._cache_size() == 1
+    assert trainer.step.compiled._cache_size() == 1
 
 
 def test_checkpoints_pass_between_a_mesh_and_one_device(trained, tmp_path):
@@ -204,9 +204,9 @@ def test_errors_of_a_lost_process_are_told_from_others(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     lost = jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: reset by peer\nmore")
     with pytest.raises(WorkerLostError, match=r"resume_from='there' \(UNKNOWN: Gloo .* peer\)$"):
-        _raise_if_lost(lost, "there")
-    _raise_if_lost(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), None)
-    _raise_if_lost(ValueError("connection"), None)
+        raise_if_lost(lost, "there")
+    raise_if_lost(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), None)
+    raise_if_lost(ValueError("connection"), None)
 
 
 @pytest.mark.once

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from priorityprop_jax import PriorityPropState, priorityprop, scale_by_priority
-from priorityprop_jax.training.trainer import History, NonFiniteLossError, PriorityPropTrainer
+from priorityprop_jax.training import History, NonFiniteLossError, PriorityPropTrainer, Trainer
 
 ROWS = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
 TARGETS = (ROWS @ np.array([[1.0], [-2.0], [0.5], [3.0]]) + 0.5).astype(np.float32)
@@ -234,10 +234,10 @@ class TestTraining:
     def test_compiles_once_and_again_for_a_ragged_batch(self, make):
         trainer = make()
         trainer.train(_batches(16), epochs=3, eval_data=_batches(16))
-        assert trainer._traces == 1 and trainer._compiled_step._cache_size() == 1
+        assert trainer.step.traces == 1 and trainer.step.compiled._cache_size() == 1
         assert trainer._compiled_eval._cache_size() == 1
         trainer.train(_batches(16, rows=40), epochs=2)
-        assert trainer._traces == 2 and trainer._compiled_step._cache_size() == 2
+        assert trainer.step.traces == 2 and trainer.step.compiled._cache_size() == 2
 
     @pytest.mark.parametrize(
         "inner",
@@ -254,7 +254,7 @@ class TestTraining:
         before = trainer.evaluate(_batches())["loss"]
         trainer.train(_batches(), epochs=2)
         assert trainer.evaluate(_batches())["loss"] < before
-        assert trainer._compiled_step._cache_size() == 1
+        assert trainer.step.compiled._cache_size() == 1
 
     def test_complex_parameters_descend(self):
         trainer = PriorityPropTrainer(

@@ -1,0 +1,149 @@
+"""Checkpoints of a run: a folder that holds the latest two, written and read with Orbax."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from priorityprop_jax.core.paths import path_name
+
+_FORMAT = "priorityprop_jax-2"
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """The path as Orbax wants it; those of cloud storage are as they are."""
+    path = os.fspath(path)
+    return path if "://" in path else os.path.realpath(os.path.expanduser(path))
+
+
+def open_folder(folder: str, *, create: bool = True) -> ocp.CheckpointManager:
+    """The checkpoints in a folder, to be used in a `with` statement."""
+    return ocp.CheckpointManager(
+        folder,
+        options=ocp.CheckpointManagerOptions(
+            max_to_keep=2, create=create, enable_async_checkpointing=False
+        ),
+    )
+
+
+def save(manager: ocp.CheckpointManager, arrays: Any, about: Mapping[str, Any]) -> None:
+    """Writes a checkpoint.
+
+    Args:
+      manager: from `open_folder`.
+      arrays: a pytree.
+      about: what else belongs to it, ready for JSON.
+    """
+    present = {
+        key: jax.random.key_data(leaf) if _is_key(leaf) else leaf
+        for key, leaf in _numbered(arrays)
+        if leaf.size  # Orbax refuses arrays of no elements.
+    }
+    about = {**about, "format": _FORMAT, "leaves": _describe(arrays)}
+    latest = manager.latest_step()
+    manager.save(
+        # Not the training step: an interruption can end two runs at the same one.
+        0 if latest is None else latest + 1,
+        args=ocp.args.Composite(
+            arrays=ocp.args.StandardSave(present), about=ocp.args.JsonSave(about)
+        ),
+    )
+
+
+def load(folder: str, like: Any, made_by: str) -> tuple[Any, dict[str, Any]]:
+    """Reads the latest checkpoint.
+
+    Args:
+      folder: that holds it.
+      like: a pytree of arrays as they were saved; only shapes and layouts are read.
+      made_by: what ``about["made_by"]`` must be.
+
+    Returns:
+      The arrays, laid out as in ``like``, and what else was saved about them.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it cannot be read, or does not fit.
+    """
+    if "://" not in folder and not os.path.isdir(folder):
+        raise FileNotFoundError(f"there is no folder {folder} to resume from")
+    with open_folder(folder, create=False) as manager:
+        latest = manager.latest_step()
+        if latest is None:
+            raise FileNotFoundError(f"there is no checkpoint in {folder} to resume from")
+        where = f"checkpoint {latest} in {folder}"
+        about = _read(manager, latest, where, about=ocp.args.JsonRestore())
+        found = about.get("format") if isinstance(about, dict) else None
+        if found != _FORMAT:
+            raise ValueError(
+                f"{where} has the format {found!r}, but only {_FORMAT!r} can be read: finish that "
+                "run with the version of priorityprop_jax that wrote it, or train anew"
+            )
+        if about["made_by"] != made_by:
+            raise ValueError(
+                f"{where} does not fit this trainer: it was written with the step "
+                f"{about['made_by']}, but this one's is {made_by}. Give the trainer the same step"
+            )
+        _check_fit(where, about["leaves"], _describe(like))
+        leaves = _numbered(like)
+        wanted = {key: _abstract(leaf) for key, leaf in leaves if leaf.size}
+        arrays = _read(manager, latest, where, arrays=ocp.args.StandardRestore(wanted))
+    restored = [
+        leaf
+        if not leaf.size
+        else jax.random.wrap_key_data(arrays[key], impl=jax.random.key_impl(leaf))
+        if _is_key(leaf)
+        else arrays[key]
+        for key, leaf in leaves
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), restored), about
+
+
+def _read(manager: ocp.CheckpointManager, number: int, where: str, **item: Any) -> Any:
+    """Restores the one item of a checkpoint."""
+    (name,) = item
+    try:
+        return manager.restore(number, args=ocp.args.Composite(**item))[name]
+    except Exception as error:  # Orbax and its file formats raise many kinds.
+        raise ValueError(
+            f"{where} cannot be read; it is damaged or was not written by a Trainer. Remove it to "
+            "resume from the one before"
+        ) from error
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _numbered(tree: Any) -> list[tuple[str, Any]]:
+    # Numbers rather than paths, in which a user may have put any character.
+    return [(f"{i:05d}", leaf) for i, leaf in enumerate(jax.tree.leaves(tree))]
+
+
+def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    # Also of an array that is deleted, whose shape and sharding are still known.
+    data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+    sharding = getattr(leaf, "sharding", None)  # none for what is in host memory
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
+
+
+def _describe(tree: Any) -> list[list[str]]:
+    """Name, and dtype with shape, of every leaf."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [[path_name(path), f"{leaf.dtype}{list(leaf.shape)}"] for path, leaf in leaves]
+
+
+def _check_fit(where: str, saved: list[list[str]], present: list[list[str]]) -> None:
+    for theirs, ours in itertools.zip_longest(saved, present, fillvalue=["nothing", ""]):
+        if list(theirs) != list(ours):
+            raise ValueError(
+                f"{where} does not fit this trainer: it has {' '.join(theirs).strip()} where the "
+                f"trainer has {' '.join(ours).strip()}. Resume with the model, the optimizer and "
+                "the slots that it was saved with"
+            )
