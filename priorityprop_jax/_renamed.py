@@ -27,7 +27,7 @@ MOVED = {
     "TopKCompute": "meprop.step.TopKCompute",
     "TopKUpdatesState": "priority.top_k.TopKUpdatesState",
     "Variants": "partial.variants.Variants",
-    "WorkerLostError": "training.trainer.WorkerLostError",
+    "WorkerLostError": "training.WorkerLostError",
     "active_sets": "partial.policies.active_sets",
     "apply_active_updates": "partial.grad.apply_active_updates",
     "apply_further_mask": "sparse.swap.apply_further_mask",

@@ -70,7 +70,7 @@ class NnxModel:
         """See `Model`."""
         # A fresh tree: variables may only change at the trace level that made them.
         module = nnx.merge(self._train_graph, params, jax.tree.map(lambda leaf: leaf, rest))
-        result = loss_fn(module, batch)
+        result = loss_fn(module, batch, **kwargs)
         nnx.pop(module, nnx.Intermediate)
         return result, nnx.state(module, nnx.Not(nnx.Param))
 
@@ -116,7 +116,7 @@ class TreeModel:
         self, loss_fn: LossFn, params: Any, rest: Any, batch: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
         """See `Model`."""
-        return loss_fn(params, batch), rest
+        return loss_fn(params, batch, **kwargs), rest
 
     def evaluator(self, params: Any, rest: Any) -> Any:
         """The parameters."""

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from priorityprop_jax import PriorityPropState, priorityprop, scale_by_priority
-from priorityprop_jax.training import History, NonFiniteLossError, PriorityPropTrainer, Trainer
+from priorityprop_jax.training import History, NonFiniteLossError, PriorityPropTrainer
 
 ROWS = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
 TARGETS = (ROWS @ np.array([[1.0], [-2.0], [0.5], [3.0]]) + 0.5).astype(np.float32)
