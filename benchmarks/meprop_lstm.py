@@ -32,7 +32,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from benchmarks.records import about, write
-from priorityprop_jax.rnn.fused import swap_rnn
+from priorityprop_jax.meprop.rnn import swap_rnn
 from priorityprop_jax.rnn.recurrent import LSTMParams, lstm
 
 HIDDEN, INPUTS, STEPS, BATCH = 500, 500, 64, 32

@@ -30,24 +30,19 @@ BELOW = {
 EXCEPTIONS: dict[str, set[str]] = {
     "imports": {
         "priorityprop_jax.meprop.step imports priorityprop_jax.partial.step",
-        "priorityprop_jax.rnn.fused imports priorityprop_jax.meprop.products",
-        "priorityprop_jax.rnn.highway imports priorityprop_jax.highway.scan",
         "priorityprop_jax.sparse.training imports priorityprop_jax.training.trainer",
     },
     "circles": set(),
     "doors": {
-        "highway",
         "meprop",
         "models",
         "partial",
-        "rnn",
         "sparse",
     },
     "files": {
         "priorityprop_jax.cli.finetune",
         "priorityprop_jax.cli.main",
         "priorityprop_jax.cli.tasks",
-        "priorityprop_jax.highway.scan",
         "priorityprop_jax.meprop.products",
         "priorityprop_jax.models.bert",
         "priorityprop_jax.partial.prefix_cache",

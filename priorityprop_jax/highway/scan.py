@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,25 +13,12 @@ from flax import nnx
 from jax import lax
 from jax.extend import core
 
+from priorityprop_jax.rnn.rounds import HighwayReport, associative_affine, iterate, wide_type
+
 Block = Callable[[Any, Any], Any]
 Residual = str | float | jax.Array | np.ndarray | Callable[[Any, Any], Any]
 
 _MEASURED = {"measured": False, "measured_diagonal": True}
-
-
-class HighwayReport(NamedTuple):
-    """How a backward pass of `highway_scan` went: float32 scalars.
-
-    Attributes:
-      rounds: rounds whose result was kept; 0 where the gradient is exact by plain autodiff.
-      correction: by how much the last round that ran changed the cotangents, relative to their
-        norm.
-      stopped: 1 if the guard ended the iteration, because corrections grew or were NaN, else 0.
-    """
-
-    rounds: jax.Array  # []
-    correction: jax.Array  # []
-    stopped: jax.Array  # []
 
 
 def highway_report() -> HighwayReport:
@@ -211,7 +197,7 @@ def highway_scan(
             w = jax.tree.map(lambda w, dtype: w.astype(dtype), w, dtypes)
             return wide(w), wide(pull(w, aux_bar)[2])
 
-        b = jax.tree.map(lambda y: jnp.zeros((layers, *y.shape), _wide_type(y)), y_bar)
+        b = jax.tree.map(lambda y: jnp.zeros((layers, *y.shape), wide_type(y)), y_bar)
         b = jax.tree.map(lambda b, y: b.at[-1].set(y.astype(b.dtype)), b, y_bar)
         if collect:
             b = jax.tree.map(jnp.add, b, wide(ys_bar))
@@ -231,7 +217,7 @@ def highway_scan(
         w, report = iterate(step, _accumulate(b, diagonal), rounds, tol, guard)
         w = jax.tree.map(lambda w, dtype: w.astype(dtype), w, dtypes)
         trained_bar, shared_bar, x_bar = pull(w, aux_bar)
-        add = lambda g: jnp.sum(g, 0, dtype=_wide_type(g)).astype(g.dtype)  # noqa: E731
+        add = lambda g: jnp.sum(g, 0, dtype=wide_type(g)).astype(g.dtype)  # noqa: E731
         shared_bar = jax.tree.map(add, shared_bar)
         x_bar = jax.tree.map(lambda g: g[0], x_bar)
         probe_bar = None if probe is None else report
@@ -323,42 +309,6 @@ def highway_nnx(
     return out[0] if len(out) == 1 else tuple(out)
 
 
-# The iteration.
-
-
-def iterate(
-    step: Callable[[Any], Any], w: Any, rounds: int, tol: float | None, guard: bool = True
-) -> tuple[Any, HighwayReport]:
-    """Rounds of ``w = step(w)`` under a guard; see `highway_scan` for when they stop."""
-    size = _norm(w)
-    # Under `jax.shard_map` it has to vary over the axes that the norms vary over.
-    zero = jnp.where(jnp.isnan(size), 0, jnp.zeros_like(size))
-    if tol is None and not guard:
-        last = w
-        for _ in range(rounds):
-            last, w = w, step(w)
-        correction = _ratio(_distance(w, last), _norm(w))
-        return w, HighwayReport(zero + rounds, correction, zero)
-
-    def body(state: Any) -> Any:
-        w, allowed, report, _ = state
-        new = step(w)
-        moved, size = _distance(new, w), _norm(new)
-        worse = (moved > allowed) & guard  # not so if it is NaN, which the gradient has to show
-        w = jax.tree.map(lambda new, w: jnp.where(worse, w, new), new, w)
-        stopped = worse | jnp.isnan(moved)
-        done = stopped if tol is None else stopped | (moved <= tol * size)
-        kept = report.rounds + jnp.where(worse, 0, 1)
-        return w, moved, HighwayReport(kept, _ratio(moved, size), stopped.astype(kept.dtype)), done
-
-    def going(state: Any) -> Any:
-        return ~state[3] & (state[2].rounds < rounds)
-
-    state = w, size, HighwayReport(zero, zero, zero), zero > 0
-    w, _, report, _ = body(state) if rounds == 1 else lax.while_loop(going, body, state)
-    return w, report
-
-
 def _accumulate(c: Any, diagonal: Any) -> Any:
     """The cotangents ``c`` of all layers' outputs, ``[layers, ...]``, summed along the residual."""
     if diagonal is None:
@@ -367,49 +317,15 @@ def _accumulate(c: Any, diagonal: Any) -> Any:
     return jax.tree.map(lambda c, k: associative_affine(k, c, reverse=True), c, diagonal)
 
 
-def associative_affine(a: jax.Array, b: jax.Array, *, reverse: bool) -> jax.Array:
-    """``y_t = a_t y_{t-1} + b_t`` along axis 0, or its transpose, in a logarithm of the steps.
-
-    Args:
-      a: ``[time, ...]``, which broadcasts against ``b``.
-      b: ``[time, ...]``.
-      reverse: whether it is the transpose, ``y_t = a_{t+1} y_{t+1} + b_t``.
-    """
-
-    def join(first: Any, second: Any) -> Any:
-        return first[0] * second[0], second[0] * first[1] + second[1]
-
-    if reverse:
-        a = jnp.roll(a, -1, axis=0)  # nothing comes after the last step, whatever its factor
-    return lax.associative_scan(join, (a, b), reverse=reverse)[1]
-
-
 def _measure(w: jax.Array, pulled: jax.Array, by_channel: bool) -> jax.Array:
     axes = tuple(range(1, w.ndim - (by_channel and w.ndim > 1)))
     along, square = (jnp.sum(a * w, axes, keepdims=True) for a in (pulled, w))
     return jnp.clip(jnp.where(square == 0, 1, along / jnp.where(square == 0, 1, square)), 0, 1.5)
 
 
-def _norm(w: Any) -> jax.Array:
-    squares = [jnp.sum(jnp.square(leaf.astype(_wide_type(leaf)))) for leaf in jax.tree.leaves(w)]
-    return jnp.sqrt(functools.reduce(operator.add, squares)).astype(jnp.float32)
-
-
-def _distance(a: Any, b: Any) -> jax.Array:
-    return _norm(jax.tree.map(jnp.subtract, a, b))
-
-
-def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
-
-
-def _wide_type(x: Any) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
 def wide(tree: Any) -> Any:
     """In float32 at least."""
-    return jax.tree.map(lambda x: x.astype(_wide_type(x)), tree)
+    return jax.tree.map(lambda x: x.astype(wide_type(x)), tree)
 
 
 # The blocks.
@@ -509,8 +425,8 @@ def _given_residual(residual: Any, layers: int, x: Any) -> Any:
         channels = residual.shape[1:] if x.ndim else ()
         shape = (layers, *[1] * (x.ndim - len(channels)), *channels)
         if residual.ndim == 0:
-            return jnp.full(shape, residual, _wide_type(x))
-        return residual.reshape(shape).astype(_wide_type(x))
+            return jnp.full(shape, residual, wide_type(x))
+        return residual.reshape(shape).astype(wide_type(x))
 
     return jax.tree.map(fit, x)
 
@@ -519,7 +435,7 @@ def _diagonal(diagonal: Any, x: Any) -> Any:
     """A function's residual, with as many axes as ``x``."""
 
     def fit(x: jax.Array, k: Any) -> jax.Array:
-        k = jnp.asarray(k, _wide_type(x))
+        k = jnp.asarray(k, wide_type(x))
         k = k.reshape((1,) * (x.ndim - k.ndim) + k.shape)
         if k.ndim > x.ndim or any(n not in (1, m) for n, m in zip(k.shape, x.shape, strict=True)):
             raise ValueError(

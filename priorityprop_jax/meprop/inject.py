@@ -13,7 +13,8 @@ from flax import nnx
 from priorityprop_jax.core.modules import check_module, walk
 from priorityprop_jax.core.selection import Pattern
 from priorityprop_jax.meprop.products import K, MeProp, MePropConv, MePropDot, MePropEinsum
-from priorityprop_jax.rnn.fused import is_fusible, restore_rnn, swap_rnn
+from priorityprop_jax.meprop.rnn import swap_rnn
+from priorityprop_jax.rnn.fused import is_fusible, restore_rnn
 
 # Where a layer keeps the function that multiplies, and what to put there.
 _PLACES: tuple[tuple[type, str, type[MeProp]], ...] = (

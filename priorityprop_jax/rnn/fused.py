@@ -1,4 +1,7 @@
-"""Backward passes of our own inside the RNN modules of Flax, which keep their parameters."""
+"""Backward passes of our own inside the RNN modules of Flax, which keep their parameters.
+
+A module is turned into a subclass of itself in place, and back, so that parameters and paths stay.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,8 @@ from flax.linen.dtypes import promote_dtype
 from flax.nnx.nn.recurrent import flip_sequences
 from jax import lax
 
-from priorityprop_jax.core.selection import check_k, resolve_k
-from priorityprop_jax.meprop.products import LayerUse, enter
-from priorityprop_jax.rnn.recurrent import GRUParams, LSTMParams, gru, lstm
+from priorityprop_jax.core.modules import check_module, walk
+from priorityprop_jax.rnn.recurrent import GRUParams, LSTMParams
 
 # A cell's layers on the input and on the state, in the order of the gates
 _NNX_LAYERS: dict[Any, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -55,11 +57,6 @@ def _params(is_gru: bool, input_kernel: Any, kernel: Any, input_bias: Any, bias:
     return LSTMParams(input_kernel, kernel, bias)
 
 
-def _meprop(params: Any, *args: Any, **options: Any) -> Any:
-    function: Any = gru if isinstance(params, GRUParams) else lstm
-    return function(params, *args, **options)
-
-
 def _over_sequence(
     run: Callable[..., Any],
     inputs: jax.Array,
@@ -89,6 +86,7 @@ def _over_sequence(
 
 
 def _transposed(layer: Any) -> bool:
+    """Whether a drop-in for its product, such as meProp's, wants the kernel stored (out, in)."""
     return getattr(layer.dot_general, "transposed", False)
 
 
@@ -97,17 +95,25 @@ def _nnx_runs(rnn: nnx.RNN) -> bool:
     cell = rnn.cell
     if not _standard(cell, _NNX_LAYERS):
         return False
-    layers = [getattr(cell, name) for names in _NNX_LAYERS[type(cell)] for name in names]
+    to_input, to_state = (
+        [getattr(cell, name) for name in names] for names in _NNX_LAYERS[type(cell)]
+    )
     # What else somebody has put into a layer, we do not know how to run.
     known = all(
         type(layer) is nnx.Linear
         and (layer.dot_general is lax.dot_general or hasattr(layer.dot_general, "transposed"))
         and layer.precision is None
         and layer.preferred_element_type is None
-        for layer in layers
+        for layer in (*to_input, *to_state)
     )
+    if not known:
+        return False
+    is_gru = type(cell) is nnx.GRUCell  # with a bias, if any, on the input; an LSTM on the state
+    biases = [[layer.bias is not None for layer in layers] for layers in (to_input, to_state)]
+    if any(biases[is_gru]) or not (is_gru or all(biases[1])):
+        return False
     # An axis over which parameters would be scanned: a kernel for every step
-    return known and not any(isinstance(axis, int) for axis in rnn.state_axes.values())
+    return not any(isinstance(axis, int) for axis in rnn.state_axes.values())
 
 
 def is_fusible(rnn: Any) -> bool:
@@ -199,53 +205,6 @@ class FusedRNN(nnx.RNN):
         return _over_sequence(run, inputs, **options)
 
 
-class MePropRNN(FusedRNN):
-    """`flax.nnx.RNN` whose backward pass is meProp's; made by `swap_rnn`.
-
-    Values, parameters and their paths are the RNN's; see `FusedRNN`. Under `jax.jit` on a CPU the
-    values of cells with fused gates are the plain RNN's to the bit; those of `nnx.LSTMCell` too,
-    unless the compiler joins the products of its gates.
-
-    Attributes:
-      meprop_k: columns of each gate that the gradient flows back through at a step: a number, or
-        a fraction of the hidden width. Static.
-      meprop_name: what to call the layer.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> from priorityprop_jax.rnn.fused import swap_rnn
-      >>> rnn = nnx.RNN(nnx.GRUCell(3, 8, rngs=nnx.Rngs(0)))
-      >>> swap_rnn(rnn, 2, "encoder")
-      True
-      >>> loss_fn = lambda rnn, x: jnp.sum(rnn(x, initial_carry=jnp.ones((4, 8))))
-      >>> grads = nnx.grad(loss_fn)(rnn, jnp.ones((4, 1, 3)))
-      >>> int(jnp.sum(jnp.any(grads["cell"]["dense_i"]["kernel"][...] != 0, axis=0)))
-      6
-    """
-
-    meprop_k: int | float = 1.0
-    meprop_name: str = ""
-
-    own = ("meprop_k", "meprop_name")
-
-    def run(self, params, carry, xs, all_carries, per_gate):
-        """See `FusedRNN.run`."""
-        outputs, hidden = params.recurrent_kernel.shape
-        kept = outputs // hidden * resolve_k(self.meprop_k, hidden, self.meprop_name)
-        rows, features = xs.size // xs.shape[-1], hidden + xs.shape[-1]
-        enter(self.meprop_name, LayerUse(rows, features, outputs, (kept,), by_rows=False))
-        return _meprop(
-            params,
-            carry,
-            xs,
-            k=self.meprop_k,
-            all_carries=all_carries,
-            unroll=self.unroll,
-            per_gate=per_gate,
-        )
-
-
 def swap(rnn: Any, kind: type[FusedRNN], **attributes: Any) -> bool:
     """Turns an `nnx.RNN`, or what it was turned into, into ``kind`` in place, if that can be."""
     if not is_fusible(rnn):
@@ -258,29 +217,6 @@ def swap(rnn: Any, kind: type[FusedRNN], **attributes: Any) -> bool:
     return True
 
 
-def swap_rnn(rnn: Any, k: int | float, name: str = "") -> bool:
-    """Turns an `nnx.RNN` into a `MePropRNN` in place; parameters and paths stay.
-
-    Args:
-      rnn: the module. A `MePropRNN` gets the new ``k``.
-      k: columns kept of each gate: a number, or a fraction of the hidden width.
-      name: what to call the layer in an error.
-
-    Returns:
-      Whether it could: False for a subclass of `nnx.RNN`, another cell than those of `MePropRNN`,
-      other functions than sigmoid and tanh, or layers with a ``dot_general`` unknown here.
-
-    Raises:
-      TypeError: if ``k`` is no number.
-      ValueError: if ``k`` is impossible for the cell's width.
-    """
-    check_k(k)
-    if not is_fusible(rnn):
-        return False
-    resolve_k(k, rnn.cell.hidden_features, name)
-    return swap(rnn, MePropRNN, meprop_k=k, meprop_name=name)
-
-
 def restore_rnn(rnn: Any) -> bool:
     """Undoes `swap`, in place; returns whether the module was a `FusedRNN`."""
     if not isinstance(rnn, FusedRNN):
@@ -290,6 +226,29 @@ def restore_rnn(rnn: Any) -> bool:
             delattr(rnn, attribute)
     object.__setattr__(rnn, "__class__", nnx.RNN)
     return True
+
+
+def restore(model: nnx.Module) -> int:
+    """Gives every `nnx.RNN` of a model its own backward pass again, in place.
+
+    Args:
+      model: the module; changed in place.
+
+    Returns:
+      How many RNNs were changed back.
+
+    Raises:
+      TypeError: if ``model`` is no `nnx.Module`.
+
+    Example:
+      >>> from flax import nnx
+      >>> from priorityprop_jax import rnn
+      >>> model = nnx.RNN(nnx.GRUCell(3, 8, rngs=nnx.Rngs(0)))
+      >>> rnn.lean_rnn(model), rnn.restore(model)
+      (1, 1)
+    """
+    check_module(model)
+    return sum(restore_rnn(part) for _, part in walk(model))
 
 
 def _linen_fused(
@@ -369,48 +328,3 @@ class LinenFusedRNN(nn.RNN, kw_only=True):
             return self.run(params, initial_carry, xs, all_carries, per_gate, **more)
 
         return _over_sequence(run, inputs, **options)
-
-
-class LinenMePropRNN(LinenFusedRNN, kw_only=True):
-    """`flax.linen.RNN` whose backward pass is meProp's.
-
-    Parameters and their paths are those of `flax.linen.RNN` with the same cell, so that either
-    runs what the other was initialized with. Values are the same as far as those of `MePropRNN`.
-
-    Attributes:
-      k: columns of each gate that the gradient flows back through at a step: a number, or a
-        fraction of the hidden width. Static.
-
-    Raises:
-      TypeError: when called, if the cell is not `nn.OptimizedLSTMCell`, `nn.LSTMCell` or
-        `nn.GRUCell` with sigmoid and tanh.
-      ValueError: when called, if ``k`` is impossible for the cell's width.
-
-    Example:
-      >>> import flax.linen as nn, jax, jax.numpy as jnp
-      >>> from priorityprop_jax.rnn.fused import LinenMePropRNN
-      >>> rnn = LinenMePropRNN(nn.GRUCell(8), k=2)
-      >>> x = jnp.ones((4, 1, 3))
-      >>> variables = rnn.init(jax.random.key(0), x)
-      >>> grads = jax.grad(lambda variables: jnp.sum(rnn.apply(variables, x)))(variables)
-      >>> int(jnp.sum(grads["params"]["cell"]["iz"]["kernel"].any(axis=0)))
-      2
-    """
-
-    k: int | float
-
-    def check(self, features: int) -> None:
-        """See `LinenFusedRNN.check`."""
-        resolve_k(self.k, features, "/".join(self.path) or type(self).__name__)
-
-    def run(self, params, carry, xs, all_carries, per_gate):
-        """See `FusedRNN.run`."""
-        return _meprop(
-            params,
-            carry,
-            xs,
-            k=self.k,
-            all_carries=all_carries,
-            unroll=self.unroll,
-            per_gate=per_gate,
-        )

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from priorityprop_jax.highway.scan import associative_affine, iterate
 from priorityprop_jax.rnn.recurrent import (
     GRUParams,
     LSTMParams,
@@ -20,6 +19,7 @@ from priorityprop_jax.rnn.recurrent import (
     through_step,
     to_state,
 )
+from priorityprop_jax.rnn.rounds import associative_affine, iterate
 
 # Rows up to which a product with the input for each step is dearer on a CPU than one over all
 # steps, which for more rows costs only memory; measured.

@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 
 from priorityprop_jax.core.program import program_flops
-from priorityprop_jax.rnn.fused import LinenMePropRNN, MePropRNN, restore_rnn, swap_rnn
+from priorityprop_jax.meprop.rnn import LinenMePropRNN, MePropRNN, swap_rnn
+from priorityprop_jax.rnn.fused import restore_rnn
 
 INPUTS, HIDDEN, STEPS, BATCH = 3, 8, 5, 4
 LENGTHS = jnp.array([3, 5, 1, 4])

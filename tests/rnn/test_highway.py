@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from priorityprop_jax.highway.scan import HighwayReport
 from priorityprop_jax.rnn.highway import MinGRUParams, affine_scan, highway_rnn
 from priorityprop_jax.rnn.recurrent import GRUParams, LSTMParams
+from priorityprop_jax.rnn.rounds import HighwayReport
 
 INPUTS, HIDDEN, STEPS, BATCH = 3, 4, 5, 2
 CELLS = ("gru", "gru without biases", "lstm", "mingru")

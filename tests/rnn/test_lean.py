@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from priorityprop_jax import rnn as rnn_room
 from priorityprop_jax.meprop.inject import meprop, restore
-from priorityprop_jax.rnn.fused import MePropRNN
+from priorityprop_jax.meprop.rnn import MePropRNN
 from priorityprop_jax.rnn.lean import LeanRNN, LinenLeanRNN, lean_rnn
 
 INPUTS, HIDDEN, STEPS, BATCH = 3, 4, 5, 2
@@ -199,3 +200,40 @@ def test_many_rows_are_left_to_autodiff(rows, iterations, own):
     variables = jax.eval_shape(linen.init, jax.random.key(0), x)
     traced = jax.make_jaxpr(linen.apply)(variables, x)
     assert str(traced).count("custom_vjp_call") == own
+
+
+BIASES = [("OptimizedLSTMCell", "dense_i"), ("LSTMCell", "if_"), ("GRUCell", "dense_h")]
+
+
+@pytest.mark.parametrize(("cell", "name"), BIASES)
+def test_a_bias_that_the_formula_lacks_is_left_to_autodiff(cell, name):
+    x, carry = make_inputs({}, cell, jnp.float32)
+    rnn, later = nnx_rnn(cell), nnx_rnn(cell)
+    lean_rnn(later)
+    for one in (rnn, later):
+        layer = getattr(one.cell, name)
+        layer.bias = nnx.Param(jnp.linspace(-2.0, 2.0, layer.out_features))
+        layer.use_bias = True
+    with pytest.raises(ValueError, match="no RNN was changed"):
+        lean_rnn(rnn)
+    expected = rnn(x, initial_carry=carry)
+    np.testing.assert_array_equal(later(x, initial_carry=carry), expected)
+    assert np.abs(expected - nnx_rnn(cell)(x, initial_carry=carry)).max() > 0.01
+
+
+@pytest.mark.parametrize(("cell", "name"), [("OptimizedLSTMCell", "dense_h"), ("LSTMCell", "ho")])
+def test_an_lstm_without_a_bias_is_left_to_autodiff(cell, name):
+    rnn = nnx_rnn(cell)
+    getattr(rnn.cell, name).bias = None
+    with pytest.raises(ValueError, match="no RNN was changed"):
+        lean_rnn(rnn)
+
+
+def test_restore_gives_the_plain_modules_back():
+    model = nnx.Bidirectional(nnx_rnn("GRUCell"), nnx_rnn("LSTMCell"))
+    assert rnn_room.restore(model) == 0
+    assert lean_rnn(model, iterations=1) == rnn_room.restore(model) == 2
+    assert type(model.forward_rnn) is type(model.backward_rnn) is nnx.RNN
+    assert not hasattr(model.forward_rnn, "lean_iterations")
+    with pytest.raises(TypeError, match="must be a flax.nnx module"):
+        rnn_room.restore({})

@@ -1,0 +1,95 @@
+"""Rounds of a fixed-point iteration over all layers, or all steps, at once, under a guard."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class HighwayReport(NamedTuple):
+    """How the rounds of a backward pass went: float32 scalars.
+
+    Attributes:
+      rounds: rounds whose result was kept; 0 where the gradient is exact by plain autodiff.
+      correction: by how much the last round that ran changed the cotangents, relative to their
+        norm.
+      stopped: 1 if the guard ended the iteration, because corrections grew or were NaN, else 0.
+    """
+
+    rounds: jax.Array  # []
+    correction: jax.Array  # []
+    stopped: jax.Array  # []
+
+
+def iterate(
+    step: Callable[[Any], Any], w: Any, rounds: int, tol: float | None, guard: bool = True
+) -> tuple[Any, HighwayReport]:
+    """Rounds of ``w = step(w)`` under a guard; `highway_scan` says when they stop."""
+    size = _norm(w)
+    # Under `jax.shard_map` it has to vary over the axes that the norms vary over.
+    zero = jnp.where(jnp.isnan(size), 0, jnp.zeros_like(size))
+    if tol is None and not guard:
+        last = w
+        for _ in range(rounds):
+            last, w = w, step(w)
+        correction = _ratio(_distance(w, last), _norm(w))
+        return w, HighwayReport(zero + rounds, correction, zero)
+
+    def body(state: Any) -> Any:
+        w, allowed, report, _ = state
+        new = step(w)
+        moved, size = _distance(new, w), _norm(new)
+        worse = (moved > allowed) & guard  # not so if it is NaN, which the gradient has to show
+        w = jax.tree.map(lambda new, w: jnp.where(worse, w, new), new, w)
+        stopped = worse | jnp.isnan(moved)
+        done = stopped if tol is None else stopped | (moved <= tol * size)
+        kept = report.rounds + jnp.where(worse, 0, 1)
+        return w, moved, HighwayReport(kept, _ratio(moved, size), stopped.astype(kept.dtype)), done
+
+    def going(state: Any) -> Any:
+        return ~state[3] & (state[2].rounds < rounds)
+
+    state = w, size, HighwayReport(zero, zero, zero), zero > 0
+    w, _, report, _ = body(state) if rounds == 1 else lax.while_loop(going, body, state)
+    return w, report
+
+
+def associative_affine(a: jax.Array, b: jax.Array, *, reverse: bool) -> jax.Array:
+    """``y_t = a_t y_{t-1} + b_t`` along axis 0, or its transpose, in a logarithm of the steps.
+
+    Args:
+      a: ``[time, ...]``, which broadcasts against ``b``.
+      b: ``[time, ...]``.
+      reverse: whether it is the transpose, ``y_t = a_{t+1} y_{t+1} + b_t``.
+    """
+
+    def join(first: Any, second: Any) -> Any:
+        return first[0] * second[0], second[0] * first[1] + second[1]
+
+    if reverse:
+        a = jnp.roll(a, -1, axis=0)  # nothing comes after the last step, whatever its factor
+    return lax.associative_scan(join, (a, b), reverse=reverse)[1]
+
+
+def _norm(w: Any) -> jax.Array:
+    squares = [jnp.sum(jnp.square(leaf.astype(wide_type(leaf)))) for leaf in jax.tree.leaves(w)]
+    return jnp.sqrt(functools.reduce(operator.add, squares)).astype(jnp.float32)
+
+
+def _distance(a: Any, b: Any) -> jax.Array:
+    return _norm(jax.tree.map(jnp.subtract, a, b))
+
+
+def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
+
+
+def wide_type(x: Any) -> Any:
+    """The type of an array, or float32 where that is wider."""
+    return jnp.promote_types(x.dtype, jnp.float32)
