@@ -13,6 +13,8 @@ import optax
 
 import priorityprop_jax
 
+RESULTS = Path(__file__).parent / "results"
+
 
 def about(benchmark: str, load: tuple[float, ...] | None = None) -> dict:
     """The machine, the versions and the date; the load before (as given) and now."""

@@ -27,12 +27,12 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from benchmarks.records import about, read_lines
+from benchmarks.records import RESULTS, about, read_lines
 from benchmarks.suite.arms import Arm, arm_of
 from benchmarks.suite.runners import build, cycle_of, transformation
 from benchmarks.suite.workloads import TUNING_SEED, Stream, Workload, freeze, load
 
-RESULTS = Path(__file__).parents[1] / "results" / "suite"
+SUITES = RESULTS / "suite"
 BLOCK = 1.0  # seconds that an arm is timed for in a round, about
 MOST_FOREIGN = 0.1  # cores that other processes may use while the clock counts
 
@@ -42,7 +42,7 @@ def device_name() -> str:
     return "cpu" if device.platform == "cpu" else device.device_kind.lower().replace(" ", "-")
 
 
-def folder(suite: str, results: Path = RESULTS) -> Path:
+def folder(suite: str, results: Path = SUITES) -> Path:
     return results / f"{suite}-{device_name()}"
 
 
@@ -164,7 +164,7 @@ class Plan:
     trials: int = 4
     target_seeds: int = 10
     deadline: float = float("inf")
-    results: Path = RESULTS
+    results: Path = SUITES
 
 
 class OutOfTime(Exception):

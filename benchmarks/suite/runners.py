@@ -15,9 +15,10 @@ import numpy as np
 import optax
 from flax import nnx
 
-from benchmarks.encoders import add_lora, encoder_stages
 from benchmarks.suite.arms import Arm
+from benchmarks.suite.lora import add_lora
 from benchmarks.suite.workloads import Stream, Workload, load
+from benchmarks.tasks.char import CharTransformer
 from priorityprop_jax import (
     Compute,
     PrefixCache,
@@ -26,12 +27,12 @@ from priorityprop_jax import (
     find_slots,
     lean_rnn,
     meprop,
+    nnx_stages,
     priorityprop,
     row_sparse_adam,
     scale_by_priority,
     sparse_start,
 )
-from priorityprop_jax.cli.tasks import CharTransformer
 from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.core.program import program_flops
 from priorityprop_jax.meprop.grad import row_value_and_grad
@@ -340,7 +341,7 @@ class TrainerRun:
         else:
             policy: Any = half if arm.policy == "suffix(half)" else arm.policy
             if arm.cached:
-                model = encoder_stages(model)
+                model = nnx_stages(model.stages())
             cache = PrefixCache(None, examples=None) if arm.cached else None
             compute = Compute(policy=policy, schedule=factor, seed=seed, cache=cache)
             budget = 1.0

@@ -263,7 +263,7 @@ def profiles(tuned: Sequence[Standing]) -> dict[str, dict[str, dict]]:
 
 def accuracies(results: Path) -> dict[str, dict[str, list[tuple[float, float, float]]]]:
     """By width and series, (share of the features kept, test accuracy, its spread)."""
-    path = results / "meprop_mlp-cpu.json"
+    path = results / "archive" / "meprop_mlp-cpu.json"
     if not path.exists():
         return {}
     found: dict[str, dict[str, list[tuple[float, float, float]]]] = {}

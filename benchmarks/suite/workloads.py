@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from benchmarks.encoders import shortened
+from benchmarks import tasks
 from benchmarks.records import write
-from priorityprop_jax.cli import tasks
+from benchmarks.tasks.cifar import flipped_and_shifted
 
 Augment = Callable[[dict[str, np.ndarray], np.random.Generator], dict[str, np.ndarray]]
 FOLDER = Path(__file__).parent / "workloads"
@@ -35,7 +35,7 @@ class Workload:
       suite: whose sizes these are.
       name: of the file.
       title: data and model in a line.
-      task: as `load_task` knows it, or `cifar-conv`.
+      task: as `benchmarks.tasks` knows it.
       options: of the model and the data, see `load`.
       metric: `accuracy` or `loss`, on the validation rows.
       higher_is_better: of the metric.
@@ -116,19 +116,16 @@ class Rows:
 @functools.cache
 def _loaded(name: str, options: str) -> tuple[Rows, Callable[[int], nnx.Module], Any]:
     chosen = json.loads(options)
-    if name == "cifar-conv":
-        from benchmarks.suite import cifar
-
-        return cifar.load(**chosen)
     length = chosen.pop("length", None)
     first = {0: chosen.pop("train_rows", None), 1: chosen.pop("validation_rows", None)}
-    sizes = chosen.pop("sizes", {})
+    if name == "cifar-conv":  # its images are decoded one by one
+        chosen["train_rows"] = first[0]
     if "hidden" in chosen:
         chosen["hidden"] = tuple(chosen["hidden"])
-    task = tasks.load_task(name, **chosen)
+    task = tasks.load(name, **chosen)
     parts = []
     for i, loader in enumerate((task.train_data, task.eval_data, task.test_data)):
-        arrays = dict(loader.arrays)  # type: ignore[union-attr]
+        arrays = dict(loader.arrays)
         if length is not None and name == "sst2":
             arrays["x"] = shortened(arrays["x"], length)
         elif length is not None:
@@ -136,27 +133,26 @@ def _loaded(name: str, options: str) -> tuple[Rows, Callable[[int], nnx.Module],
         parts.append({key: array[: first.get(i)] for key, array in arrays.items()})
 
     def model(seed: int) -> nnx.Module:
-        rngs = nnx.Rngs(seed)
-        if name == "char-lm" and isinstance(task.model, tasks.CharTransformer):
-            vocabulary = task.model.embed.num_embeddings
-            return tasks.CharTransformer(vocabulary, rngs=rngs, **sizes)
-        if name == "char-lm":
-            vocabulary = task.model.embed.num_embeddings  # type: ignore[union-attr]
-            return tasks.CharRNN(vocabulary, cell=chosen["model"], rngs=rngs, **sizes)
-        if name == "pos-tag":
-            values = tuple(embed.num_embeddings for embed in task.model.embed)  # type: ignore[union-attr]
-            return tasks.Tagger(values, task.model.head.out_features, rngs=rngs, **sizes)  # type: ignore[union-attr]
         # Cheap to load again, and weights are a function of the seed.
-        return tasks.load_task(name, seed=seed, **chosen).model
+        return tasks.load(name, seed=seed, **chosen).model
 
-    return Rows(*parts), model, task.loss_fn
+    augment = flipped_and_shifted if name == "cifar-conv" else None
+    return Rows(*parts, augment), model, task.loss_fn
+
+
+def shortened(tokens: np.ndarray, length: int) -> np.ndarray:
+    """The first tokens of each row `[rows, time]`, its last one, [SEP], kept at the end."""
+    last = tokens[np.arange(len(tokens)), (tokens != 0).sum(1) - 1]
+    cut = tokens[:, :length].copy()
+    cut[:, -1] = np.where(tokens[:, length:].any(1), last, cut[:, -1])
+    return cut
 
 
 def load(workload: Workload) -> tuple[Rows, Callable[[int], nnx.Module], Any]:
     """Data, a function that makes the model of a seed, and the loss.
 
-    Options: `length` cuts sequences, `train_rows` and `validation_rows` leave so many of each,
-    `sizes` go to the model's constructor, all others to `load_task`.
+    Options: `length` cuts sequences, `train_rows` and `validation_rows` leave so many of each, and
+    all others go to `benchmarks.tasks.load`.
     """
     return _loaded(workload.task, json.dumps(workload.options, sort_keys=True))
 

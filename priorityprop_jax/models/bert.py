@@ -323,6 +323,11 @@ class BertClassifier(nnx.Module):
             x = block(x)
         return self.head(x)
 
+    def stages(self) -> list[tuple[str, nnx.Module]]:
+        """The parts by name, from the input on, for a budget of compute (`nnx_stages`)."""
+        blocks = [(f"block_{i}", block) for i, block in enumerate(self.blocks)]
+        return [("embed", self.embed), *blocks, ("head", self.head)]
+
     def encode(self, tokens: jax.Array) -> list[jax.Array]:
         """Returns the hidden states of a batch, layer by layer.
 

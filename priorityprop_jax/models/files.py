@@ -10,16 +10,18 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
-import math
 import os
 import struct
 import sys
 import zlib
 from pathlib import Path
 
-import numpy as np
-
 ENV_VAR = "PRIORITYPROP_DATA"
+
+
+def install(extra: str) -> str:
+    """What to do about a missing package; the project is not on an index."""
+    return f'pip install -e ".[{extra}]" in a checkout'
 
 
 class DataError(OSError):
@@ -98,38 +100,6 @@ def gunzip(raw: bytes, *, source: str) -> bytes:
         raise DataError(f"{source} is damaged: not a whole gzip file ({error})") from error
 
 
-def parse_idx(raw: bytes, *, source: str) -> np.ndarray:
-    """Reads an array of bytes in the IDX format, the format of the MNIST files.
-
-    Args:
-      raw: two zero bytes, the type code `0x08`, the number of dimensions, each dimension as a
-        big-endian uint32, then the values.
-      source: what to call the data in an error.
-
-    Returns:
-      A uint8 array of the shape that the header gives.
-
-    Raises:
-      DataError: the magic number, the header or the length is wrong.
-    """
-    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or raw[3] == 0:
-        raise DataError(
-            f"{source} is not an IDX file of bytes: it starts with 0x{raw[:4].hex()}, not 0x000008 "
-            "and the number of dimensions"
-        )
-    ndim = raw[3]
-    start = 4 + 4 * ndim
-    if len(raw) < start:
-        raise DataError(f"{source} is damaged: it ends inside its header of {start} bytes")
-    shape = struct.unpack(f">{ndim}I", raw[4:start])
-    if len(raw) - start != math.prod(shape):
-        raise DataError(
-            f"{source} is damaged: its header says {shape}, that is {math.prod(shape)} values, and "
-            f"{len(raw) - start} follow"
-        )
-    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
-
-
 def _find(file: DataFile, folder: Path) -> list[Path]:
     return [folder / name for name in file.names if (folder / name).is_file()]
 
@@ -160,8 +130,8 @@ def _download(file: DataFile, folder: Path) -> Path:
         import pooch
     except ImportError as error:
         raise ImportError(
-            f"downloading {file.names[0]} needs pooch: pip install 'priorityprop-jax[demo]', or"
-            " name a folder that holds the file"
+            f"downloading {file.names[0]} needs pooch: {install('demo')}, or name a folder that "
+            "holds the file"
         ) from error
 
     downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=1 << 16)

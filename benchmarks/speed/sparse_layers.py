@@ -1,21 +1,20 @@
 """What sparse weights save in layers and convolutions, against dense JAX with the same shapes.
 
-Four kinds of cases, the arms of each interleaved in one process, four runs of an arm in turn:
+Three kinds of cases, the arms of each interleaved in one process, four runs of an arm in turn:
 
 - `linear`: ``x W + b`` of a square weight; gradients of inputs, weight and bias.
 - `stack`: three of them with relu between, where sparse neighbours keep the batch innermost.
-- `blocks`: a linear layer whose weight is sparse in blocks.
 - `conv`: convolutions of ResNet-18, NHWC, without a bias.
 
 Programs: `forward`, `backward` (all gradients for a given ``dy``) and `both`. Arms: `dense`, the
-backends `native`, `csr` (JAX alone) and `block`, and with ``--torch PYTHON`` dense PyTorch in
+backends `native` and `csr` (JAX alone), and with ``--torch PYTHON`` dense PyTorch in
 another interpreter, convolutions in both memory layouts. Each place of a weight is kept or not at
 random. Threads are limited by the affinity of the process before JAX starts; several counts get a
 process each.
 
-Run as `python -m benchmarks.sparse_layers`, with `--report` to show what is there again. Writes
-`benchmarks/results/sparse_layers-<device>.json` after each case; what was cut short is taken up
-again, and `--again` starts afresh.
+Run as `python -m benchmarks.speed.sparse_layers`, with `--report` to show what is there again.
+Writes `benchmarks/results/speed/sparse_layers-<device>.json` after each case; what was cut short is
+taken up again, and `--again` starts afresh.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ import numpy as np
 from jax import lax
 from tqdm import tqdm
 
-from benchmarks.meprop_speed import draw
-from benchmarks.records import about, write
+from benchmarks.records import RESULTS, about, write
+from benchmarks.speed.meprop_speed import draw
 from priorityprop_jax import sparse_backend, sparse_conv, sparse_linear
 from priorityprop_jax.sparse.pattern import SparsePattern, make_pattern
 
@@ -52,24 +51,6 @@ SECONDS = 0.8  # of each program of each arm, in 3 rounds at least
 # Sparsities by backend.
 LINEAR = {"native": (0.8, 0.9, 0.95, 0.99), "csr": (0.8, 0.85, 0.9, 0.95, 0.99)}
 CONV = {"native": (0.8, 0.9, 0.95, 0.98), "csr": (0.85, 0.9, 0.95)}
-BLOCKS, SIDES = (0.8, 0.9, 0.95), (16, 32, 64)
-
-# Speed over dense JAX that is asked for, by sparsity.
-LINEAR_BAR = {0.8: 1.8, 0.9: 3.0, 0.95: 5.0, 0.99: 9.0}
-LINEAR_GOAL = {0.9: 4.0, 0.95: 8.0, 0.99: 20.0}
-CONV_BAR = {"forward": 2.5, "backward": 9.0}
-CONV_BAR_OVER_TORCH = {"forward": 1.3, "backward": 2.9}
-CSR_FROM = 0.85  # never slower than dense from there on
-OVER_ORIGINAL = 1.8
-# Time of the original C++ over dense JAX's, one thread (see the issue): forward, backward.
-ORIGINAL = {
-    "linear 128x768x768": {
-        0.8: (1.44, 1.30), 0.9: (0.92, 0.85), 0.95: (0.60, 0.56), 0.99: (0.36, 0.32),
-    },
-    "linear 512x2048x2048": {
-        0.8: (2.33, 2.45), 0.9: (1.29, 1.44), 0.95: (0.69, 0.80), 0.99: (0.32, 0.23),
-    },
-}  # fmt: skip
 
 
 def cases() -> dict[str, dict]:
@@ -81,7 +62,6 @@ def cases() -> dict[str, dict]:
     for batch, width in ((128, 768), (128, 2048), (512, 2048)):
         name = f"stack of 3, {batch}x{width}x{width}"
         found[name] = {"kind": "stack", "batch": batch, "width": width, "depth": 3}
-    found["blocks 512x2048x2048"] = {"kind": "blocks", "batch": 512, "width": 2048, "depth": 1}
     for size, channels, features, kernel, stride in (
         (56, 64, 64, 3, 1),
         (56, 64, 128, 3, 2),
@@ -102,9 +82,8 @@ CASES = cases()
 
 
 @functools.cache
-def random_pattern(rows: int, columns: int, sparsity: float, block: int, seed: int):
-    kept = np.random.default_rng(seed).random((rows // block, columns // block)) >= sparsity
-    return make_pattern(np.kron(kept, np.ones((block, block), bool)), block=block)
+def random_pattern(rows: int, columns: int, sparsity: float, seed: int) -> SparsePattern:
+    return make_pattern(np.random.default_rng(seed).random((rows, columns)) >= sparsity)
 
 
 def weight_bytes(pattern: SparsePattern | None, dense: int) -> int:
@@ -138,7 +117,7 @@ def programs_of(layer: Callable[..., jax.Array], parameters: Any, x: Any, patter
     }
 
 
-def linear_arm(case: dict, backend: str, sparsity: float, block: int = 1) -> tuple[dict, int]:
+def linear_arm(case: dict, backend: str, sparsity: float) -> tuple[dict, int]:
     """Programs of one arm, and the bytes of its weights."""
     width, depth = case["width"], case["depth"]
     dense = backend == "dense"
@@ -147,9 +126,9 @@ def linear_arm(case: dict, backend: str, sparsity: float, block: int = 1) -> tup
         patterns = [None] * depth
         weights = [draw(i, width, width) for i in range(depth)]
     else:
-        patterns = [random_pattern(width, width, sparsity, block, i) for i in range(depth)]
+        patterns = [random_pattern(width, width, sparsity, i) for i in range(depth)]
         weights = [draw(i, *p.values_shape) for i, p in enumerate(patterns)]
-        # Large blocks come with few values a row: keep outputs finite in a stack.
+        # As few values a row as there are: keep outputs finite in a stack.
         weights = [w / jnp.maximum(jnp.std(w) * np.sqrt(width), 1e-6) for w in weights]
 
     def layer(parameters, x, patterns):
@@ -183,7 +162,7 @@ def conv_arm(case: dict, backend: str, sparsity: float) -> tuple[dict, int]:
             names = lax.conv_dimension_numbers(x.shape, weight.shape, ("NHWC", "HWIO", "NHWC"))
             return lax.conv_general_dilated(x, weight, stride, padding, dimension_numbers=names)
     else:
-        pattern = random_pattern(outs, columns, sparsity, 1, 0)
+        pattern = random_pattern(outs, columns, sparsity, 0)
         weight = draw(0, pattern.capacity) * 10
 
         def layer(weight, x, pattern):
@@ -197,18 +176,15 @@ def conv_arm(case: dict, backend: str, sparsity: float) -> tuple[dict, int]:
     return programs, weight_bytes(pattern, outs * columns)
 
 
-def arms_of(case: dict) -> dict[str, tuple[str, float, int]]:
-    """Backend, sparsity and block by name; the sparser of a backend first."""
-    if case["kind"] == "blocks":
-        named = {f"blocks of {side}, {s}": ("block", s, side) for side in SIDES for s in BLOCKS}
-        return {"dense": ("dense", 0.0, 1)} | named
+def arms_of(case: dict) -> dict[str, tuple[str, float]]:
+    """Backend and sparsity by name; the sparser of a backend first."""
     by_backend = dict(CONV if case["kind"] == "conv" else LINEAR)
     if sparse_backend().name != "native":
         del by_backend["native"]
     if case["kind"] == "stack":
         by_backend.pop("csr", None)
-    return {"dense": ("dense", 0.0, 1)} | {
-        f"{backend} {s}": (backend, s, 1)
+    return {"dense": ("dense", 0.0)} | {
+        f"{backend} {s}": (backend, s)
         for backend, sparsities in by_backend.items()
         for s in sorted(sparsities, reverse=True)
     }
@@ -281,12 +257,10 @@ def measure(case: dict, rounds: int, torch: Torch | None = None) -> dict[str, An
     """By arm and program: milliseconds, and the speed over the dense one in the same round."""
     load = os.getloadavg()
     runners, arms = {}, {}
-    for name, (backend, sparsity, block) in arms_of(case).items():
-        if case["kind"] == "conv":
-            programs, nbytes = conv_arm(case, backend, sparsity)
-        else:
-            programs, nbytes = linear_arm(case, backend, sparsity, block)
-        if backend == "csr":  # what its bar is about
+    for name, (backend, sparsity) in arms_of(case).items():
+        arm = conv_arm if case["kind"] == "conv" else linear_arm
+        programs, nbytes = arm(case, backend, sparsity)
+        if backend == "csr":  # slow: one program says enough
             programs = {k: v for k, v in programs.items() if case["kind"] == "conv" or k == "both"}
         arms[name] = {"weight_bytes": nbytes, "programs": {}}
         if name in ("dense", "native 0.99", "native 0.98"):
@@ -339,49 +313,6 @@ def speedup(result: dict, arm: str, program: str, over: str = "dense") -> float 
     return reference / mine if reference and mine else None
 
 
-def bars(measured: dict[str, dict[str, dict]]) -> list[dict]:
-    """What was asked for, by number of threads and case, and whether it is there."""
-    found = []
-
-    def add(what, sparsity, bar, value, threads, case):
-        found.append(
-            {"what": what, "threads": int(threads), "case": case, "sparsity": sparsity,
-             "bar": round(bar, 2), "measured": value,
-             "met": None if value is None else value >= bar}
-        )  # fmt: skip
-
-    for threads, results in measured.items():
-        for name, result in results.items():
-            kind = result["case"]["kind"]
-            place = (threads, name)
-            for arm, (backend, s, _) in arms_of(result["case"]).items():
-                if backend == "csr" and s >= CSR_FROM:
-                    value = speedup(result, arm, "both")
-                    add("pure JAX, both passes, over dense", s, 1.0, value, *place)
-                if backend != "native":
-                    continue
-                if kind == "linear":
-                    both = speedup(result, arm, "both")
-                    add("both passes over dense", s, LINEAR_BAR[s], both, *place)
-                    if s in LINEAR_GOAL:
-                        add("both passes over dense, goal", s, LINEAR_GOAL[s], both, *place)
-                if kind == "linear" and threads == "1" and name in ORIGINAL:
-                    parts = zip(("forward", "backward"), ORIGINAL[name][s], strict=True)
-                    for program, original in parts:
-                        what = f"{program}, {OVER_ORIGINAL}x the original's speed over dense"
-                        value = speedup(result, arm, program)
-                        add(what, s, OVER_ORIGINAL / original, value, *place)
-                if kind == "conv" and s == 0.9:
-                    for program, bar in CONV_BAR.items():
-                        value = speedup(result, arm, program)
-                        add(f"{program} over dense", s, bar, value, *place)
-                    for program, bar in CONV_BAR_OVER_TORCH.items():
-                        value = speedup(result, arm, program, "torch")
-                        if value is not None:
-                            add(f"{program} over dense torch", s, bar, value, *place)
-    return found
-
-
 def shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}x" if value >= 1 else f"{value:.2f}x"
 
@@ -395,11 +326,8 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> list[str]:
     return [*lines, f"| {' | '.join(aligned)} |", *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
-def readme_table(record: dict) -> str:
-    """The part of README.md that this benchmark's result is shown in: of the most threads.
-
-    The summary of what was asked for is of all.
-    """
+def markdown(record: dict) -> str:
+    """The result's tables, of the most threads."""
     threads = max(record["threads"], key=int)
     found = {
         (result["case"]["kind"], threads, name): result
@@ -420,15 +348,9 @@ def readme_table(record: dict) -> str:
     backends = {"native": "native", "csr": "pure JAX"}
     lines = table(
         "Forward and backward pass of sparse linear layers, speed over dense JAX (batch x in x "
-        f"out, float32, {cores}, 1.0x is dense; `python -m benchmarks.sparse_layers`):",
+        f"out, float32, {cores}, 1.0x is dense; `python -m benchmarks.speed.sparse_layers`):",
         ["layer", "backend", *percent],
         [*rows(("linear", "stack"), backends, "both", LINEAR["csr"])],
-    )
-    sides = {f"blocks of {side},": f"blocks of {side}" for side in SIDES}
-    lines += table(
-        "The same in blocks:",
-        ["layer", "backend", *(f"{s:.0%}" for s in BLOCKS)],
-        [*rows(("blocks",), sides, "both", BLOCKS)],
     )
     sparsities = sorted({*CONV["native"], *CONV["csr"]})
     for program in ("forward", "backward"):
@@ -460,20 +382,6 @@ def readme_table(record: dict) -> str:
     lines += table(
         "Memory of the weights, indices included:", ["layer", "sparsity", "dense", "sparse"], memory
     )
-    summary: dict[str, list[dict]] = {}
-    for bar in record["bars"]:
-        summary.setdefault(bar["what"], []).append(bar)
-    lines += ["What was asked for:", "", "| bar | met | missed |", "| --- | ---: | --- |"]
-    for what, asked in summary.items():
-        missed = [
-            f"{bar['case']}, {bar['sparsity']:.0%}, {bar['threads']} thread"
-            f"{'s' if bar['threads'] > 1 else ''}: {bar['measured'] or 0:.2f} of {bar['bar']:.2f}"
-            for bar in asked
-            # 0 where it was too slow to be measured; goals are shown by the tables
-            if not bar["met"] and not what.endswith("goal")
-        ]
-        met = f"{sum(bool(bar['met']) for bar in asked)} of {len(asked)}"
-        lines.append(f"| {what} | {met} | {'; '.join(missed)} |")
     return "\n".join(lines).rstrip()
 
 
@@ -501,18 +409,18 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="also cases that are measured")
     parser.add_argument("--torch", metavar="PYTHON", help="an interpreter that has PyTorch")
     parser.add_argument("--report", action="store_true", help="show what was measured, and end")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS / "speed")
     options = parser.parse_args()
     if len(options.threads) == 1 and not options.report:
         limit_threads(options.threads[0])
     path = options.out / f"sparse_layers-{jax.default_backend()}.json"
     if options.report:
         record = json.loads(path.read_text(encoding="utf-8"))
-        print(readme_table(record | {"bars": bars(record["threads"])}))
+        print(markdown(record))
         return
     if len(options.threads) > 1:
         for threads in options.threads:
-            command = [sys.executable, "-m", "benchmarks.sparse_layers", *sys.argv[1:]]
+            command = [sys.executable, "-m", "benchmarks.speed.sparse_layers", *sys.argv[1:]]
             subprocess.run([*command, "--threads", str(threads)], check=True)
         return
     threads = str(options.threads[0])
@@ -533,7 +441,7 @@ def main() -> None:
         new = about("sparse_layers", load) | {"backend": backend, "threads": record["threads"]}
         if torch is not None:
             new["versions"]["torch"] = torch.ask(case=CASES[name])["version"]
-        write(path, new | {"bars": bars(record["threads"])})
+        write(path, new)
     if torch is not None:
         torch.process.kill()
     print(f"wrote {path}")

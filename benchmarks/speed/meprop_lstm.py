@@ -4,7 +4,7 @@ An LSTM of 500 units on 500 inputs, 64 steps, batches of 32, float32, as in the 
 models. The arms:
 
 - `autodiff`: JAX's derivative of `nnx.RNN(nnx.OptimizedLSTMCell(...))`.
-- `dense`: `priorityprop_jax.backward.recurrent.lstm` at k = hidden: exact, weight gradients as one
+- `dense`: `priorityprop_jax.rnn.recurrent.lstm` at k = hidden: exact, weight gradients as one
   product after the scan.
 - `meprop, k=20`: the same with the 20 largest columns of every gate, 80 rows of the 2000.
 - `meprop, k=5`: 20 rows in all.
@@ -13,8 +13,8 @@ models. The arms:
 Arms run interleaved. Two programs an arm: `backward`, from the residuals and a cotangent of the
 outputs to the gradients of parameters and inputs, and `both`, forward and backward pass in one.
 
-Run as `python -m benchmarks.meprop_lstm`; `--quick` takes seconds. Writes
-`benchmarks/results/meprop_lstm-<device>.json`.
+Run as `python -m benchmarks.speed.meprop_lstm`; `--quick` takes seconds. Writes
+`benchmarks/results/speed/meprop_lstm-<device>.json`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from flax import nnx
 from tqdm import tqdm
 
-from benchmarks.records import about, write
+from benchmarks.records import RESULTS, about, write
 from priorityprop_jax.meprop.rnn import swap_rnn
 from priorityprop_jax.rnn.recurrent import LSTMParams, lstm
 
@@ -110,11 +110,11 @@ def measure(repeats: int, hidden: int, inputs: int, steps: int, batch: int, ks) 
     return summary
 
 
-def readme_table(record: dict) -> str:
-    """The part of README.md that this benchmark's result is shown in."""
+def markdown(record: dict) -> str:
+    """The result as a table."""
     lines = [
         f"LSTM of 500 on 500 inputs, 64 steps, batch 32, float32, {record['cores']} CPU cores "
-        "(`python -m benchmarks.meprop_lstm`; k features of each of four gates):",
+        "(`python -m benchmarks.speed.meprop_lstm`; k features of each of four gates):",
         "",
         "| arm | backward, ms (quartiles) | faster than autodiff | than dense "
         "| both passes, ms | faster than autodiff |",
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=31, help="counted runs of every program")
     parser.add_argument("--quick", action="store_true", help="five runs of every program")
     parser.add_argument("--small", action="store_true", help="tiny shapes, to try the program")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS / "speed")
     options = parser.parse_args()
     sizes = (12, 8, 3, 2, (1, 2, 4)) if options.small else (HIDDEN, INPUTS, STEPS, BATCH, KS)
     load = os.getloadavg()
@@ -147,7 +147,7 @@ def main() -> None:
     suffix = "-small" if options.small else "-quick" if options.quick else ""
     path = options.out / f"meprop_lstm-{jax.default_backend()}{suffix}.json"
     write(path, record)
-    print(f"wrote {path}\n\n{readme_table(record)}")
+    print(f"wrote {path}\n\n{markdown(record)}")
 
 
 if __name__ == "__main__":

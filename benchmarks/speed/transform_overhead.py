@@ -8,8 +8,8 @@ and allocation are in the figures. Two programs an arm:
   elsewhere. Adam's own update is the denominator.
 - `step`: `tx.update` and `optax.apply_updates`, parameters and state donated, gradients kept.
 
-Run as `python -m benchmarks.transform_overhead`; needs about 9 GB. Writes
-`benchmarks/results/transform_overhead-<device>.json`.
+Run as `python -m benchmarks.speed.transform_overhead`; needs about 9 GB. Writes
+`benchmarks/results/speed/transform_overhead-<device>.json`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import optax
 from tqdm import tqdm
 
-from benchmarks.records import about, write
+from benchmarks.records import RESULTS, about, write
 from priorityprop_jax import priorityprop
 
 CYCLE = 10
@@ -118,13 +118,13 @@ def measure(kind: str, names: list[str], repeats: int, shapes: dict) -> dict[str
     return results
 
 
-def readme_table(record: dict) -> str:
-    """The part of README.md that this benchmark's result is shown in."""
+def markdown(record: dict) -> str:
+    """The result as a table."""
     lines = [
         f"Time of an update over plain Adam's, BERT-base's shapes ({record['leaves']} leaves, "
         f"{record['parameters'] / 1e6:.0f} M float32 parameters), {record['cores']} CPU cores, "
         f"medians over cycles of {record['cycle']} steps, scoring included "
-        "(`python -m benchmarks.transform_overhead`):",
+        "(`python -m benchmarks.speed.transform_overhead`):",
         "",
         "| budget | `update`, donated | `update` + `apply_updates` | compile time |",
         "| --- | ---: | ---: | ---: |",
@@ -141,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=9, help="counted cycles of every arm")
     parser.add_argument("--small", action="store_true", help="tiny shapes, to try the program")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS / "speed")
     options = parser.parse_args()
     shapes = bert_base()
     if options.small:
@@ -172,7 +172,7 @@ def main() -> None:
     name = f"transform_overhead-{device.platform}{'-small' if options.small else ''}.json"
     path = options.out / name
     write(path, record)
-    print(f"wrote {path}\n\n{readme_table(record)}")
+    print(f"wrote {path}\n\n{markdown(record)}")
 
 
 if __name__ == "__main__":

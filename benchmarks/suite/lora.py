@@ -1,16 +1,12 @@
-"""What the benchmarks that fine-tune an encoder have in common: LoRA, stages, shorter sentences."""
+"""LoRA for the encoders that are fine-tuned."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-
-from priorityprop_jax import Stages, nnx_stages
 
 
 class Frozen(nnx.Variable):
@@ -46,22 +42,3 @@ def add_lora(model: nnx.Module, rank: int, seed: int) -> None:
         for name, value in list(vars(block).items()):
             if isinstance(value, nnx.Linear):
                 setattr(block, name, LoRALinear(value, rank, rngs))
-
-
-def encoder_stages(model: Any) -> Stages:
-    """Embeddings, each block, and the head."""
-    return nnx_stages(
-        [
-            ("embed", model.embed),
-            *((f"block_{i}", block) for i, block in enumerate(model.blocks)),
-            ("head", model.head),
-        ]
-    )
-
-
-def shortened(tokens: np.ndarray, length: int) -> np.ndarray:
-    """The first tokens of each row `[rows, time]`, its last one, [SEP], kept at the end."""
-    last = tokens[np.arange(len(tokens)), (tokens != 0).sum(1) - 1]
-    cut = tokens[:, :length].copy()
-    cut[:, -1] = np.where(tokens[:, length:].any(1), last, cut[:, -1])
-    return cut

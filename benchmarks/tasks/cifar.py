@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from benchmarks.suite.workloads import Rows
-from priorityprop_jax.cli.tasks import cross_entropy
+from priorityprop_jax.cli.tasks import Task, make_task
 from priorityprop_jax.models.files import ENV_VAR, DataError, cache_folder
 
 FILE = "cifar10_jpeg.npz"
@@ -82,10 +81,31 @@ def flipped_and_shifted(
 
 
 def load(
-    *, train_rows: int | None = None, sizes: dict[str, int] | None = None
-) -> tuple[Rows, Callable[[int], nnx.Module], Any]:
-    """45,000 / 5,000 / 10,000 images, or `train_rows` of the first; decoded once."""
-    arrays = np.load(_find(), allow_pickle=False)
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    train_rows: int | None = None,
+    sizes: Mapping[str, int] | None = None,
+) -> Task:
+    """CIFAR-10, without `flipped_and_shifted`, which is for batches that are trained on.
+
+    Args:
+      data_dir: folder of the file; it is not downloaded.
+      seed: of the weights and of the order of the training rows.
+      train_rows: at most so many rows of each part.
+      sizes: of the model, as `SmallResNet` takes them.
+    """
+    parts = _parts(str(_find(data_dir)), train_rows)
+    model = SmallResNet(rngs=nnx.Rngs(seed), **(sizes or {}))
+    return make_task(
+        "cifar-conv", model, parts, seed=seed, batch_size=128, learning_rate=1e-3, epochs=20
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _parts(path: str, train_rows: int | None) -> tuple[dict[str, np.ndarray], ...]:
+    """Training, validation and test rows, decoded once."""
+    arrays = np.load(path, allow_pickle=False)
     offsets, labels, is_test = arrays["offsets"], arrays["labels"], arrays["is_test"].astype(bool)
     jpeg = arrays["jpeg"]
     # The rows are in the order of their labels, and RandomState's stream is frozen for ever.
@@ -100,8 +120,7 @@ def load(
         x = (np.stack(images).astype(np.float32) - 120.0) / 62.0  # about zero mean, unit variance
         return {"x": x, "y": labels[rows].astype(np.int32)}
 
-    rows = Rows(part(train), part(validation), part(test), flipped_and_shifted)
-    return rows, lambda seed: SmallResNet(rngs=nnx.Rngs(seed), **(sizes or {})), cross_entropy
+    return part(train), part(validation), part(test)
 
 
 def _decode(jpeg: bytes) -> np.ndarray:
@@ -110,12 +129,15 @@ def _decode(jpeg: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))  # [32, 32, 3], uint8
 
 
-def _find() -> Path:
-    folders = [Path(os.environ[ENV_VAR])] if os.environ.get(ENV_VAR) else []
-    for folder in (*folders, cache_folder()):
-        if (folder / FILE).is_file():
-            return folder / FILE
+def _find(data_dir: str | os.PathLike[str] | None) -> Path:
+    env = os.environ.get(ENV_VAR)
+    folders = [*([Path(env)] if env else []), cache_folder()]
+    if data_dir is not None:
+        folders = [Path(data_dir)]
+    for folder in folders:
+        if (folder.expanduser() / FILE).is_file():
+            return folder.expanduser() / FILE
     raise DataError(
-        f"no {FILE} in {' or '.join(map(str, (*folders, cache_folder())))}: 60,000 images as JPEG "
-        "bytes, `jpeg[offsets[i]:offsets[i + 1]]`, with `labels` and `is_test`"
+        f"no {FILE} in {' or '.join(map(str, folders))}: 60,000 images as JPEG bytes, "
+        "`jpeg[offsets[i]:offsets[i + 1]]`, with `labels` and `is_test`"
     )

@@ -1,4 +1,4 @@
-"""`priorityprop bench`: lists, runs and reports the benchmark suites."""
+"""`python -m benchmarks.suite`: lists, runs and reports the benchmark suites."""
 
 from __future__ import annotations
 
@@ -9,20 +9,26 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.records import RESULTS, read_lines
 from priorityprop_jax.cli.runs import Failure, rate, whole
 from priorityprop_jax.models.files import ENV_VAR, DataError
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; the exit code is 1 where something failed, 2 for wrong arguments."""
     arguments = _parser().parse_args(argv)
     if getattr(arguments, "data_dir", None) is not None:
         os.environ[ENV_VAR] = str(arguments.data_dir)
-    return arguments.run(arguments)
+    try:
+        return arguments.run(arguments)
+    except (Failure, DataError, ImportError) as failure:
+        print(f"benchmarks: {' '.join(str(failure).split())}", file=sys.stderr)
+        return failure.code if isinstance(failure, Failure) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="priorityprop bench",
+        prog="python -m benchmarks.suite",
         description="Time to target against tuned baselines; see the report for the protocol.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -63,7 +69,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from benchmarks.records import read_lines
     from benchmarks.suite.harness import folder
     from benchmarks.suite.workloads import read_workload, suites, workload_names
 
@@ -84,7 +89,6 @@ def _list(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from benchmarks.records import read_lines
     from benchmarks.suite import engagement, harness
     from benchmarks.suite.workloads import load, read_workload, suites, workload_names
 
@@ -99,7 +103,7 @@ def _run(arguments: argparse.Namespace) -> int:
     unknown = set(arguments.arms or ()) - arms
     if unknown:
         raise Failure(f"no arm {min(unknown)!r}; the arms are {', '.join(sorted(arms))}", 2)
-    results = arguments.results or harness.RESULTS
+    results = arguments.results or harness.SUITES
     path = harness.folder(arguments.suite, results) / "runs.jsonl"
     names = {workload.name for workload in chosen}
     done = sum(r["workload"] in names for r in read_lines(path))
@@ -144,13 +148,13 @@ def _run(arguments: argparse.Namespace) -> int:
         print("the time budget is spent; go on with --resume")
         return 0
     except KeyboardInterrupt:
-        print(f"\ninterrupted; go on with: priorityprop bench run {arguments.suite} --resume")
+        print("\ninterrupted; go on with --resume")
         return 130
     except engagement.NotEngaged as error:
         raise Failure(str(error)) from error
     except (DataError, ValueError) as error:
         raise Failure(str(error)) from error
-    print(f"saved {path.parent}/; now: priorityprop bench report")
+    print(f"saved {path.parent}/; now: python -m benchmarks.suite report")
     return 0
 
 
@@ -160,20 +164,12 @@ def _arms(workload: object, plan: object) -> list[str]:
 
 def _report(arguments: argparse.Namespace) -> int:
     from benchmarks.suite import report
-    from benchmarks.suite.harness import RESULTS
     from benchmarks.suite.workloads import FOLDER
 
-    results = RESULTS.parent
-    report.build(results, FOLDER, results / "REPORT.md")
-    print(results / "REPORT.md")
-    readme = results.parents[1] / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, begin, rest = text.partition("<!-- suite: begin -->\n")
-    _, end, after = rest.partition("\n<!-- suite: end -->")
-    if end:
-        temporary = readme.with_suffix(".tmp")
-        table = report.readme_table(results, FOLDER)
-        temporary.write_text(before + begin + table + end + after, encoding="utf-8")
-        temporary.replace(readme)
-        print(readme)
+    report.build(RESULTS, FOLDER, RESULTS / "REPORT.md")
+    print(RESULTS / "REPORT.md")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,7 +9,8 @@ Arms: `rows` (kernel ``(out, in)``, gradient and Adam by rows: `meprop` and `row
 `blocks` (the same in blocks of 64), `whole` (kernel ``(out, in)``, a whole gradient and
 `optax.adam`), `drop-in` (Flax's kernel ``(in, out)``, a whole gradient and `optax.adam`).
 
-Run as `python -m benchmarks.meprop_speed`. Writes `benchmarks/results/meprop_speed-<device>.json`.
+Run as `python -m benchmarks.speed.meprop_speed`. Writes
+`benchmarks/results/speed/meprop_speed-<device>.json`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import optax
 from jax import lax
 from tqdm import tqdm
 
-from benchmarks.records import about, write
+from benchmarks.records import RESULTS, about, write
 from priorityprop_jax import row_sparse_adam
 from priorityprop_jax.core.program import program_flops
 from priorityprop_jax.meprop.grad import row_value_and_grad
@@ -147,11 +148,11 @@ def compare(make: Callable[..., Any], cases: dict[str, tuple], repeats: int, kee
     return results
 
 
-def readme_table(record: dict) -> str:
-    """The part of README.md that this benchmark's result is shown in."""
+def markdown(record: dict) -> str:
+    """The result as a table."""
     lines = [
         f"Speed over dense JAX, float32, {record['cores']} CPU cores, medians "
-        "(`python -m benchmarks.meprop_speed`; 1.0x is dense):",
+        "(`python -m benchmarks.speed.meprop_speed`; 1.0x is dense):",
         "",
         "| what | features kept | ideal | by rows | in blocks of 64 | whole gradients | drop-in |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -175,7 +176,7 @@ def main() -> None:
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.02, 0.04, 0.08])
     parser.add_argument("--small", action="store_true", help="tiny shapes, to try the program")
     parser.add_argument("--only", choices=("layer", "step"), help="one part only")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS / "speed")
     options = parser.parse_args()
     sizes = [("layer", 4096, 1024), ("step", 2048, 128), ("step", 2048, 32), ("step", 500, 128)]
     if options.small:
@@ -206,7 +207,7 @@ def main() -> None:
     suffix = "-small" if options.small else ""
     path = options.out / f"meprop_speed-{jax.default_backend()}{suffix}.json"
     write(path, record)
-    print(f"wrote {path}\n\n{readme_table(record)}")
+    print(f"wrote {path}\n\n{markdown(record)}")
 
 
 if __name__ == "__main__":

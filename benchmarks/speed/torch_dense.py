@@ -1,4 +1,4 @@
-"""Dense layers in PyTorch, timed for `benchmarks.sparse_layers` by an interpreter that has it.
+"""Dense layers in PyTorch, timed for `sparse_layers` by an interpreter that has it.
 
 Reads a JSON object a line and answers with one. ``{"case": {...}}`` makes the layer of a case of
 `sparse_layers.CASES`, and is answered by the names of what can be run; ``{"run": name}`` runs it

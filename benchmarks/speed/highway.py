@@ -13,9 +13,9 @@ batch of 128; on an accelerator 1,024 and 4,096 steps too, and a deep narrow res
 blocks by `highway_scan`. Arms run interleaved. Parameters are those of initialization, where gates
 are half open.
 
-Run as `python -m benchmarks.highway`; `--quick` takes a minute. A case that is finished is kept if
-the program is killed, and not run again: delete the `.jsonl` for a new start. Writes
-`benchmarks/results/highway-<device>.json`, `.jsonl` and a heat map `.png`.
+Run as `python -m benchmarks.speed.highway`; `--quick` takes a minute. A case that is finished is
+kept if the program is killed, and not run again: delete the `.jsonl` for a new start. Writes
+`benchmarks/results/speed/highway-<device>.json`, `.jsonl` and a heat map `.png`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from flax import nnx
 from tqdm import tqdm
 
-from benchmarks.records import about, read_lines, write
+from benchmarks.records import RESULTS, about, read_lines, write
 from priorityprop_jax.highway.quality import gradient_quality
 from priorityprop_jax.highway.scan import highway_scan
 from priorityprop_jax.rnn.lean import lean_rnn
@@ -217,12 +217,12 @@ def draw_map(path: Path, results: list[dict[str, Any]]) -> None:
     plt.close(figure)
 
 
-def readme_table(record: dict[str, Any]) -> str:
-    """The part of README.md that this benchmark's result is shown in."""
+def markdown(record: dict[str, Any]) -> str:
+    """The result as a table."""
     lines = [
         f"Whole steps (forward, backward, SGD) on {record['device']}, float32, times faster than "
         "`jax.grad` of the plain module, and the cosine of the gradient to the exact one "
-        "(`python -m benchmarks.highway`):",
+        "(`python -m benchmarks.speed.highway`):",
         "",
         "| model | width | batch | steps | autodiff, ms | lean (exact) "
         + "".join(f"| highway, k={k} | cosine " for k in KS)
@@ -249,7 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times whole steps of lean and Highway-BP.")
     parser.add_argument("--repeats", type=int, default=21, help="counted steps of every arm")
     parser.add_argument("--quick", action="store_true", help="two small cases, five steps of each")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS / "speed")
     options = parser.parse_args()
     device, load = jax.default_backend(), os.getloadavg()
     name = f"highway-{device}{'-quick' if options.quick else ''}"
@@ -266,7 +266,7 @@ def main() -> None:
     record = about("highway", load) | {"results": results}
     write(path, record)
     draw_map(path.with_suffix(".png"), results)
-    print(f"wrote {path}\n\n{readme_table(record)}")
+    print(f"wrote {path}\n\n{markdown(record)}")
 
 
 def key_of(case: dict[str, Any]) -> tuple[Any, ...]:
