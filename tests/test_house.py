@@ -40,9 +40,6 @@ EXCEPTIONS: dict[str, set[str]] = {
         "sparse",
     },
     "files": {
-        "priorityprop_jax.cli.finetune",
-        "priorityprop_jax.cli.main",
-        "priorityprop_jax.cli.tasks",
         "priorityprop_jax.meprop.products",
         "priorityprop_jax.models.bert",
         "priorityprop_jax.partial.prefix_cache",

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from priorityprop_jax.cli.tasks import Task, make_task
+from priorityprop_jax.cli.tasks import Task
 from priorityprop_jax.highway.scan import highway_nnx
 from priorityprop_jax.models.files import DataFile, read_file
 
@@ -164,13 +164,10 @@ def load(
         if model == "transformer"
         else CharRNN(characters, cell=model, rngs=rngs, **sizes)
     )
-    parts = [
+    parts = (
         # Windows start anywhere, so an epoch over all of them would show each character 128 times.
         windows(tokens[: n * 90 // 100], 1),
         windows(tokens[n * 90 // 100 : n * 95 // 100], context),
         windows(tokens[n * 95 // 100 :], context),
-    ]
-    return make_task(
-        "char-lm", made, parts, seed=seed, batch_size=16, learning_rate=2e-3, epochs=10,
-        max_batches=100,
-    )  # fmt: skip
+    )
+    return Task("char-lm", made, parts, seed, 16, 2e-3, 10, max_batches=100)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from priorityprop_jax.cli.tasks import Task, make_task
+from priorityprop_jax.cli.tasks import Task
 from priorityprop_jax.models.files import ENV_VAR, DataError, cache_folder
 
 FILE = "cifar10_jpeg.npz"
@@ -97,9 +97,7 @@ def load(
     """
     parts = _parts(str(_find(data_dir)), train_rows)
     model = SmallResNet(rngs=nnx.Rngs(seed), **(sizes or {}))
-    return make_task(
-        "cifar-conv", model, parts, seed=seed, batch_size=128, learning_rate=1e-3, epochs=20
-    )
+    return Task("cifar-conv", model, parts, seed, 128, 1e-3, 20)
 
 
 @functools.lru_cache(maxsize=1)

@@ -9,7 +9,8 @@ import struct
 import numpy as np
 from flax import nnx
 
-from priorityprop_jax.cli.tasks import MLP, Task, cuts, make_task
+from priorityprop_jax.cli.tasks import MLP, Task
+from priorityprop_jax.cli.tasks import split as cut
 from priorityprop_jax.models.files import DataError, DataFile, gunzip, read_file
 
 _MNIST_HOMES = (
@@ -64,15 +65,8 @@ def mnist(
         order, held_out = np.arange(len(labels)), (1000, 1000)
     x = images.reshape(len(images), -1)[order].astype(np.float32) / 255  # [10000, 784], in [0, 1]
     y = labels[order].astype(np.int32)
-    return make_task(
-        "mnist-mlp",
-        MLP((x.shape[1], *hidden, 10), rngs=nnx.Rngs(seed)),
-        [{"x": x[part], "y": y[part]} for part in cuts(len(y), *held_out)],
-        seed=seed,
-        batch_size=128,
-        learning_rate=1e-3,
-        epochs=10,
-    )
+    model = MLP((x.shape[1], *hidden, 10), rngs=nnx.Rngs(seed))
+    return Task("mnist-mlp", model, cut(x, y, *held_out), seed, 128, 1e-3, 10)
 
 
 def parse_idx(raw: bytes, *, source: str) -> np.ndarray:

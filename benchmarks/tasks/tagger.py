@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from priorityprop_jax.cli.tasks import Task, make_task
+from priorityprop_jax.cli.tasks import Task
 from priorityprop_jax.models.files import ENV_VAR, DataError, DataFile, cache_folder, read_file
 
 # Forms and tags alone, drawn from the CoNLL-U files of the first home, which are read as well.
@@ -107,9 +107,7 @@ def load(
     """
     data = _read(_folders(data_dir))
     model = Tagger(data.values, data.tags, rngs=nnx.Rngs(seed), **(sizes or {}))
-    return make_task(
-        "pos-tag", model, data.parts, seed=seed, batch_size=32, learning_rate=2e-3, epochs=5
-    )
+    return Task("pos-tag", model, data.parts, seed, 32, 2e-3, 5)
 
 
 def _folders(data_dir: str | os.PathLike[str] | None) -> list[Path]:

@@ -1,1 +1,1 @@
-"""The command `priorityprop`."""
+"""The command `priorityprop`: train, fine-tune, and report what was spent on what."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,58 +34,6 @@ _SST2 = tuple(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """A model with the data, the loss and the defaults to train it.
-
-    Attributes:
-      name: of the task.
-      model: untrained; its weights are a function of the seed.
-      loss_fn: `(model, batch) -> (loss, {"accuracy": accuracy})`, both means over the batch. To
-        average them over batches, weigh each by its rows: a last batch may be smaller. Where the
-        batches hold a `mask`, weigh by its sum.
-      train_data: full batches only, shuffled anew each epoch.
-      eval_data: every validation row once, in order.
-      test_data: the same for the test rows.
-      batch_size: rows in a batch of all three.
-      learning_rate: a good one for Adam.
-      epochs: enough of them to see the task learned.
-      metric: the name in `loss_fn`'s second result that tells how good the model is: more is
-        better.
-    """
-
-    name: str
-    model: nnx.Module
-    loss_fn: Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
-    train_data: ArrayLoader
-    eval_data: ArrayLoader
-    test_data: ArrayLoader
-    batch_size: int
-    learning_rate: float
-    epochs: int
-    metric: str = "accuracy"
-
-
-def make_task(
-    name: str,
-    model: nnx.Module,
-    parts: Sequence[Mapping[str, np.ndarray]],
-    *,
-    seed: int,
-    batch_size: int,
-    learning_rate: float,
-    epochs: int,
-    max_batches: int | None = None,
-) -> Task:
-    """A `Task` of training, validation and test rows, at most `max_batches` in an epoch."""
-    train, validation, test = parts
-    loader = ArrayLoader(
-        train, batch_size, shuffle=True, seed=seed, drop_last=True, max_batches=max_batches
-    )
-    held_out = (ArrayLoader(part, batch_size) for part in (validation, test))
-    return Task(name, model, cross_entropy, loader, *held_out, batch_size, learning_rate, epochs)
-
-
 def cross_entropy(model: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean cross-entropy of `model(batch["x"])` in nats, and the share of right answers.
 
@@ -104,6 +52,50 @@ def cross_entropy(model: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Arra
     return jnp.average(losses, weights=mask), {
         "accuracy": jnp.average(right.astype(jnp.float32), weights=mask)
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A model with the data, the loss and the defaults to train it.
+
+    Attributes:
+      name: of the task.
+      model: untrained; its weights are a function of the seed.
+      parts: training, validation and test rows, arrays `[rows, ...]` by name.
+      seed: of the order of the training rows.
+      batch_size: rows in a batch.
+      learning_rate: a good one for Adam.
+      epochs: enough of them to see the task learned.
+      max_batches: of training rows in an epoch; None for all of them.
+    """
+
+    name: str
+    model: nnx.Module
+    parts: tuple[dict[str, np.ndarray], ...]
+    seed: int
+    batch_size: int
+    learning_rate: float
+    epochs: int
+    max_batches: int | None = None
+    loss_fn = staticmethod(cross_entropy)
+
+    @functools.cached_property
+    def train_data(self) -> ArrayLoader:
+        """Full batches only, shuffled anew each epoch."""
+        return ArrayLoader(
+            self.parts[0], self.batch_size, shuffle=True, seed=self.seed, drop_last=True,
+            max_batches=self.max_batches,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def eval_data(self) -> ArrayLoader:
+        """Every validation row once, in order; the last batch may be smaller."""
+        return ArrayLoader(self.parts[1], self.batch_size)
+
+    @functools.cached_property
+    def test_data(self) -> ArrayLoader:
+        """The same for the test rows."""
+        return ArrayLoader(self.parts[2], self.batch_size)
 
 
 class MLP(nnx.Module):
@@ -130,7 +122,7 @@ class MLP(nnx.Module):
 
 
 def digits(*, seed: int = 0, hidden: tuple[int, ...] = (128, 128)) -> Task:
-    """scikit-learn's 1,797 digits of 8 x 8, and a multilayer perceptron.
+    """scikit-learn's 1,797 digits of 8 x 8 pixels, and a multilayer perceptron.
 
     Args:
       seed: of the weights and of the order of the training rows.
@@ -148,21 +140,15 @@ def digits(*, seed: int = 0, hidden: tuple[int, ...] = (128, 128)) -> Task:
     # The rows are in the order of their writers, and RandomState's stream is frozen for ever.
     order = np.random.RandomState(0).permutation(len(y))
     x, y = (x[order] / 16).astype(np.float32), y[order].astype(np.int32)  # [1797, 64] in [0, 1]
-    return make_task(
-        "digits",
-        MLP((64, *hidden, 10), rngs=nnx.Rngs(seed)),
-        [{"x": x[part], "y": y[part]} for part in cuts(len(y), 250, 250)],
-        seed=seed,
-        batch_size=32,
-        learning_rate=1e-3,
-        epochs=20,
-    )
+    model = MLP((64, *hidden, 10), rngs=nnx.Rngs(seed))
+    return Task("digits", model, split(x, y, 250, 250), seed, 32, 1e-3, 20)
 
 
-def cuts(rows: int, validation: int, test: int) -> list[slice]:
+def split(x: np.ndarray, y: np.ndarray, validation: int, test: int) -> tuple[Any, ...]:
     """Training rows in front, then so many for validation, and so many for the test at the end."""
-    last, end = rows - test - validation, rows - test
-    return [slice(last), slice(last, end), slice(end, rows)]
+    cuts = [len(y) - validation - test, len(y) - test]
+    pairs = zip(np.split(x, cuts), np.split(y, cuts), strict=True)
+    return tuple({"x": x, "y": y} for x, y in pairs)
 
 
 def sst2(
@@ -194,13 +180,9 @@ def sst2(
     for file in _SST2:
         lines = read_file(file, data_dir=data_dir).decode().removesuffix("\n").split("\n")
         sentences, labels = zip(*(line.rsplit("\t", 1) for line in lines), strict=True)
-        parts.append(
-            {
-                "x": encoder.tokenize(tokenizer, sentences, length),  # [rows, length]
-                "y": np.array(labels).astype(np.int32),  # [rows]
-                "id": np.arange(start, start + len(lines), dtype=np.int32),  # [rows]
-            }
-        )
+        x = encoder.tokenize(tokenizer, sentences, length)  # [rows, length]
+        ids = np.arange(start, start + len(lines), dtype=np.int32)  # [rows]
+        parts.append({"x": x, "y": np.array(labels).astype(np.int32), "id": ids})
         start += len(lines)
     model = encoder.load_bert(folder, classes=2, seed=seed)
-    return make_task("sst2", model, parts, seed=seed, batch_size=32, learning_rate=1e-4, epochs=3)
+    return Task("sst2", model, tuple(parts), seed, 32, 1e-4, 3)

@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 from jax import lax
 
+from benchmarks.tasks.char import CharTransformer
 from priorityprop_jax import meprop, meprop_dot_general, meprop_value_and_grad, restore
-from priorityprop_jax.cli.tasks import MLP, CharTransformer
+from priorityprop_jax.cli.tasks import MLP
 from priorityprop_jax.core.modules import walk
 from priorityprop_jax.meprop.products import MePropDot
 

@@ -13,8 +13,9 @@ import optax
 import pytest
 from flax import nnx
 
+from benchmarks.tasks.tagger import Tagger
 from priorityprop_jax import PriorityPropTrainer, TopKCompute, meprop, meprop_value_and_grad
-from priorityprop_jax.cli.tasks import MLP, Tagger
+from priorityprop_jax.cli.tasks import MLP
 from priorityprop_jax.core.row_optimizers import (
     row_counts,
     row_sparse,

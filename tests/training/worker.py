@@ -17,8 +17,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from benchmarks.tasks.char import CharTransformer
 from priorityprop_jax import PriorityPropTrainer, WorkerLostError
-from priorityprop_jax.cli.tasks import CharTransformer, cross_entropy
+from priorityprop_jax.cli.tasks import cross_entropy
 from priorityprop_jax.core.slots import by_layer
 
 STEPS = 6  # in an epoch
