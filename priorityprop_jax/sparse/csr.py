@@ -27,31 +27,20 @@ _TILE = 512
 _DENSE = 12
 
 
-def forward(values: jax.Array, pattern: SparsePattern, x: jax.Array) -> jax.Array:
-    """The product of a sparse weight and a matrix, ``y = W x``.
-
-    Args:
-      values: ``[capacity]``; those at places that are not used may be anything.
-      pattern: where they stand, of single values; may be traced.
-      x: ``[in, batch]``.
-
-    Returns:
-      ``[out, batch]`` in the common dtype of `values` and `x`; sums are float32 at least.
-
-    Raises:
-      ValueError: if the pattern is one of blocks.
+def forward(
+    values: jax.Array, pattern: SparsePattern, x: jax.Array, geometry: None = None
+) -> jax.Array:
+    """``y = x W^T``: see `Kernel`. Sums are float32 at least.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from priorityprop_jax.sparse import csr
       >>> from priorityprop_jax.sparse.pattern import make_pattern
       >>> pattern = make_pattern([[0, 1, 1], [1, 0, 0]])
-      >>> csr.forward(jnp.array([2.0, 3.0, 4.0]), pattern, jnp.array([[1.0], [10.0], [100.0]]))
-      Array([[320.],
-             [  4.]], dtype=float32)
+      >>> csr.forward(jnp.array([2.0, 3.0, 4.0]), pattern, jnp.array([[1.0, 10.0, 100.0]]))
+      Array([[320.,   4.]], dtype=float32)
     """
-    _check(pattern)
-    return product(values, pattern.columns, _row_lines(pattern), x)
+    return product(values, pattern.columns, _row_lines(pattern), x.T).T
 
 
 def backward(
@@ -59,45 +48,22 @@ def backward(
     pattern: SparsePattern,
     x: jax.Array,
     dy: jax.Array,
+    geometry: None = None,
     *,
     inputs: bool = True,
     weights: bool = True,
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """The gradients of `forward`, ``dx = W^T dy`` and ``dW = dy x^T`` where the pattern has places.
-
-    Args:
-      values: ``[capacity]``; those at places that are not used may be anything.
-      pattern: where they stand, of single values; may be traced.
-      x: ``[in, batch]``.
-      dy: ``[out, batch]``.
-      inputs: whether to compute the gradient of `x`.
-      weights: whether to compute that of `values`.
-
-    Returns:
-      The gradients of `x` and `values`, in their dtypes, ``None`` for one that is not wanted. That
-      of places that are not used is 0.
-
-    Raises:
-      ValueError: if the pattern is one of blocks.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from priorityprop_jax.sparse import csr
-      >>> from priorityprop_jax.sparse.pattern import make_pattern
-      >>> pattern = make_pattern([[0, 1, 1], [1, 0, 0]])
-      >>> x, dy = jnp.array([[1.0], [10.0], [100.0]]), jnp.array([[1.0], [2.0]])
-      >>> dx, dvalues = csr.backward(jnp.array([2.0, 3.0, 4.0]), pattern, x, dy)
-      >>> dx[:, 0].tolist(), dvalues.tolist()
-      ([8.0, 2.0, 3.0], [10.0, 100.0, 2.0])
-    """
-    _check(pattern)
+    """The gradients of `forward`: see `Kernel`."""
     dx = dvalues = None
+    # The compiler sees these transposes, and drops those between neighbours.
+    dy = dy.T
     if inputs:
-        by_column = _take(values, pattern.order)
         starts = pattern.column_starts
-        lines = Lines(starts[:-1], jnp.diff(starts), None)
-        dx = product(by_column, pattern.rows, lines, dy).astype(x.dtype)
+        lines = Lines(starts[:-1], jnp.diff(starts))
+        by_column = values[pattern.order] if pattern.capacity == 0 else _take(values, pattern.order)
+        dx = product(by_column, pattern.rows, lines, dy).astype(x.dtype).T
     if weights:
+        x = x.T
         if cheaper_dense(pattern):
             wide = jnp.promote_types(jnp.result_type(x, dy), jnp.float32)
             dense = jnp.dot(dy.astype(wide), x.astype(wide).T, precision=lax.Precision.HIGHEST)
@@ -117,15 +83,7 @@ def cheaper_dense(pattern: SparsePattern) -> bool:
 
 
 def take_places(dense: jax.Array, pattern: SparsePattern) -> jax.Array:
-    """What stands at the places of a pattern, as `take_values` does, in less time.
-
-    Args:
-      dense: ``[out, in]``.
-      pattern: of single values; may be traced.
-
-    Returns:
-      ``[capacity]``, zero at places that are not used.
-    """
+    """What stands at the places of a pattern, as `take_values` does, in less time."""
     # The row of each place is known by column only, and to search for it costs more than to
     # scatter; reads by row go through `dense` in order.
     rows = (
@@ -143,12 +101,10 @@ class Lines(NamedTuple):
     Attributes:
       starts: int32 ``[lines]``: the first place of each.
       lengths: int32 ``[lines]``: how many places it has.
-      offsets: int32 ``[lines]``: what to add to the indices of its places; ``None`` for nothing.
     """
 
     starts: jax.Array
     lengths: jax.Array
-    offsets: jax.Array | None
 
 
 def product(values: jax.Array, indices: jax.Array, lines: Lines, x: jax.Array) -> jax.Array:
@@ -164,7 +120,7 @@ def product(values: jax.Array, indices: jax.Array, lines: Lines, x: jax.Array) -
       ``[lines, batch]``.
     """
     count, dtype = lines.starts.shape[0], jnp.result_type(values, x)
-    if 0 in x.shape or count == 0:
+    if 0 in x.shape or count == 0 or not len(indices):
         return jnp.zeros((count, x.shape[1]), dtype)
     wide = jnp.promote_types(dtype, jnp.float32)
     values = values.astype(wide)
@@ -206,7 +162,7 @@ def sampled_product(indices: jax.Array, lines: Lines, x: jax.Array, dy: jax.Arra
     capacity, dtype = indices.shape[0], jnp.result_type(x, dy)
     wide = jnp.promote_types(dtype, jnp.float32)
     total = zeros((capacity,), wide, lines.starts, x, dy)
-    if 0 in x.shape or 0 in dy.shape:
+    if 0 in x.shape or 0 in dy.shape or capacity == 0:
         return total.astype(dtype)
     slices, order, _ = _slices(lines)
 
@@ -221,7 +177,7 @@ def sampled_product(indices: jax.Array, lines: Lines, x: jax.Array, dy: jax.Arra
             def step(i, total):
                 used, places, rows = _places(lines, i, indices, nothing=0)
                 parts = zip(x_parts, dy_parts, strict=True)
-                lanes = [_take(x, rows) * _take(dy, members) for x, dy in parts]
+                lanes = [_take(x, rows) * _take(dy, members)[None] for x, dy in parts]
                 lanes = functools.reduce(operator.add, lanes)  # [step, rows of a slice, lanes]
                 ones = jnp.ones(lanes.shape[-1], wide)
                 sums = jnp.dot(lanes, ones, precision=lax.Precision.HIGHEST)
@@ -244,15 +200,8 @@ def zeros(shape: tuple[int, ...], dtype: Any, *like: jax.Array) -> jax.Array:
     return vary(jnp.zeros(shape, dtype), frozenset().union(*map(varying, like)))
 
 
-def _check(pattern: SparsePattern) -> None:
-    if pattern.block != 1:
-        raise ValueError(
-            f"this kernel takes patterns of single values, got blocks of side {pattern.block}"
-        )
-
-
 def _row_lines(pattern: SparsePattern) -> Lines:
-    return Lines(pattern.row_starts[:-1], jnp.diff(pattern.row_starts), None)
+    return Lines(pattern.row_starts[:-1], jnp.diff(pattern.row_starts))
 
 
 def _slices(lines: Lines) -> tuple[Lines, jax.Array, jax.Array]:
@@ -291,11 +240,9 @@ def _places(
     Where there is nothing to read, the index is `nothing`.
     """
     slots = step * _STEP + jnp.arange(_STEP, dtype=jnp.int32)[:, None]
-    used = slots < lines.lengths
-    places = jnp.minimum(lines.starts + slots, indices.shape[0] - 1)
+    used = slots < lines.lengths[None]
+    places = jnp.minimum(lines.starts[None] + slots, indices.shape[0] - 1)
     found = _take(indices, places)
-    if lines.offsets is not None:
-        found += lines.offsets
     return used, places, jnp.where(used, found, nothing)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from priorityprop_jax.sparse.backends import choose_backend
-from priorityprop_jax.sparse.geometry import ConvGeometry
+from priorityprop_jax.sparse.pattern import ConvGeometry, SparsePattern
 from priorityprop_jax.sparse.products import Product, multiply
 
 # What `flax.nnx.Conv` takes as padding.
@@ -19,7 +19,7 @@ Padding = str | int | Sequence[int | tuple[int, int]]
 
 
 def sparse_linear(
-    x: jax.Array, values: jax.Array, pattern: Any, *, backend: str | None = None
+    x: jax.Array, values: jax.Array, pattern: SparsePattern, *, backend: str | None = None
 ) -> jax.Array:
     """``y = x W^T`` with a weight that is zero outside of a pattern.
 
@@ -30,9 +30,8 @@ def sparse_linear(
 
     Args:
       x: ``[..., in]``.
-      values: ``[capacity]``, or ``[capacity, block, block]`` of blocks, or ``[out, in / 2]`` of a
-        2:4 pattern. Those at unused places are not read.
-      pattern: where they stand: `SparsePattern` or `TwoFourPattern`. It may be traced.
+      values: ``[capacity]``. Those at unused places are not read.
+      pattern: where they stand. It may be traced.
       backend: which kernels; by default the choice of `sparse_backend`. Static.
 
     Returns:
@@ -45,10 +44,10 @@ def sparse_linear(
 
     Example:
       >>> import jax, jax.numpy as jnp, numpy as np
-      >>> from priorityprop_jax import make_pattern, sparse_linear
-      >>> pattern = make_pattern(np.array([[0, 1], [1, 1]]))
+      >>> from priorityprop_jax import sparse
+      >>> pattern = sparse.make_pattern(np.array([[0, 1], [1, 1]]))
       >>> values = jnp.array([1.0, 2.0, 3.0])
-      >>> sparse_linear(jnp.array([10.0, 1.0]), values, pattern).tolist()
+      >>> sparse.sparse_linear(jnp.array([10.0, 1.0]), values, pattern).tolist()
       [1.0, 23.0]
     """
     x, values, dtype = _checked(x, values, pattern)
@@ -63,7 +62,7 @@ def sparse_linear(
 def sparse_conv(
     x: jax.Array,
     values: jax.Array,
-    pattern: Any,
+    pattern: SparsePattern,
     *,
     kernel_size: Sequence[int],
     strides: int | Sequence[int] | None = 1,
@@ -98,10 +97,10 @@ def sparse_conv(
 
     Example:
       >>> import jax.numpy as jnp, numpy as np
-      >>> from priorityprop_jax import make_pattern, sparse_conv
-      >>> pattern = make_pattern(np.array([[1, 0, 1]]))  # one channel, kernel of 3
-      >>> x = jnp.arange(5.0)[:, None]
-      >>> y = sparse_conv(x, jnp.array([1.0, 10.0]), pattern, kernel_size=(3,), padding="VALID")
+      >>> from priorityprop_jax import sparse
+      >>> pattern = sparse.make_pattern(np.array([[1, 0, 1]]))  # one channel, kernel of 3
+      >>> x, values = jnp.arange(5.0)[:, None], jnp.array([1.0, 10.0])
+      >>> y = sparse.sparse_conv(x, values, pattern, kernel_size=(3,), padding="VALID")
       >>> y[:, 0].tolist()
       [20.0, 31.0, 42.0]
     """
@@ -133,7 +132,7 @@ def sparse_conv(
     return y.reshape(*batch, *y.shape[2 if axes == 1 else 1 :])
 
 
-def _checked(x: Any, values: Any, pattern: Any) -> tuple[jax.Array, jax.Array, Any]:
+def _checked(x: Any, values: Any, pattern: SparsePattern) -> tuple[jax.Array, jax.Array, Any]:
     x, values = jnp.asarray(x), jnp.asarray(values)
     dtype = jnp.result_type(x, values)
     for name, array in {"x": x, "values": values}.items():

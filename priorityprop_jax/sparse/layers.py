@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,24 +15,18 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 
 from priorityprop_jax.sparse.functional import Padding, sparse_conv, sparse_linear
-from priorityprop_jax.sparse.masks import random_mask
+from priorityprop_jax.sparse.masks import kept_of, random_mask
 from priorityprop_jax.sparse.pattern import (
+    ARRAYS,
     SparsePattern,
     carry,
     change_pattern,
     check_pattern,
     densify_values,
+    is_traced,
     make_pattern,
     mask_of,
     take_values,
-)
-from priorityprop_jax.sparse.two_four import (
-    TwoFourPattern,
-    densify_two_four,
-    is_two_four,
-    mask_of_two_four,
-    pack_two_four,
-    take_two_four,
 )
 
 
@@ -45,60 +38,146 @@ class SparseLayer(nnx.Module):
     """What `SparseLinear` and `SparseConv` share: a kernel kept as values at places.
 
     Attributes:
-      values: the parameter, ``[capacity]`` (``[capacity, block, block]`` of blocks,
-        ``[out, in / 2]`` of a 2:4 mask).
+      values: the parameter, ``[capacity]``.
       index: `SparseIndex` arrays of the pattern by name.
       bias: the parameter ``[out]``, or None.
     """
 
+    _dense: ClassVar[Any]  # the kind of layer that it stands for
+    _own: ClassVar[tuple[str, ...]] = ()  # options that this kind has beside those of all
+
     values: nnx.Param[jax.Array]
     index: nnx.Dict
     bias: nnx.Param[jax.Array] | None
-    backend: str | None
     kernel_shape: tuple[int, ...]  # as `flax.nnx` stores it: (..., in, out)
-    block: int
+    backend: str | None
     dtype: Any
+    preferred_element_type: Any
 
-    def _set(
-        self, kernel: Any, mask: Any, bias: Any, *, capacity: int | None, block: int, **others: Any
+    def _make(
+        self,
+        shape: tuple[int, ...],
+        *,
+        sparsity: float | None,
+        mask: Any,
+        use_bias: bool,
+        param_dtype: Any,
+        kernel_init: Any,
+        bias_init: Any,
+        capacity: int | None,
+        rngs: nnx.Rngs,
+        **others: Any,
     ) -> None:
-        """Takes a dense kernel and bias over, in the layout of `flax.nnx`."""
-        mask, matrix = as_matrix(np.asarray(mask)) != 0, as_matrix(kernel)
-        self.kernel_shape = tuple(kernel.shape)
-        self.block = block
-        packs = block == 1 and capacity is None and kernel.ndim == 2 and is_two_four(mask)
-        pattern = (
-            pack_two_four(mask) if packs else make_pattern(mask, capacity=capacity, block=block)
-        )
-        self.index = nnx.Dict(
-            {name: SparseIndex(array) for name, array in _arrays(pattern).items()}
-        )
-        if packs:
-            self.values = nnx.Param(take_two_four(matrix, pattern))  # type: ignore[arg-type]
-        else:
-            # A block is kept whole, and what the mask leaves out in it starts at zero.
-            kept = jnp.where(mask, matrix, 0)
-            self.values = nnx.Param(take_values(kept, pattern))  # type: ignore[arg-type]
+        """Draws a dense kernel of this shape and a bias, and keeps of them what the mask keeps."""
+        if (sparsity is None) == (mask is None):
+            raise ValueError("give either sparsity=, for places at random, or mask=")
+        kernel = kernel_init(rngs.params(), shape, param_dtype)
+        bias = bias_init(rngs.params(), shape[-1:], param_dtype) if use_bias else None
+        if sparsity is not None:
+            mask = random_mask(rngs.params(), shape, sparsity)
+            # What is drawn under `nnx.jit` or `nnx.eval_shape` is not known, but how much is.
+            kept = max(kept_of(math.prod(shape), sparsity), 1)
+            capacity = kept if capacity is None and is_traced(mask) else capacity
+        if np.shape(mask) != shape:
+            raise ValueError(
+                f"the mask must be of the kernel's shape, {shape}, got {np.shape(mask)}"
+            )
+        mask = mask if is_traced(mask) else np.asarray(mask)
+        pattern = make_pattern(as_matrix(mask), capacity=capacity)
+        self.kernel_shape = tuple(shape)
+        self.index = nnx.Dict({name: SparseIndex(getattr(pattern, name)) for name in ARRAYS})
+        self.values = nnx.Param(take_values(as_matrix(kernel), pattern))  # type: ignore[arg-type]
         self.bias = nnx.data(None) if bias is None else nnx.Param(bias)
         for name, value in others.items():
             setattr(self, name, value)
 
+    @classmethod
+    def from_dense(
+        cls,
+        layer: Any,
+        mask: Any = None,
+        *,
+        capacity: int | None = None,
+        backend: str | None = None,
+    ) -> Self:
+        """The layer with its kernel kept sparsely.
+
+        Args:
+          layer: the dense layer, an `nnx.Linear` or `nnx.Conv`; it is left alone.
+          mask: bool, of the kernel's shape: what to keep; by default what is not zero.
+          capacity: places to make room for.
+          backend: which kernels.
+
+        Returns:
+          A new layer with copies of its values.
+
+        Raises:
+          TypeError: if the layer is of another kind.
+          ValueError: if a mask does not fit, or the layer does what this one does not.
+        """
+        if not isinstance(layer, cls._dense):
+            raise TypeError(
+                f"the layer must be an nnx.{cls._dense.__name__}, got {type(layer).__name__}"
+            )
+        if not convertible(layer):
+            raise ValueError(
+                "the layer multiplies by a dot_general of its own: call restore(model) first"
+                if isinstance(layer, nnx.Linear)
+                else "sparse convolutions have one or two axes, no input_dilation and no "
+                "conv_general_dilated of their own (see restore); this layer has "
+                f"kernel_size={layer.kernel_size}, input_dilation={layer.input_dilation}"
+            )
+        kernel = layer.kernel[...]
+        own = getattr(layer, "mask", None)  # of a convolution
+        if own is not None:
+            kernel = kernel * own
+        bias = None if layer.bias is None else layer.bias[...]
+        return cls(
+            layer.in_features,
+            layer.out_features,
+            **{name: getattr(layer, name) for name in cls._own},
+            mask=kernel != 0 if mask is None else mask,
+            use_bias=bias is not None,
+            dtype=layer.dtype,
+            param_dtype=kernel.dtype,
+            kernel_init=lambda *_: kernel,
+            bias_init=lambda *_: bias,
+            capacity=capacity,
+            backend=backend,
+            preferred_element_type=layer.preferred_element_type,
+            rngs=nnx.Rngs(0),
+        )
+
+    def to_dense(self) -> Any:
+        """The dense layer, with zeros where this one has no places."""
+        *_, ins, outs = self.kernel_shape
+        layer: Any = self._dense(
+            ins * getattr(self, "feature_group_count", 1),
+            outs,
+            **{name: getattr(self, name) for name in self._own},
+            use_bias=self.bias is not None,
+            dtype=self.dtype,
+            param_dtype=self.values.dtype,
+            kernel_init=initializers.zeros_init(),
+            preferred_element_type=self.preferred_element_type,
+            rngs=nnx.Rngs(0),
+        )
+        layer.kernel.set_value(self.kernel())
+        if self.bias is not None:
+            layer.bias.set_value(self.bias[...])
+        return layer
+
     @property
-    def pattern(self) -> SparsePattern | TwoFourPattern:
+    def pattern(self) -> SparsePattern:
         """Where the values stand; of a kernel as a matrix ``(out, ...)``."""
         arrays = {name: variable[...] for name, variable in self.index.items()}
         shape = (self.kernel_shape[-1], math.prod(self.kernel_shape[:-1]))
-        if "positions" in arrays:
-            return TwoFourPattern(**arrays, shape=shape)
-        return SparsePattern(**arrays, shape=shape, block=self.block)
+        return SparsePattern(**arrays, shape=shape)
 
     @property
     def nonzeros(self) -> int:
         """The places that are in use."""
-        pattern = self.pattern
-        if isinstance(pattern, TwoFourPattern):
-            return self.values.size
-        return int(pattern.row_starts[-1]) * self.block**2
+        return int(self.index["row_starts"][...][-1])
 
     @property
     def sparsity(self) -> float:
@@ -107,16 +186,11 @@ class SparseLayer(nnx.Module):
 
     def kernel(self) -> jax.Array:
         """The kernel as a dense array, as `flax.nnx` stores it: ``(..., in, out)``."""
-        pattern, values = self.pattern, self.values[...]
-        if isinstance(pattern, TwoFourPattern):
-            return _unmatrix(densify_two_four(values, pattern), self.kernel_shape)
-        return _unmatrix(densify_values(values, pattern), self.kernel_shape)
+        return _unmatrix(densify_values(self.values[...], self.pattern), self.kernel_shape)
 
     def mask(self) -> np.ndarray:
         """The mask of the kernel, bool ``(..., in, out)``."""
-        pattern = self.pattern
-        of_matrix = mask_of_two_four if isinstance(pattern, TwoFourPattern) else mask_of
-        return np.asarray(_unmatrix(of_matrix(pattern), self.kernel_shape))  # type: ignore[arg-type]
+        return _unmatrix(mask_of(self.pattern), self.kernel_shape)
 
     def change_mask(self, mask: Any) -> jax.Array:
         """Another mask of at most as many places, in place; nothing is compiled anew.
@@ -130,35 +204,16 @@ class SparseLayer(nnx.Module):
           keeps follows by `carry`.
 
         Raises:
-          ValueError: if the mask has another shape or too many places, or the layer is 2:4.
+          ValueError: if the mask has another shape or too many places.
         """
-        pattern = self.pattern
-        if isinstance(pattern, TwoFourPattern):
-            raise ValueError("a 2:4 layer has no other mask: make a new one, by from_dense")
         mask = np.asarray(mask)
         if mask.shape != self.kernel_shape:
             raise ValueError(f"the mask must be of shape {self.kernel_shape}, got {mask.shape}")
-        changed, source = change_pattern(pattern, as_matrix(mask))
-        self.move(changed, source)
+        pattern, source = change_pattern(self.pattern, as_matrix(mask))
+        for name in ARRAYS:
+            self.index[name].set_value(getattr(pattern, name))
+        self.values.set_value(carry(self.values[...], source))
         return source
-
-    def move(
-        self,
-        pattern: SparsePattern,
-        source: jax.Array,
-        like: Callable[[jax.Array, jax.Array], jax.Array] = lambda new, old: new,
-    ) -> None:
-        """Takes a pattern made by `change_pattern`, in place.
-
-        Args:
-          pattern: of the same size.
-          source: int32 ``[capacity]``: where each value comes from.
-          like: makes of a new array and the old one what to keep.
-        """
-        for name, array in _arrays(pattern).items():
-            self.index[name].set_value(like(array, self.index[name][...]))
-        values = self.values[...]
-        self.values.set_value(like(carry(values, source), values))
 
     def check(self) -> None:
         """Refuses index arrays that belong to no mask, as after a file was damaged.
@@ -166,12 +221,23 @@ class SparseLayer(nnx.Module):
         Raises:
           ValueError: if anything about them is wrong.
         """
-        pattern = self.pattern
-        if isinstance(pattern, TwoFourPattern):
-            if not is_two_four(mask_of_two_four(pattern)):
-                raise ValueError("the positions of a 2:4 layer repeat within a group")
-        else:
-            check_pattern(pattern)
+        check_pattern(self.pattern)
+
+    def _finish(self, y: jax.Array, bias: jax.Array | None) -> jax.Array:
+        """The output in the dtype that was asked for, and the bias."""
+        if self.preferred_element_type is not None:
+            y = y.astype(self.preferred_element_type)
+        return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+    def _promoted(self, inputs: Any) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Inputs and parameters in the dtype of the computation, as `flax.nnx` layers have it."""
+        bias = None if self.bias is None else self.bias[...]
+        x, values, bias = promote_dtype((inputs, self.values[...], bias), dtype=self.dtype)
+        if self.preferred_element_type is not None:
+            # Sums are not rounded on the way to a wider output.
+            wide = jnp.promote_types(x.dtype, self.preferred_element_type)
+            x, values = x.astype(wide), values.astype(wide)
+        return x, values, bias
 
 
 class SparseLinear(SparseLayer):
@@ -194,8 +260,8 @@ class SparseLinear(SparseLayer):
       bias_init: of the bias.
       capacity: places to make room for; by default as many as are used. `change_mask` may use
         them.
-      block: the side of the blocks of places.
       backend: which kernels; by default the choice of `sparse_backend`.
+      preferred_element_type: of the output; by default as ``dtype``.
       rngs: for initial values and places.
 
     Raises:
@@ -204,13 +270,15 @@ class SparseLinear(SparseLayer):
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
-      >>> from priorityprop_jax import SparseLinear
-      >>> layer = SparseLinear(64, 32, sparsity=0.9, rngs=nnx.Rngs(0))
+      >>> from priorityprop_jax import sparse
+      >>> layer = sparse.SparseLinear(64, 32, sparsity=0.9, rngs=nnx.Rngs(0))
       >>> layer.values.shape, layer(jnp.ones((8, 64))).shape
       ((205,), (8, 32))
       >>> layer.to_dense()
       Linear(...
     """
+
+    _dense = nnx.Linear
 
     def __init__(
         self,
@@ -225,56 +293,24 @@ class SparseLinear(SparseLayer):
         kernel_init: Any = initializers.lecun_normal(),  # noqa: B008
         bias_init: Any = initializers.zeros_init(),  # noqa: B008
         capacity: int | None = None,
-        block: int = 1,
         backend: str | None = None,
+        preferred_element_type: Any = None,
         rngs: nnx.Rngs,
     ):
-        shape = (in_features, out_features)
-        kernel = kernel_init(rngs.params(), shape, param_dtype)
-        bias = bias_init(rngs.params(), (out_features,), param_dtype) if use_bias else None
-        mask = _mask(sparsity, mask, shape, rngs)
-        self._set(kernel, mask, bias, capacity=capacity, block=block, dtype=dtype, backend=backend)
-
-    @classmethod
-    def from_dense(
-        cls,
-        layer: nnx.Linear,
-        mask: Any = None,
-        *,
-        capacity: int | None = None,
-        block: int = 1,
-        backend: str | None = None,
-    ) -> Self:
-        """The layer with its weight kept sparsely.
-
-        Args:
-          layer: the dense layer; it is left alone.
-          mask: bool ``[in, out]``: what to keep; by default what is not zero.
-          capacity: places to make room for.
-          block: the side of the blocks of places.
-          backend: which kernels.
-
-        Returns:
-          A new layer with copies of its values.
-
-        Raises:
-          TypeError: if the layer is no `nnx.Linear`.
-          ValueError: if a mask does not fit.
-        """
-        options = _taken_over(layer, mask, nnx.Linear)
-        return cls(
-            layer.in_features,
-            layer.out_features,
+        self._make(
+            (in_features, out_features),
+            sparsity=sparsity,
+            mask=mask,
+            use_bias=use_bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
             capacity=capacity,
-            block=block,
             backend=backend,
-            **options,
+            preferred_element_type=preferred_element_type,
+            rngs=rngs,
         )
-
-    def to_dense(self) -> nnx.Linear:
-        """The dense layer, with zeros where this one has no places."""
-        *ins, outs = self.kernel_shape
-        return _dense(self, nnx.Linear, math.prod(ins), outs)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Multiplies.
@@ -285,9 +321,8 @@ class SparseLinear(SparseLayer):
         Returns:
           ``[..., out]``.
         """
-        x, values, bias = _promoted(self, inputs)
-        y = sparse_linear(x, values, self.pattern, backend=self.backend)
-        return y if bias is None else y + bias
+        x, values, bias = self._promoted(inputs)
+        return self._finish(sparse_linear(x, values, self.pattern, backend=self.backend), bias)
 
 
 class SparseConv(SparseLayer):
@@ -301,16 +336,17 @@ class SparseConv(SparseLayer):
       padding: see there.
       kernel_dilation: see there.
       feature_group_count: see there.
-      sparsity: the share of the kernel that has no place, in ``[0, 1]``; places are random.
+      sparsity: as for `SparseLinear`, as all that follows but ``mask``.
       mask: bool ``[*kernel_size, in / groups, out]`` instead.
-      use_bias: whether there is a bias.
-      dtype: of the computation; by default what inputs and parameters promote to.
-      param_dtype: of the parameters.
-      kernel_init: of the dense kernel from which values are taken.
-      bias_init: of the bias.
-      capacity: places to make room for; by default as many as are used.
-      backend: which kernels; by default the choice of `sparse_backend`.
-      rngs: for initial values and places.
+      use_bias: see there.
+      dtype: see there.
+      param_dtype: see there.
+      kernel_init: see there.
+      bias_init: see there.
+      capacity: see there.
+      backend: see there.
+      preferred_element_type: see there.
+      rngs: see there.
 
     Raises:
       ValueError: if both or neither of ``sparsity`` and ``mask`` are given, or they do not fit.
@@ -318,12 +354,16 @@ class SparseConv(SparseLayer):
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> from priorityprop_jax import SparseConv
-      >>> layer = SparseConv(8, 16, (3, 3), strides=2, sparsity=0.9, rngs=nnx.Rngs(0))
+      >>> from priorityprop_jax import sparse
+      >>> layer = sparse.SparseConv(8, 16, (3, 3), strides=2, sparsity=0.9, rngs=nnx.Rngs(0))
       >>> layer(jnp.ones((4, 10, 10, 8))).shape
       (4, 5, 5, 16)
     """
 
+    _dense = nnx.Conv
+    _own = ("kernel_size", "strides", "padding", "kernel_dilation", "feature_group_count")
+
+    kernel_size: tuple[int, ...]
     strides: int | Sequence[int] | None
     padding: Padding
     kernel_dilation: int | Sequence[int] | None
@@ -348,86 +388,30 @@ class SparseConv(SparseLayer):
         bias_init: Any = initializers.zeros_init(),  # noqa: B008
         capacity: int | None = None,
         backend: str | None = None,
+        preferred_element_type: Any = None,
         rngs: nnx.Rngs,
     ):
         sizes = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
         if feature_group_count < 1 or in_features % feature_group_count:
             raise ValueError(f"{feature_group_count} groups do not divide {in_features} channels")
-        shape = (*sizes, in_features // feature_group_count, out_features)
-        kernel = kernel_init(rngs.params(), shape, param_dtype)
-        bias = bias_init(rngs.params(), (out_features,), param_dtype) if use_bias else None
-        mask = _mask(sparsity, mask, shape, rngs)
-        self._set(
-            kernel,
-            mask,
-            bias,
-            capacity=capacity,
-            block=1,
+        self._make(
+            (*sizes, in_features // feature_group_count, out_features),
+            sparsity=sparsity,
+            mask=mask,
+            use_bias=use_bias,
             dtype=dtype,
+            param_dtype=param_dtype,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            capacity=capacity,
             backend=backend,
+            preferred_element_type=preferred_element_type,
+            rngs=rngs,
+            kernel_size=sizes,
             strides=strides,
             padding=padding,
             kernel_dilation=kernel_dilation,
             feature_group_count=feature_group_count,
-        )
-
-    @classmethod
-    def from_dense(
-        cls,
-        layer: nnx.Conv,
-        mask: Any = None,
-        *,
-        capacity: int | None = None,
-        backend: str | None = None,
-    ) -> Self:
-        """The layer with its kernel kept sparsely.
-
-        Args:
-          layer: the dense layer over one or two axes; it is left alone.
-          mask: bool, of the kernel's shape: what to keep; by default what is not zero.
-          capacity: places to make room for.
-          backend: which kernels.
-
-        Returns:
-          A new layer with copies of its values.
-
-        Raises:
-          TypeError: if the layer is no `nnx.Conv`.
-          ValueError: if a mask does not fit, or the layer has more axes or dilates its input.
-        """
-        options = _taken_over(layer, mask, nnx.Conv)
-        if not convertible(layer):
-            raise ValueError(
-                "sparse convolutions have one or two axes, no input_dilation and no "
-                "conv_general_dilated of their own (see restore); this layer has "
-                f"kernel_size={layer.kernel_size}, input_dilation={layer.input_dilation}"
-            )
-        return cls(
-            layer.in_features,
-            layer.out_features,
-            layer.kernel_size,
-            layer.strides,
-            padding=layer.padding,
-            kernel_dilation=layer.kernel_dilation,
-            feature_group_count=layer.feature_group_count,
-            capacity=capacity,
-            backend=backend,
-            **options,
-        )
-
-    def to_dense(self) -> nnx.Conv:
-        """The dense layer, with zeros where this one has no places."""
-        *sizes, ins, outs = self.kernel_shape
-        return _dense(
-            self,
-            nnx.Conv,
-            ins * self.feature_group_count,
-            outs,
-            tuple(sizes),
-            self.strides,
-            padding=self.padding,
-            kernel_dilation=self.kernel_dilation,
-            feature_group_count=self.feature_group_count,
         )
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -439,19 +423,15 @@ class SparseConv(SparseLayer):
         Returns:
           ``[..., *sizes, out]``.
         """
-        x, values, bias = _promoted(self, inputs)
+        x, values, bias = self._promoted(inputs)
         y = sparse_conv(
             x,
             values,
             self.pattern,
-            kernel_size=self.kernel_shape[:-2],
-            strides=self.strides,
-            padding=self.padding,
-            kernel_dilation=self.kernel_dilation,
-            feature_group_count=self.feature_group_count,
+            **{name: getattr(self, name) for name in self._own},
             backend=self.backend,
         )
-        return y if bias is None else y + bias
+        return self._finish(y, bias)
 
 
 def convertible(layer: Any) -> bool:
@@ -488,65 +468,3 @@ def _unmatrix(matrix: Any, shape: tuple[int, ...]) -> Any:
     *sizes, ins, outs = shape
     axes = len(shape)
     return matrix.reshape(outs, ins, *sizes).transpose(*range(2, axes), 1, 0)
-
-
-def _arrays(pattern: SparsePattern | TwoFourPattern) -> dict[str, jax.Array]:
-    fields = {field.name: getattr(pattern, field.name) for field in dataclasses.fields(pattern)}
-    return {name: value for name, value in fields.items() if name not in ("shape", "block")}
-
-
-def _mask(sparsity: Any, mask: Any, shape: tuple[int, ...], rngs: nnx.Rngs) -> Any:
-    if (sparsity is None) == (mask is None):
-        raise ValueError("give either sparsity=, for places at random, or mask=")
-    if mask is None:
-        return random_mask(rngs.params(), shape, sparsity)
-    if np.shape(mask) != shape:
-        raise ValueError(f"the mask must be of the kernel's shape, {shape}, got {np.shape(mask)}")
-    return mask
-
-
-def _taken_over(layer: Any, mask: Any, kind: type) -> dict[str, Any]:
-    """What a sparse layer is made with to have the mask and the parameters of a dense one."""
-    if not isinstance(layer, kind):
-        raise TypeError(f"the layer must be an nnx.{kind.__name__}, got {type(layer).__name__}")
-    if isinstance(layer, nnx.Linear) and not convertible(layer):
-        raise ValueError(
-            "the layer multiplies by a dot_general of its own: call restore(model) first"
-        )
-    kernel = layer.kernel[...]
-    own = getattr(layer, "mask", None)  # of a convolution
-    if own is not None:
-        kernel = kernel * own
-    bias = None if layer.bias is None else layer.bias[...]
-    return {
-        "mask": kernel != 0 if mask is None else mask,
-        "kernel_init": lambda *_: kernel,
-        "bias_init": lambda *_: bias,
-        "use_bias": bias is not None,
-        "dtype": layer.dtype,
-        "param_dtype": kernel.dtype,
-        "rngs": nnx.Rngs(0),
-    }
-
-
-def _dense(sparse: SparseLayer, kind: Any, *sizes: Any, **options: Any) -> Any:
-    """A dense layer with the parameters of a sparse one."""
-    layer = kind(
-        *sizes,
-        use_bias=sparse.bias is not None,
-        dtype=sparse.dtype,
-        param_dtype=sparse.values.dtype,
-        kernel_init=initializers.zeros_init(),
-        rngs=nnx.Rngs(0),
-        **options,
-    )
-    layer.kernel.set_value(sparse.kernel())
-    if sparse.bias is not None:
-        layer.bias.set_value(sparse.bias[...])
-    return layer
-
-
-def _promoted(layer: Any, inputs: Any) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Inputs and parameters in the dtype of the computation, as `flax.nnx` layers have it."""
-    bias = None if layer.bias is None else layer.bias[...]
-    return promote_dtype((inputs, layer.values[...], bias), dtype=layer.dtype)

@@ -1,35 +1,36 @@
-"""Products with a sparse weight as dense ones: the choice where a weight is hardly sparse."""
+"""Products and convolutions with a sparse weight as dense ones, with the weight put together."""
 
 from __future__ import annotations
 
 import jax
+from jax import lax
 
-from priorityprop_jax.sparse.pattern import SparsePattern, densify_values, take_values
+from priorityprop_jax.sparse.pattern import (
+    ConvGeometry,
+    SparsePattern,
+    densify_values,
+    take_values,
+)
 
 
-def forward(values: jax.Array, pattern: SparsePattern, x: jax.Array) -> jax.Array:
-    """``y = W x``.
+def forward(
+    values: jax.Array, pattern: SparsePattern, x: jax.Array, geometry: ConvGeometry | None = None
+) -> jax.Array:
+    """``y = x W^T``, or a convolution: see `Kernel`.
 
     Zeros of the weight take part in the product: a NaN or an infinity in ``x`` reaches all outputs,
     as it does in a dense layer.
-
-    Args:
-      values: float32 ``[capacity]``, or ``[capacity, block, block]``.
-      pattern: where they stand; may be traced.
-      x: float32 ``[in, batch]``.
-
-    Returns:
-      ``[out, batch]``.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from priorityprop_jax.sparse import masked
       >>> from priorityprop_jax.sparse.pattern import make_pattern
       >>> pattern = make_pattern([[0, 1], [1, 1]])
-      >>> masked.forward(jnp.array([1.0, 2.0, 3.0]), pattern, jnp.ones((2, 1))).tolist()
-      [[1.0], [5.0]]
+      >>> masked.forward(jnp.array([1.0, 2.0, 3.0]), pattern, jnp.ones((1, 2))).tolist()
+      [[1.0, 5.0]]
     """
-    return densify_values(values, pattern) @ x
+    weight = densify_values(values, pattern)
+    return (weight @ x.T).T if geometry is None else _convolve(weight, x, geometry)
 
 
 def backward(
@@ -37,23 +38,33 @@ def backward(
     pattern: SparsePattern,
     x: jax.Array,
     dy: jax.Array,
+    geometry: ConvGeometry | None = None,
     *,
     inputs: bool = True,
     weights: bool = True,
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """The gradients of `forward`.
+    """The gradients of `forward`: see `Kernel`."""
+    weight = densify_values(values, pattern)
+    dx = dweight = None
+    if geometry is None:
+        dx = (weight.T @ dy.T).T if inputs else None
+        dweight = dy.T @ x if weights else None
+    else:
+        if inputs:
+            [dx] = jax.vjp(lambda x: _convolve(weight, x, geometry), x)[1](dy)
+        if weights:
+            [dweight] = jax.vjp(lambda weight: _convolve(weight, x, geometry), weight)[1](dy)
+    return dx, None if dweight is None else take_values(dweight, pattern)
 
-    Args:
-      values: float32 ``[capacity]``, or ``[capacity, block, block]``.
-      pattern: where they stand; may be traced.
-      x: float32 ``[in, batch]``.
-      dy: float32 ``[out, batch]``.
-      inputs: whether ``dx = W^T dy`` is wanted. Static.
-      weights: whether ``dvalues``, ``dy x^T`` at the places of the pattern, is wanted. Static.
 
-    Returns:
-      ``dx`` as ``x`` or None, and ``dvalues`` as ``values``, 0 at places not used, or None.
-    """
-    dx = densify_values(values, pattern).T @ dy if inputs else None
-    dvalues = take_values(dy @ x.T, pattern) if weights else None
-    return dx, dvalues
+def _convolve(weight: jax.Array, x: jax.Array, geometry: ConvGeometry) -> jax.Array:
+    kernel = weight.reshape(weight.shape[0], -1, *geometry.kernel).transpose(2, 3, 1, 0)
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        geometry.strides,
+        geometry.padding,
+        rhs_dilation=geometry.dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=geometry.groups,
+    )

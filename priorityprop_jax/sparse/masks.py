@@ -1,4 +1,4 @@
-"""Masks of weights: by magnitude, 2:4, at random, or made elsewhere."""
+"""Masks of weights: by magnitude, at random, or made elsewhere."""
 
 from __future__ import annotations
 
@@ -64,43 +64,6 @@ def magnitude_masks(
     return treedef.unflatten(masks)
 
 
-def two_four_mask(weight: jax.Array, *, axis: int = -1) -> jax.Array:
-    """A mask that keeps the two largest magnitudes of every four consecutive inputs.
-
-    Args:
-      weight: may be traced.
-      axis: the axis of the inputs: the last of a weight ``(out, in)``, but 0 of a kernel of a Flax
-        linear layer, ``(in, out)``, and 2 of one of a convolution, ``(H, W, in, out)``.
-
-    Returns:
-      bool, in the shape of the weight; of equal magnitudes the earlier are kept, and a NaN counts
-      as larger than all numbers.
-
-    Raises:
-      ValueError: if there is no such axis, or its length is no multiple of 4.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from priorityprop_jax.sparse.masks import two_four_mask
-      >>> two_four_mask(jnp.array([[1.0, -4.0, 3.0, 2.0]])).tolist()
-      [[False, True, True, False]]
-    """
-    weight = jnp.asarray(weight)
-    if not -weight.ndim <= axis < weight.ndim:
-        raise ValueError(f"axis is {axis}, but the weight has shape {weight.shape}")
-    if weight.shape[axis] % 4:
-        raise ValueError(
-            f"a 2:4 mask needs a multiple of 4 inputs, got {weight.shape[axis]} "
-            f"(axis {axis} of {weight.shape})"
-        )
-    moved = jnp.moveaxis(weight, axis, -1)
-    keys = _keys(moved, moved.dtype).reshape(-1, 4)
-    mine, other = keys[:, :, None], keys[:, None, :]
-    earlier = jnp.tri(4, k=-1, dtype=bool)
-    larger = (other > mine) | ((other == mine) & earlier)
-    return jnp.moveaxis((larger.sum(2) < 2).reshape(moved.shape), -1, axis)
-
-
 def random_mask(key: jax.Array, shape: Sequence[int], sparsity: float) -> jax.Array:
     """A mask that keeps ``round((1 - sparsity) * n)`` of ``n`` weights, drawn at random.
 
@@ -120,7 +83,7 @@ def random_mask(key: jax.Array, shape: Sequence[int], sparsity: float) -> jax.Ar
     """
     check_sparsity("sparsity", sparsity)
     size = math.prod(shape)
-    kept = jnp.arange(size) < round((1 - sparsity) * size)
+    kept = jnp.arange(size) < kept_of(size, sparsity)
     return jax.random.permutation(key, kept).reshape(shape)
 
 
@@ -217,9 +180,14 @@ def scope_groups(leaves: Sequence[Any], scope: str) -> list[list[int]]:
     return [[i] for i in chosen]
 
 
+def kept_of(size: int, sparsity: float) -> int:
+    """How many of so many weights a sparsity keeps."""
+    return round((1 - sparsity) * size)
+
+
 def kept_count(leaves: Sequence[Any], sparsity: float) -> int:
-    """``round((1 - sparsity) * n)`` of the ``n`` weights of all leaves."""
-    return round((1 - sparsity) * sum(math.prod(np.shape(leaf)) for leaf in leaves))
+    """How many weights of all leaves together a sparsity keeps."""
+    return kept_of(sum(math.prod(np.shape(leaf)) for leaf in leaves), sparsity)
 
 
 def keep_largest(

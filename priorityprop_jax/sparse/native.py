@@ -14,20 +14,21 @@ import pathlib
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from priorityprop_jax.core.varying import vary, varying
-from priorityprop_jax.sparse.geometry import ConvGeometry
-from priorityprop_jax.sparse.pattern import SparsePattern
+from priorityprop_jax.sparse.pattern import ConvGeometry, SparsePattern
 
 # Best first.
 _INSTRUCTION_SETS = {"avx512": "AVX-512", "avx2": "AVX2", "base": "baseline"}
 _HANDLERS = ("linear_forward", "linear_backward", "conv_forward", "conv_backward")
+_INTERFACE = 2  # of the handlers, as csrc/ffi.cc has it
 _lock = threading.Lock()
 
 
@@ -47,24 +48,21 @@ def native_status() -> tuple[bool, str]:
     return library.name is not None, library.status
 
 
-def forward(values: jax.Array, pattern: SparsePattern, x: jax.Array) -> jax.Array:
-    """``y = x W^T``.
-
-    Args:
-      values: float32 ``[capacity]``; those at places not used are not read.
-      pattern: of a weight ``(out, in)``, of single values.
-      x: float32 ``[batch, in]``.
-
-    Returns:
-      float32 ``[batch, out]``.
+def forward(
+    values: jax.Array, pattern: SparsePattern, x: jax.Array, geometry: ConvGeometry | None = None
+) -> jax.Array:
+    """``y = x W^T``, or a convolution, of float32 arrays: see `Kernel`.
 
     Raises:
       RuntimeError: if there are no native kernels; `native_status` says why.
-      ValueError: if the pattern is one of blocks, or shapes do not fit together.
+      ValueError: if shapes do not fit together.
     """
-    _check(pattern, values, (x, 1))
-    shape = (x.shape[0], pattern.shape[0])
-    (y,) = _call("linear_forward", [shape], values, pattern.row_starts, pattern.columns, x)
+    shape = _output(values, pattern, x, geometry)
+    operands = (values, pattern.row_starts, pattern.columns, x)
+    if geometry is None:
+        (y,) = _call("linear_forward", [shape], *operands)
+    else:
+        (y,) = _call("conv_forward", [shape], *operands, geometry=_flat(geometry))
     return y
 
 
@@ -73,114 +71,53 @@ def backward(
     pattern: SparsePattern,
     x: jax.Array,
     dy: jax.Array,
+    geometry: ConvGeometry | None = None,
     *,
     inputs: bool = True,
     weights: bool = True,
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """``dx = dy W``, and ``dvalues = dy^T x`` at the places of the pattern.
-
-    Args:
-      values: float32 ``[capacity]``.
-      pattern: of a weight ``(out, in)``, of single values.
-      x: float32 ``[batch, in]``.
-      dy: float32 ``[batch, out]``.
-      inputs: whether ``dx`` is wanted.
-      weights: whether ``dvalues`` is wanted.
-
-    Returns:
-      float32 ``dx`` ``[batch, in]`` and ``dvalues`` ``[capacity]``, zero at places not used; None
-      for what is not wanted.
+    """The gradients of `forward`, in float32: see `Kernel`.
 
     Raises:
       RuntimeError: if there are no native kernels; `native_status` says why.
-      ValueError: if the pattern is one of blocks, or shapes do not fit together.
+      ValueError: if shapes do not fit together.
     """
-    _check(pattern, values, (x, 1), (dy, 0))
-    if len(x) != len(dy):
-        raise ValueError(f"batches of x {x.shape} and dy {dy.shape} differ")
-    places = (pattern.column_starts, pattern.rows, pattern.order)
-    shapes = [x.shape if inputs else (0,), values.shape if weights else (0,)]
-    operands = (values, *places, x, dy)
-    return _wanted("linear_backward", shapes, operands, inputs=inputs, weights=weights)
-
-
-def conv_forward(
-    values: jax.Array, pattern: SparsePattern, x: jax.Array, geometry: ConvGeometry
-) -> jax.Array:
-    """A convolution with a sparse kernel.
-
-    Args:
-      values: float32 ``[capacity]``.
-      pattern: of a weight ``(OC, IC / groups * KH * KW)``: a kernel OIHW, flattened.
-      x: float32 ``[batch, height, width, IC]``.
-      geometry: strides, padding and so on.
-
-    Returns:
-      float32 ``[batch, *geometry.output((height, width)), OC]``.
-
-    Raises:
-      RuntimeError: if there are no native kernels; `native_status` says why.
-      ValueError: if the pattern is one of blocks, or shapes do not fit together.
-    """
-    shape = _conv_output(values, pattern, x, geometry)
-    operands = (values, pattern.row_starts, pattern.columns, x)
-    (y,) = _call("conv_forward", [shape], *operands, geometry=_flat(geometry))
-    return y
-
-
-def conv_backward(
-    values: jax.Array,
-    pattern: SparsePattern,
-    x: jax.Array,
-    dy: jax.Array,
-    geometry: ConvGeometry,
-    *,
-    inputs: bool = True,
-    weights: bool = True,
-) -> tuple[jax.Array | None, jax.Array | None]:
-    """The gradients of `conv_forward`.
-
-    Args:
-      values: float32 ``[capacity]``.
-      pattern: as for `conv_forward`.
-      x: float32 ``[batch, height, width, IC]``.
-      dy: float32, of the shape of the output.
-      geometry: strides, padding and so on.
-      inputs: whether ``dx`` is wanted.
-      weights: whether ``dvalues`` is wanted.
-
-    Returns:
-      float32 ``dx`` like ``x`` and ``dvalues`` ``[capacity]``, zero at places not used; None for
-      what is not wanted.
-
-    Raises:
-      RuntimeError: if there are no native kernels; `native_status` says why.
-      ValueError: if the pattern is one of blocks, or shapes do not fit together.
-    """
-    shape = _conv_output(values, pattern, x, geometry)
+    shape = _output(values, pattern, x, geometry)
     if dy.shape != shape:
-        raise ValueError(f"the output of this convolution is {shape}, and dy is {dy.shape}")
+        raise ValueError(f"the output of this product is {shape}, and dy is {dy.shape}")
+    if not (inputs or weights):
+        return None, None
     shapes = [x.shape if inputs else (0,), values.shape if weights else (0,)]
-    operands = (values, pattern.row_starts, pattern.columns, x, dy)
-    numbers = _flat(geometry)
-    return _wanted(
-        "conv_backward", shapes, operands, inputs=inputs, weights=weights, geometry=numbers
-    )
+    wanted: dict[str, Any] = {"inputs": inputs, "weights": weights}
+    if geometry is None:
+        places = (pattern.row_starts, pattern.column_starts, pattern.rows, pattern.order)
+        dx, dvalues = _call("linear_backward", shapes, values, *places, x, dy, **wanted)
+    else:
+        places = (pattern.row_starts, pattern.columns)
+        wanted["geometry"] = _flat(geometry)
+        dx, dvalues = _call("conv_backward", shapes, values, *places, x, dy, **wanted)
+    return dx if inputs else None, dvalues if weights else None
 
 
-def _conv_output(
-    values: jax.Array, pattern: SparsePattern, x: jax.Array, geometry: ConvGeometry
+def _output(
+    values: jax.Array, pattern: SparsePattern, x: jax.Array, geometry: ConvGeometry | None
 ) -> tuple[int, ...]:
-    """Checks the operands of a convolution, and gives the shape of its output."""
-    _check(pattern, values)
-    outs, places = pattern.shape
-    height, width = geometry.kernel
-    channels = places // (height * width) * geometry.groups
-    if x.ndim != 4 or x.shape[3] != channels or places % (height * width) or outs % geometry.groups:
+    """Checks the operands of a product, and gives the shape of its output."""
+    (outs, columns), taken = pattern.shape, "[batch, in]"
+    expected: tuple[int, ...] = (columns,)
+    fits = values.shape == pattern.values_shape
+    if geometry is not None:
+        taps = geometry.kernel[0] * geometry.kernel[1]
+        channels = columns // taps * geometry.groups
+        taken, expected = f"[batch, height, width, {channels}]", (*x.shape[1:3], channels)
+        fits &= x.ndim == 4 and columns % taps == 0 and outs % geometry.groups == 0
+    if not fits or x.ndim < 2 or x.shape[1:] != expected:
         raise ValueError(
-            f"a weight of shape {pattern.shape} with {geometry} takes x [batch, height, width, "
-            f"{channels}], got {x.shape}"
+            f"a weight of shape {pattern.shape} and capacity {pattern.capacity} takes values "
+            f"[capacity] and x {taken}, got shapes {values.shape} and {x.shape}"
         )
+    if geometry is None:
+        return (x.shape[0], outs)
     return (x.shape[0], *geometry.output((x.shape[1], x.shape[2])), outs)
 
 
@@ -189,37 +126,6 @@ def _flat(geometry: ConvGeometry) -> np.ndarray:
     low = [low for low, _ in geometry.padding]
     numbers = [*geometry.kernel, *geometry.strides, *low, *geometry.dilation, geometry.groups]
     return np.array(numbers, np.int64)
-
-
-def _check(pattern: SparsePattern, values: jax.Array, *arrays: tuple[jax.Array, int]) -> None:
-    """Checks shapes; each array comes with the side of the weight that its features are."""
-    if pattern.block != 1:
-        raise ValueError("native kernels take patterns of single values, not of blocks")
-    fits = values.shape == (pattern.capacity,) and all(
-        array.ndim == 2 and array.shape[1] == pattern.shape[side] for array, side in arrays
-    )
-    if not fits:
-        shapes = ", ".join(str(array.shape) for array in (values, *(array for array, _ in arrays)))
-        raise ValueError(
-            f"a weight of shape {pattern.shape} and capacity {pattern.capacity} takes values "
-            f"[capacity], x [batch, in] and dy [batch, out], got shapes {shapes}"
-        )
-
-
-def _wanted(
-    name: str,
-    shapes: Sequence[tuple[int, ...]],
-    operands: Sequence[jax.Array],
-    *,
-    inputs: bool,
-    weights: bool,
-    **attributes: object,
-) -> tuple[jax.Array | None, jax.Array | None]:
-    """The results of a backward kernel, None for what is not wanted."""
-    if not (inputs or weights):
-        return None, None
-    dx, dvalues = _call(name, shapes, *operands, inputs=inputs, weights=weights, **attributes)
-    return dx if inputs else None, dvalues if weights else None
 
 
 def _call(
@@ -259,14 +165,35 @@ def _load_best() -> _Library:
             None,
             "no native library was built with this installation (was there a C++ compiler?)",
         )
-    version, ours = _running_version(), _probe(paths["base"]).priorityprop_ffi_version()
+    try:
+        return _load_of(paths)
+    except (OSError, AttributeError) as error:
+        why = f"the native library cannot be loaded: {error}"
+        warnings.warn(
+            f"sparse products run by JAX alone, as {why}; install priorityprop_jax again",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return _Library(None, why)
+
+
+def _load_of(paths: dict[str, pathlib.Path]) -> _Library:
+    version, base = _running_version(), ctypes.CDLL(str(paths["base"]))
     if version is None:
         return _Library(None, "the FFI version of this jaxlib is unknown: it has no headers")
+    ours = base.priorityprop_ffi_version()
     if ours // 1000 != version // 1000 or ours > version:
         return _Library(
             None,
             f"the native library was built for FFI version {ours // 1000}.{ours % 1000}, and this "
             f"jaxlib has {version // 1000}.{version % 1000}: install priorityprop_jax again",
+        )
+    interface = getattr(base, "priorityprop_interface", lambda: 1)()
+    if interface != _INTERFACE:
+        return _Library(
+            None,
+            "the native library was built from other sources than these: install priorityprop_jax "
+            "again",
         )
     for name, title in _INSTRUCTION_SETS.items():
         if name in paths and _can_run(paths, name):
@@ -276,24 +203,18 @@ def _load_best() -> _Library:
 
 
 @functools.cache
-def _load(name: str) -> ctypes.CDLL:
+def _load(name: str) -> None:
     """Loads the kernels of an instruction set that the processor has, and tells XLA of them."""
     library = ctypes.CDLL(str(_installed()[name]))
-    handlers = {handler: getattr(library, f"priorityprop_{handler}", None) for handler in _HANDLERS}
-    for handler, function in handlers.items():
-        if function is not None:
-            jax.ffi.register_ffi_target(
-                _target(handler, name), jax.ffi.pycapsule(function), platform="cpu"
-            )
-    return library
+    for handler in _HANDLERS:
+        function = getattr(library, f"priorityprop_{handler}")
+        jax.ffi.register_ffi_target(
+            _target(handler, name), jax.ffi.pycapsule(function), platform="cpu"
+        )
 
 
 def _can_run(paths: dict[str, pathlib.Path], name: str) -> bool:
-    return bool(_probe(paths["base"]).priorityprop_can_run(name.encode()))
-
-
-def _probe(path: pathlib.Path) -> ctypes.CDLL:
-    return ctypes.CDLL(str(path))
+    return bool(ctypes.CDLL(str(paths["base"])).priorityprop_can_run(name.encode()))
 
 
 def _target(handler: str, name: str) -> str:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
+
+ARRAYS = ("row_starts", "columns", "column_starts", "rows", "order")
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["row_starts", "columns", "column_starts", "rows", "order"],
-    meta_fields=["shape", "block"],
+    jax.tree_util.register_dataclass, data_fields=list(ARRAYS), meta_fields=["shape"]
 )
 @dataclasses.dataclass(frozen=True)
 class SparsePattern:
@@ -24,16 +23,15 @@ class SparsePattern:
     Values stand by row, columns ascending; a second set of arrays goes through the same places by
     column, as the backward pass does. All arrays have room for `capacity` places, the first
     ``row_starts[-1]`` of which are used: another pattern of the same capacity needs no new
-    compilation. With ``block`` > 1 places are square blocks, and rows and columns count blocks.
+    compilation.
 
     Attributes:
-      row_starts: int32 ``[out / block + 1]``: the first place of each row, then the places used.
+      row_starts: int32 ``[out + 1]``: the first place of each row, then the places used.
       columns: int32 ``[capacity]``: the column of each place; 0 for those that are not used.
-      column_starts: int32 ``[in / block + 1]``: the first place of each column in ``rows``.
+      column_starts: int32 ``[in + 1]``: the first place of each column in ``rows``.
       rows: int32 ``[capacity]``: by column, rows ascending, the row of each place.
       order: int32 ``[capacity]``: for each entry of ``rows``, the same place in ``columns``.
-      shape: ``(out, in)``, in features.
-      block: the side of a block; 1 for single values.
+      shape: ``(out, in)``.
     """
 
     row_starts: jax.Array
@@ -42,7 +40,6 @@ class SparsePattern:
     rows: jax.Array
     order: jax.Array
     shape: tuple[int, int]
-    block: int = 1
 
     @property
     def capacity(self) -> int:
@@ -50,68 +47,102 @@ class SparsePattern:
         return self.columns.shape[-1]
 
     @property
-    def values_shape(self) -> tuple[int, ...]:
+    def values_shape(self) -> tuple[int]:
         """The shape of the values that belong to it."""
-        return (self.capacity, *((self.block, self.block) if self.block > 1 else ()))
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """``(out, in)`` in blocks."""
-        return self.shape[0] // self.block, self.shape[1] // self.block
+        return (self.capacity,)
 
 
-def make_pattern(mask: Any, *, capacity: int | None = None, block: int = 1) -> SparsePattern:
+class ConvGeometry(NamedTuple):
+    """What a convolution over two axes is but for its weight; static.
+
+    Attributes:
+      kernel: ``(height, width)`` of the kernel.
+      strides: steps between two outputs.
+      padding: zeros in front of and behind each axis.
+      dilation: steps between two elements of the kernel.
+      groups: how many groups the channels are split into.
+    """
+
+    kernel: tuple[int, int]
+    strides: tuple[int, int] = (1, 1)
+    padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def output(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the output for those of an input, at least 0."""
+        axes = zip(size, self.kernel, self.strides, self.padding, self.dilation, strict=True)
+        height, width = (
+            max(0, (length + low + high - (kernel - 1) * dilation - 1) // stride + 1)
+            for length, kernel, stride, (low, high), dilation in axes
+        )
+        return height, width
+
+
+def is_traced(x: Any) -> bool:
+    """Whether something is known by shape and dtype alone, as under `jax.jit`."""
+    return isinstance(x, jax.core.Tracer)
+
+
+def make_pattern(mask: Any, *, capacity: int | None = None) -> SparsePattern:
     """The pattern of a mask.
 
     Args:
-      mask: bool ``[out, in]`` (or numbers: non-zero is kept), a concrete array.
+      mask: bool ``[out, in]`` (or numbers: non-zero is kept). A traced one needs a ``capacity``;
+        should it keep more places, `check_pattern` and the native kernels refuse what comes out.
       capacity: room for as many places; by default as many as are used, and at least 1.
-      block: the side of the blocks to keep: a block is kept when anything in it is.
 
     Raises:
-      TypeError: if the mask is traced: the number of its places would not be known.
-      ValueError: if it is no matrix, blocks do not divide it, or the capacity is too small.
+      TypeError: if the mask is traced and no capacity is given.
+      ValueError: if it is no matrix, or the capacity is too small.
 
     Example:
       >>> import numpy as np
-      >>> from priorityprop_jax.sparse.pattern import make_pattern
-      >>> pattern = make_pattern(np.array([[0, 1, 1], [1, 0, 0]]), capacity=4)
+      >>> from priorityprop_jax import sparse
+      >>> pattern = sparse.make_pattern(np.array([[0, 1, 1], [1, 0, 0]]), capacity=4)
       >>> pattern.row_starts.tolist(), pattern.columns.tolist()
       ([0, 2, 3], [1, 2, 0, 0])
       >>> pattern.column_starts.tolist(), pattern.rows.tolist(), pattern.order.tolist()
       ([0, 1, 2, 3], [1, 0, 0, 0], [2, 0, 1, 3])
     """
-    if isinstance(mask, Tracer):
-        raise TypeError("a mask must be a concrete array: make patterns outside of jit")
-    mask = np.asarray(mask) != 0
+    traced = is_traced(mask)
+    if traced and capacity is None:
+        raise TypeError(
+            "the number of places of a traced mask is not known: give a capacity, or make the "
+            "pattern outside of jit"
+        )
+    xp: Any = jnp if traced else np
+    mask = xp.asarray(mask) != 0
     if mask.ndim != 2:
         raise ValueError(f"a mask must be a matrix (out, in), got shape {mask.shape}")
-    if block < 1 or mask.shape[0] % block or mask.shape[1] % block:
-        raise ValueError(f"blocks of {block} x {block} do not divide a mask of shape {mask.shape}")
-    shape = mask.shape
-    if block > 1:
-        mask = _blocks(mask, block).any(axis=(2, 3))
-    rows, columns = np.nonzero(mask)
-    used = len(rows)
+    outs, ins = mask.shape
+    # How many places stand before each entry of the mask, and in the end all of them.
+    before = xp.cumsum(mask.reshape(-1), dtype=xp.int32)
+    before = xp.concatenate([xp.zeros(1, xp.int32), before])
+    used: Any = before[-1] if traced else int(before[-1])
     capacity = max(used, 1) if capacity is None else capacity
-    if used > capacity:
+    if not traced and used > capacity:
         raise ValueError(f"the mask keeps {used} places, more than the capacity, {capacity}")
     if mask.size + capacity >= 2**31:
-        raise ValueError(f"places of a weight {shape} do not fit into int32: split the weight")
-    order = np.lexsort((rows, columns))
-    padding = (0, capacity - used)
+        raise ValueError(f"places of a weight {mask.shape} do not fit into int32: split the weight")
+
+    def places(mask):
+        if traced:
+            return jnp.flatnonzero(mask, size=capacity, fill_value=0)
+        return np.pad(np.flatnonzero(mask), (0, capacity - used))
+
+    by_column = places(mask.T)
+    rows, columns = by_column % max(outs, 1), by_column // max(outs, 1)
+    slots = xp.arange(capacity)
     arrays = {
-        "row_starts": _starts(rows, mask.shape[0]),
-        "columns": np.pad(columns, padding),
-        "column_starts": _starts(columns, mask.shape[1]),
-        "rows": np.pad(rows[order], padding),
-        "order": np.concatenate([order, np.arange(used, capacity)]),
+        "row_starts": before[::ins] if ins else xp.zeros(outs + 1),
+        "columns": places(mask) % max(ins, 1),
+        "column_starts": xp.concatenate([xp.zeros(1), xp.cumsum(mask.sum(0))]),
+        "rows": rows,
+        "order": xp.where(slots < used, before[rows * ins + columns], slots),
     }
-    return SparsePattern(
-        **{name: jnp.asarray(x.astype(np.int32)) for name, x in arrays.items()},
-        shape=shape,
-        block=block,
-    )
+    arrays = {name: jnp.asarray(array.astype(np.int32)) for name, array in arrays.items()}
+    return SparsePattern(**arrays, shape=(outs, ins))
 
 
 def check_pattern(pattern: SparsePattern) -> None:
@@ -134,10 +165,10 @@ def check_pattern(pattern: SparsePattern) -> None:
       ...
       ValueError: columns of a sparse pattern must lie in [0, 3), ascending in each row
     """
-    outs, ins = pattern.grid
+    outs, ins = pattern.shape
     capacity = pattern.capacity
-    lengths = {"row_starts": outs + 1, "column_starts": ins + 1, "rows": capacity}
-    for name in ("row_starts", "columns", "column_starts", "rows", "order"):
+    lengths = {"row_starts": outs + 1, "column_starts": ins + 1}
+    for name in ARRAYS:
         array, length = getattr(pattern, name), lengths.get(name, capacity)
         if array.shape != (length,) or array.dtype != jnp.int32:
             raise ValueError(
@@ -148,24 +179,20 @@ def check_pattern(pattern: SparsePattern) -> None:
     used = int(starts[-1])
     if starts[0] != 0 or np.any(np.diff(starts) < 0) or used > capacity:
         raise ValueError(f"row_starts must ascend from 0 to at most the capacity, {capacity}")
-    rows = np.repeat(np.arange(outs), np.diff(starts))
-    columns = np.asarray(pattern.columns)[:used].astype(np.int64)
+    columns = np.asarray(pattern.columns)[:used]
     inside = np.all((columns >= 0) & (columns < ins))
-    if not inside or np.any(np.diff(rows * ins + columns) <= 0):
+    if not inside or np.any(np.diff(_flat(pattern)) <= 0):
         raise ValueError(
             f"columns of a sparse pattern must lie in [0, {ins}), ascending in each row"
         )
-    order = np.lexsort((rows, columns))
-    same = (
-        np.array_equal(pattern.column_starts, _starts(columns, ins))
-        and np.array_equal(pattern.rows[:used], rows[order])
-        and np.array_equal(pattern.order, [*order, *range(used, capacity)])
-    )
-    if not same:
-        raise ValueError(
-            "column_starts, rows and order of a sparse pattern do not go through the places of "
-            "row_starts and columns: make them together, by make_pattern"
-        )
+    again = make_pattern(mask_of(pattern), capacity=capacity)
+    lengths = {"column_starts": ins + 1, "rows": used, "order": capacity}
+    for name, length in lengths.items():
+        if not np.array_equal(getattr(pattern, name)[:length], getattr(again, name)[:length]):
+            raise ValueError(
+                "column_starts, rows and order of a sparse pattern do not go through the places of "
+                "row_starts and columns: make them together, by make_pattern"
+            )
 
 
 def change_pattern(pattern: SparsePattern, mask: Any) -> tuple[SparsePattern, jax.Array]:
@@ -193,7 +220,7 @@ def change_pattern(pattern: SparsePattern, mask: Any) -> tuple[SparsePattern, ja
     mask = np.asarray(mask) != 0
     if mask.shape != pattern.shape:
         raise ValueError(f"the mask must be of shape {pattern.shape}, got {mask.shape}")
-    changed = make_pattern(mask, capacity=pattern.capacity, block=pattern.block)
+    changed = make_pattern(mask, capacity=pattern.capacity)
     before, after = _flat(pattern), _flat(changed)
     places = np.searchsorted(before, after)
     found = np.append(before, -1)[places] == after
@@ -203,91 +230,52 @@ def change_pattern(pattern: SparsePattern, mask: Any) -> tuple[SparsePattern, ja
 
 
 def carry(values: jax.Array, source: jax.Array) -> jax.Array:
-    """Values, or what an optimizer keeps of them, after `change_pattern`: zero where new.
+    """Values ``[capacity]``, or what an optimizer keeps of them, where `change_pattern` sends them.
 
-    Args:
-      values: ``[capacity, ...]``.
-      source: int32 ``[capacity]``, from `change_pattern`.
+    Those at new places are zero.
     """
-    kept = jnp.expand_dims(source >= 0, tuple(range(1, values.ndim)))
-    return jnp.where(kept, values[jnp.maximum(source, 0)], jnp.zeros((), values.dtype))
+    if not len(source):
+        return values
+    return jnp.where(source >= 0, values[jnp.maximum(source, 0)], jnp.zeros((), values.dtype))
 
 
 def mask_of(pattern: SparsePattern) -> np.ndarray:
-    """The mask of a concrete pattern, bool ``[out, in]``.
-
-    Args:
-      pattern: concrete index arrays.
-    """
-    outs, ins = pattern.grid
-    mask = np.zeros(outs * ins, bool)
+    """The mask of a concrete pattern, bool ``[out, in]``."""
+    mask = np.zeros(pattern.shape[0] * pattern.shape[1], bool)
     mask[_flat(pattern)] = True
-    return np.kron(mask.reshape(outs, ins), np.ones((pattern.block, pattern.block), bool))
+    return mask.reshape(pattern.shape)
 
 
 def densify_values(values: jax.Array, pattern: SparsePattern) -> jax.Array:
-    """The weight as a dense array.
-
-    Args:
-      values: ``[capacity]``, or ``[capacity, block, block]`` of a pattern of blocks.
-      pattern: where they stand; may be traced.
-
-    Returns:
-      ``[out, in]``, zero where the pattern has no place.
-    """
-    outs, ins = pattern.grid
-    flat = jnp.zeros((outs * ins, *values.shape[1:]), values.dtype)
+    """The weight ``[out, in]`` of values ``[capacity]``; both may be traced."""
+    outs, ins = pattern.shape
+    flat = jnp.zeros(outs * ins, values.dtype)
     # Places that are not used point behind the last one, and are dropped.
     flat = flat.at[_flat_traced(pattern)].set(
         values, mode="drop", unique_indices=True, indices_are_sorted=True
     )
-    if pattern.block == 1:
-        return flat.reshape(outs, ins)
-    return (
-        flat.reshape(outs, ins, pattern.block, pattern.block).swapaxes(1, 2).reshape(pattern.shape)
-    )
+    return flat.reshape(outs, ins)
 
 
 def take_values(dense: jax.Array, pattern: SparsePattern) -> jax.Array:
-    """The inverse of `densify_values`: what stands at the places of the pattern.
-
-    Args:
-      dense: ``[out, in]``.
-      pattern: may be traced.
-
-    Returns:
-      ``[capacity]`` or ``[capacity, block, block]``, zero at places that are not used.
-    """
-    if pattern.block > 1:
-        dense = _blocks(dense, pattern.block).reshape(-1, pattern.block, pattern.block)
-    else:
-        dense = dense.reshape(-1)
-    return dense.at[_flat_traced(pattern)].get(
-        mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True
+    """The inverse of `densify_values`: ``[capacity]``, zero at places that are not used."""
+    return (
+        dense.reshape(-1)
+        .at[_flat_traced(pattern)]
+        .get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
     )
 
 
-def _starts(lines: np.ndarray, count: int) -> np.ndarray:
-    """Where each line (row or column) starts among places that are sorted by it."""
-    return np.concatenate([[0], np.cumsum(np.bincount(lines, minlength=count))])
-
-
-def _blocks(array: Any, block: int) -> Any:
-    """``[out, in]`` as ``[out / block, in / block, block, block]``."""
-    outs, ins = array.shape
-    return array.reshape(outs // block, block, ins // block, block).swapaxes(1, 2)
-
-
 def _flat(pattern: SparsePattern) -> np.ndarray:
-    """The places in use as ascending indices into the flattened grid."""
+    """The places in use as ascending indices into the flattened weight."""
     starts = np.asarray(pattern.row_starts)
-    rows = np.repeat(np.arange(pattern.grid[0], dtype=np.int64), np.diff(starts))
-    return rows * pattern.grid[1] + np.asarray(pattern.columns)[: starts[-1]]
+    rows = np.repeat(np.arange(pattern.shape[0], dtype=np.int64), np.diff(starts))
+    return rows * pattern.shape[1] + np.asarray(pattern.columns)[: starts[-1]]
 
 
 def _flat_traced(pattern: SparsePattern) -> jax.Array:
     """The same for traced patterns, ``[capacity]``; places that are not used lie past the end."""
-    outs, ins = pattern.grid
+    outs, ins = pattern.shape
     places = jnp.arange(pattern.capacity, dtype=jnp.int32)
     rows = jnp.searchsorted(pattern.row_starts, places, side="right").astype(jnp.int32) - 1
     used = places < pattern.row_starts[-1]

@@ -17,8 +17,8 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding
 
 from priorityprop_jax.core.varying import vary, varying
-from priorityprop_jax.sparse.backends import Kernel, kernel_of
-from priorityprop_jax.sparse.geometry import ConvGeometry
+from priorityprop_jax.sparse.backends import KERNELS
+from priorityprop_jax.sparse.pattern import ConvGeometry
 
 
 class Product(NamedTuple):
@@ -32,17 +32,15 @@ class Product(NamedTuple):
     backend: str
     geometry: ConvGeometry | None = None
 
-    @property
-    def kernel(self) -> Kernel:
-        """The functions that do the work."""
-        return kernel_of(self.backend, self.geometry)
-
 
 class _Wanted(NamedTuple):
-    """Which gradients somebody asked for."""
+    """Which gradients somebody asked for; neither in a forward pass."""
 
     inputs: bool
     weights: bool
+
+
+_FORWARD = _Wanted(False, False)
 
 
 def multiply(product: Product, values: jax.Array, pattern: Any, x: jax.Array) -> jax.Array:
@@ -67,7 +65,10 @@ def multiply(product: Product, values: jax.Array, pattern: Any, x: jax.Array) ->
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _multiply(product: Product, values: Any, pattern: Any, x: Any) -> Any:
-    return _forward(product, values, pattern, x)
+    dtype = jnp.result_type(values, x)
+    inner = jnp.promote_types(dtype, jnp.float32)
+    [y] = _mapped(product, _FORWARD)(values.astype(inner), pattern, x.astype(inner))
+    return y.astype(dtype)
 
 
 def _multiply_forward(product: Product, values: Any, pattern: Any, x: Any) -> Any:
@@ -98,7 +99,12 @@ _multiply.defvjp(_multiply_forward, _multiply_backward, symbolic_zeros=True)
 def _gradients(
     product: Product, wanted: _Wanted, values: Any, pattern: Any, x: Any, dy: Any
 ) -> Any:
-    return _backward(product, wanted, values, pattern, x, dy)
+    inner = jnp.promote_types(jnp.result_type(values, x), jnp.float32)
+    arrays = values.astype(inner), pattern, x.astype(inner), dy.astype(inner)
+    found = iter(_mapped(product, wanted)(*arrays) if any(wanted) else ())
+    dx = next(found).astype(x.dtype) if wanted.inputs else None
+    dvalues = next(found).astype(values.dtype) if wanted.weights else None
+    return dx, dvalues
 
 
 def _gradients_forward(
@@ -140,87 +146,41 @@ class _Static(NamedTuple):
     value: Any
 
 
-def _forward(product: Product, values: Any, pattern: Any, x: Any) -> jax.Array:
-    dtype = jnp.result_type(values, x)
-    inner = _accumulator(dtype)
-    y = _mapped_forward(product)(values.astype(inner), pattern, x.astype(inner))
-    return y.astype(dtype)
-
-
-def _backward(
-    product: Product, wanted: _Wanted, values: Any, pattern: Any, x: Any, dy: Any
-) -> tuple[Any, Any]:
-    inner = _accumulator(jnp.result_type(values, x))
-    outputs = _mapped_backward(product, wanted)(
-        values.astype(inner), pattern, x.astype(inner), dy.astype(inner)
-    )
-    found = iter(outputs)
-    dx = next(found).astype(x.dtype) if wanted.inputs else None
-    dvalues = next(found).astype(values.dtype) if wanted.weights else None
-    return dx, dvalues
-
-
-def _accumulator(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 @functools.cache
-def _mapped_forward(product: Product) -> Any:
-    """The forward kernel with a rule for `jax.vmap`: mapped examples join the batch."""
-    forward = _partitioned_forward(product)
+def _mapped(product: Product, wanted: _Wanted) -> Any:
+    """A kernel with a rule for `jax.vmap`: ``(values, pattern, x[, dy])`` to a list of results.
 
-    @custom_vmap
-    def mapped(values, pattern, x):
-        return forward(values, pattern, x)
-
-    @mapped.def_vmap
-    def rule(size, batched, values, pattern, x):
-        in_values, in_pattern, in_x = _any_batched(batched)
-        if not (in_values or in_pattern) and in_x:
-            return _unfold(mapped(values, pattern, _fold(x)), size), True
-        return _one_by_one(lambda *a: mapped(*a), size, batched, values, pattern, x), True
-
-    return mapped
-
-
-@functools.cache
-def _mapped_backward(product: Product, wanted: _Wanted) -> Any:
-    """The backward kernel with a rule for `jax.vmap`.
-
-    Gradients of inputs join the batch; those of the values are wanted for each example.
+    Mapped examples join the batch. Gradients of the values are wanted for each of them.
     """
-    backward = _partitioned_backward(product, wanted)
 
     @custom_vmap
-    def mapped(values, pattern, x, dy):
-        return backward(values, pattern, x, dy)
+    def mapped(values, pattern, *arrays):
+        return _partitioned(product, wanted, values, pattern, *arrays)
 
     @mapped.def_vmap
-    def rule(size, batched, values, pattern, x, dy):
-        in_values, in_pattern, in_x, in_dy = _any_batched(batched)
-        outputs = [True] * sum(wanted)
-        if in_values or in_pattern or not wanted.inputs:
-            return _one_by_one(
-                lambda *a: mapped(*a), size, batched, values, pattern, x, dy
-            ), outputs
-        x = x if in_x else jnp.broadcast_to(x, (size, *x.shape))
-        dy = dy if in_dy else jnp.broadcast_to(dy, (size, *dy.shape))
-        only_inputs = _mapped_backward(product, _Wanted(True, False))
-        [dx] = only_inputs(values, pattern, _fold(x), _fold(dy))
-        found = [_unfold(dx, size)]
+    def rule(size, batched, values, pattern, *arrays):
+        in_values, in_pattern, *in_arrays = [any(jax.tree.leaves(part)) for part in batched]
+        outputs = [True] * max(sum(wanted), 1)
+        if in_values or in_pattern or (wanted.weights and not wanted.inputs):
+            return _one_by_one(mapped, batched, (values, pattern, *arrays)), outputs
+        arrays = [
+            array if there else jnp.broadcast_to(array, (size, *array.shape))
+            for array, there in zip(arrays, in_arrays, strict=True)
+        ]
+        over_batch = _mapped(product, wanted._replace(weights=False))
+        batch = arrays[0].shape[1]
+        flat = [array.reshape(size * batch, *array.shape[2:]) for array in arrays]
+        [found] = over_batch(values, pattern, *flat)
+        results = [found.reshape(size, batch, *found.shape[1:])]
         if wanted.weights:
-            only_weights = _mapped_backward(product, _Wanted(False, True))
-            found += lax.map(lambda a: only_weights(values, pattern, *a), (x, dy))
-        return found, outputs
+            only_weights = _mapped(product, _Wanted(False, True))
+            results += lax.map(lambda each: only_weights(values, pattern, *each), tuple(arrays))
+        return results, outputs
 
     return mapped
 
 
-def _any_batched(batched: Any) -> list[bool]:
-    return [any(jax.tree.leaves(argument)) for argument in batched]
-
-
-def _one_by_one(function: Any, size: int, batched: Any, *arguments: Any) -> Any:
+def _one_by_one(function: Any, batched: Any, arguments: Any) -> Any:
     """Calls a function for each example of those arguments that have them."""
     leaves, treedef = jax.tree.flatten(arguments)
     flags = jax.tree.leaves(batched)
@@ -230,73 +190,34 @@ def _one_by_one(function: Any, size: int, batched: Any, *arguments: Any) -> Any:
         every = [next(found) if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)]
         return function(*jax.tree.unflatten(treedef, every))
 
-    mapped = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
-    return lax.map(one, mapped, batch_size=None)
+    return lax.map(one, [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag])
 
 
-def _fold(x: jax.Array) -> jax.Array:
-    """``[mapped, batch, ...]`` with the mapped axis in the batch."""
-    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
-
-
-def _unfold(y: jax.Array, size: int) -> jax.Array:
-    """The inverse of `_fold`."""
-    return y.reshape(size, y.shape[0] // size, *y.shape[1:])
-
-
-def _partitioned_forward(product: Product) -> Any:
-    """The forward kernel with a rule for meshes: the batch may be sharded, nothing else."""
-    kernel = product.kernel
-    if not kernel.opaque:  # the compiler sees into it
-        return kernel.forward
-
-    def forward(values, pattern, x):
-        return _with_partitions(
-            product, kernel.forward, _Wanted(False, False), (values, pattern, x)
-        )
-
-    return forward
-
-
-def _partitioned_backward(product: Product, wanted: _Wanted) -> Any:
-    kernel = product.kernel
-
-    def backward(values, pattern, x, dy):
-        dx, dvalues = kernel.backward(
-            values, pattern, x, dy, inputs=wanted.inputs, weights=wanted.weights
-        )
-        return [gradient for gradient in (dx, dvalues) if gradient is not None]
-
-    if not kernel.opaque:
-        return backward
-
-    def partitioned(values, pattern, x, dy):
-        return _with_partitions(product, backward, wanted, (values, pattern, x, dy))
-
-    return partitioned
-
-
-def _with_partitions(product: Product, function: Any, wanted: _Wanted, arguments: Any) -> Any:
-    """Calls a kernel under a rule by which a compiler that shards arrays may split the batch.
+def _partitioned(product: Product, wanted: _Wanted, *arguments: Any) -> list[Any]:
+    """A kernel under a rule by which a compiler that shards arrays may split the batch.
 
     Without one it would gather whole arrays on every device.
     """
-    if any(varying(leaf) for leaf in jax.tree.leaves(arguments)):
-        return function(*arguments)  # inside of `jax.shard_map` all is split already
-    gradients = any(wanted)
+    kernel, geometry = KERNELS[product.backend], product.geometry
 
-    def batch_names(shape):
-        spec = tuple(shape.sharding.spec)
-        return spec[0] if spec else None
+    def function(values, pattern, *arrays):
+        if not any(wanted):
+            return [kernel.forward(values, pattern, *arrays, geometry)]
+        gradients = kernel.backward(values, pattern, *arrays, geometry, **wanted._asdict())
+        return [gradient for gradient in gradients if gradient is not None]
+
+    # Into kernels that are JAX the compiler sees; inside of `jax.shard_map` all is split already.
+    if product.backend != "native" or any(map(varying, jax.tree.leaves(arguments))):
+        return function(*arguments)
 
     def partition(mesh, shapes, _):
-        names = batch_names(shapes[2])
+        spec = tuple(shapes[2].sharding.spec)
+        names = spec[0] if spec else None
         over_batch, whole = NamedSharding(mesh, jax.P(names)), NamedSharding(mesh, jax.P())
         by_argument = [
             jax.tree.map(lambda _, place=place: over_batch if place >= 2 else whole, argument)
             for place, argument in enumerate(shapes)
         ]
-        results = [over_batch] * wanted.inputs + [whole] * wanted.weights
 
         def lower(*parts):
             found = function(*parts)
@@ -304,7 +225,9 @@ def _with_partitions(product: Product, function: Any, wanted: _Wanted, arguments
                 found[-1] = lax.psum(found[-1], names)
             return found
 
-        return mesh, lower, results if gradients else over_batch, tuple(by_argument)
+        per_batch = not wanted.weights or wanted.inputs
+        results = [over_batch] * per_batch + [whole] * wanted.weights
+        return mesh, lower, results, tuple(by_argument)
 
     call = custom_partitioning(function)
     call.def_partition(
@@ -317,19 +240,11 @@ def _with_partitions(product: Product, function: Any, wanted: _Wanted, arguments
 
 def _sharding_rule(product: Product, wanted: _Wanted, arguments: Any) -> dict[str, Any]:
     """An einsum-like rule: of all axes the batch alone may be sharded."""
-    values, pattern, *arrays = arguments
+    _, pattern, *arrays = arguments
     fixed = [f"w{place}" for place in range(1 + len(jax.tree.leaves(pattern)))]
-    inputs, outputs = (
-        (["b", "i"], ["b", "o"])
-        if product.geometry is None
-        else (["b", "h", "v", "i"], ["b", "y", "z", "o"])
-    )
-    names = [" ".join(inputs), " ".join(outputs)]
+    names = ["b i", "b o"] if product.geometry is None else ["b h v i", "b y z o"]
     operands = [*fixed, *names[: len(arrays)]]
-    if any(wanted):
-        results = [names[0]] * wanted.inputs + [fixed[0]] * wanted.weights
-    else:
-        results = [names[1]]
+    results = [names[0]] * wanted.inputs + [fixed[0]] * wanted.weights or [names[1]]
     # In the order in which they appear, as the rule asks.
     used = dict.fromkeys(axis for name in (*operands, *results) for axis in name.split())
     return {

@@ -19,7 +19,7 @@ from priorityprop_jax.sparse.layers import (
     SparseLinear,
     convertible,
 )
-from priorityprop_jax.sparse.masks import as_masks, magnitude_masks, random_mask
+from priorityprop_jax.sparse.masks import as_masks, kept_of, magnitude_masks, random_mask
 from priorityprop_jax.sparse.pattern import carry
 
 
@@ -50,10 +50,10 @@ def prune(
 
     Example:
       >>> from flax import nnx
-      >>> from priorityprop_jax import prune
+      >>> from priorityprop_jax import sparse
       >>> model = nnx.Sequential(
       ...     nnx.Linear(8, 64, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(64, 4, rngs=nnx.Rngs(1)))
-      >>> masks = prune(model, 0.9)
+      >>> masks = sparse.prune(model, 0.9)
       >>> list(masks), int((model.layers[0].kernel[...] != 0).sum())
       (['layers/0'], 51)
     """
@@ -61,7 +61,7 @@ def prune(
     if (sparsity is None) == (masks is None):
         raise ValueError("give either a sparsity or masks=")
     if sparsity is None:
-        found = _by_all_names(model, dense_layers(model).values())
+        found = by_all_names(model, dense_layers(model).values())
         chosen = _by_layer(masks, {name: layer.kernel.shape for name, layer in found.items()})
     else:
         found = layers_to_prune(model, layers)
@@ -84,7 +84,8 @@ def sparse_start(
 ) -> int:
     """Makes the layers of a model sparse, in place, to train it so from the start.
 
-    For a model that is trained, and to swap only what gets faster, see `prune` and `sparsify`.
+    For a model that is trained, and to swap only what gets faster, see `prune` and `sparsify`. A
+    layer whose parameters another module shares stays dense: both would go ways of their own.
 
     Args:
       model: the module.
@@ -103,10 +104,10 @@ def sparse_start(
 
     Example:
       >>> from flax import nnx
-      >>> from priorityprop_jax import sparse_start
+      >>> from priorityprop_jax import sparse
       >>> model = nnx.Sequential(
       ...     nnx.Linear(8, 64, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(64, 4, rngs=nnx.Rngs(1)))
-      >>> sparse_start(model, 0.9), type(model.layers[0]).__name__, model.layers[0].nonzeros
+      >>> sparse.sparse_start(model, 0.9), type(model.layers[0]).__name__, model.layers[0].nonzeros
       (1, 'SparseLinear', 51)
     """
     check_module(model)
@@ -114,7 +115,11 @@ def sparse_start(
         raise ValueError(f"sparsity must be from 0 to below 1, got {sparsity}")
     if places not in ("random", "largest"):
         raise ValueError(f'places must be "random" or "largest", got {places!r}')
+    tied = shared_variables(model)
     found = layers_to_prune(model, layers)
+    found = {name: layer for name, layer in found.items() if not is_tied(layer, tied)}
+    if not found:
+        raise ValueError("there is no layer to make sparse: all share parameters with others")
     kernels = {name: layer.kernel[...] for name, layer in found.items()}
     if places == "largest":
         masks = magnitude_masks(kernels, sparsity)
@@ -126,8 +131,8 @@ def sparse_start(
         }
     new = {}
     for name, layer in found.items():
-        # With a capacity the number of places is known without the mask, and 2:4 is not packed.
-        capacity = max(int(masks[name].sum()), 1)
+        # Known without the mask, which under `nnx.jit` is not.
+        capacity = max(kept_of(layer.kernel.size, sparsity), 1)
         new[id(layer)] = to_sparse(layer, masks[name], capacity=capacity)
         if places == "random":
             values = new[id(layer)].values
@@ -154,10 +159,10 @@ def densify(model: Any) -> Any:
 
     Example:
       >>> from flax import nnx
-      >>> from priorityprop_jax import densify, sparse_start
+      >>> from priorityprop_jax import sparse
       >>> model = nnx.Sequential(
       ...     nnx.Linear(8, 64, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(64, 4, rngs=nnx.Rngs(1)))
-      >>> sparse_start(model, 0.9), densify(model), type(model.layers[0]).__name__
+      >>> sparse.sparse_start(model, 0.9), sparse.densify(model), type(model.layers[0]).__name__
       (1, 1, 'Linear')
     """
     if not isinstance(model, nnx.Module):
@@ -184,19 +189,19 @@ def apply_further_mask(model: nnx.Module, masks: Any, optimizer: Any = None) -> 
       The optimizer, with moments where the values are now.
 
     Raises:
-      ValueError: if masks do not fit, or a layer is 2:4, whose places are fixed.
+      ValueError: if masks do not fit.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> from priorityprop_jax import SparseLinear, apply_further_mask
-      >>> layer = SparseLinear(4, 4, sparsity=0.25, rngs=nnx.Rngs(0))
-      >>> apply_further_mask(layer, jnp.ones((4, 4)).at[:2].set(0))
+      >>> from priorityprop_jax import sparse
+      >>> layer = sparse.SparseLinear(4, 4, sparsity=0.25, rngs=nnx.Rngs(0))
+      >>> sparse.apply_further_mask(layer, jnp.ones((4, 4)).at[:2].set(0))
       >>> layer.values.shape, bool((layer.kernel()[:2] == 0).all())
       ((12,), True)
     """
     check_module(model)
-    layers = _by_all_names(model, sparse_layers(model).values())
+    layers = by_all_names(model, sparse_layers(model).values())
     masks = {"": masks} if isinstance(model, SparseLayer) else masks
     further = _by_layer(masks, {name: layer.kernel_shape for name, layer in layers.items()})
     sources = {
@@ -306,6 +311,34 @@ def is_dense(layer: Any) -> bool:
     return type(layer) in (nnx.Linear, nnx.Conv) and convertible(layer)
 
 
+def shared_variables(model: nnx.Module) -> set[int]:
+    """The ids of those variables of a model that several modules hold.
+
+    Args:
+      model: the module.
+    """
+    seen: set[int] = set()
+    shared: set[int] = set()
+
+    def visit(node: Any) -> None:
+        if id(node) in seen:
+            if isinstance(node, nnx.Variable):
+                shared.add(id(node))
+            return
+        if isinstance(node, nnx.Pytree | list | tuple | dict):
+            seen.add(id(node))
+            for _, entry in parts_of(node):
+                visit(entry)
+
+    visit(model)
+    return shared
+
+
+def is_tied(layer: Any, shared: set[int]) -> bool:
+    """Whether a dense layer has a parameter that others have too, as `shared_variables` tells."""
+    return not shared.isdisjoint((id(layer.kernel), id(layer.bias)))
+
+
 def to_sparse(layer: Any, mask: Any = None, *, capacity: int | None = None) -> Any:
     """The sparse layer in place of a dense one.
 
@@ -348,8 +381,13 @@ def replace(node: Any, new: Mapping[int, Any], seen: set[int] | None = None) -> 
     return node
 
 
-def _by_all_names(model: nnx.Module, layers: Iterable[Any]) -> dict[str, Any]:
-    """Layers by path: by each of them, where a model has a layer twice."""
+def by_all_names(model: nnx.Module, layers: Iterable[Any]) -> dict[str, Any]:
+    """Layers by path: by each of them, where a model has a layer twice.
+
+    Args:
+      model: the module.
+      layers: parts of it.
+    """
     wanted = set(map(id, layers))
     found: dict[str, Any] = {}
 

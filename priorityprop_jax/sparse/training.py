@@ -15,10 +15,10 @@ from flax import nnx
 
 from priorityprop_jax.core.modules import walk
 from priorityprop_jax.core.paths import path_name
-from priorityprop_jax.sparse.dynamic import cosine_fraction, drop_and_grow
 from priorityprop_jax.sparse.gradual import gradual_pruning, masks_of
 from priorityprop_jax.sparse.layers import SparseLayer, as_matrix
-from priorityprop_jax.sparse.pattern import SparsePattern, take_values
+from priorityprop_jax.sparse.pattern import ARRAYS, carry, take_values
+from priorityprop_jax.sparse.step import cosine_fraction, drop_and_grow
 from priorityprop_jax.sparse.swap import (
     layers_to_prune,
     move_state,
@@ -87,7 +87,7 @@ class SparsityChange:
       compile_seconds: wall time spent on tracing and compiling so far.
 
     Raises:
-      ValueError: if the model has no sparse layer, or one that is 2:4, whose places are fixed.
+      ValueError: if the model has no sparse layer.
     """
 
     def __init__(self, options: DynamicSparsity, loss: Loss, model: nnx.Module) -> None:
@@ -97,9 +97,6 @@ class SparsityChange:
                 "the model has no SparseLinear or SparseConv whose places could move: put them in "
                 "first, such as by sparse_start(model, 0.9)"
             )
-        for name, layer in layers.items():
-            if not isinstance(layer.pattern, SparsePattern):
-                raise ValueError(f"layer {name!r} is 2:4, and its places cannot move")
         self._options, self._loss = options, loss
         self._graph = nnx.graphdef(model)
         self._scores = jax.jit(self._dense_gradients)
@@ -136,7 +133,11 @@ class SparsityChange:
             pattern, source = drop_and_grow(
                 layer.values[...], layer.pattern, as_matrix(scores[name]), fraction=fraction
             )
-            layer.move(pattern, source, _like)
+            for array in ARRAYS:
+                index = layer.index[array]
+                index.set_value(_like(getattr(pattern, array), index[...]))
+            values = layer.values[...]
+            layer.values.set_value(_like(carry(values, source), values))
             moved[name] = layer.values.shape, source
         opt_state = move_state(opt_state, moved, _like)
         return nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param)), opt_state

@@ -3,13 +3,27 @@
 #include <atomic>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
+#include <new>
 #include <random>
+#include <stdexcept>
 #include <thread>
 #include <utility>
 #include <vector>
 
 #include "linear.h"
 #include "sanitize_pool.h"
+
+// How many more times memory is given, by all threads together; from then on there is none.
+std::atomic<int64_t> allocations{INT64_MAX};
+
+void* operator new(std::size_t size) {
+  if (allocations.fetch_sub(1) <= 0) throw std::bad_alloc();
+  if (void* memory = std::malloc(size)) return memory;
+  throw std::bad_alloc();
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 
 namespace {
 
@@ -109,6 +123,49 @@ void check_one(Pool& pool, std::mt19937& random, int outs, int ins, int batch, d
   refused(column_starts, ins, capacity + 1, false);
 }
 
+// An exception of any thread reaches the caller, once all are done; no memory is an error, not an end.
+void check_exceptions(Pool& pool) {
+  for (int thrower : {0, 7, 99}) {
+    std::atomic<int> done{0};
+    const char* error = priorityprop::guarded([&]() -> const char* {
+      priorityprop::parallel_for(pool, 100, [&](int64_t i) {
+        done++;
+        if (i == thrower) throw std::bad_alloc();
+      });
+      return nullptr;
+    });
+    expect(error == priorityprop::kNoMemory && done == 100, "an exception of a piece");
+  }
+  expect(priorityprop::guarded([]() -> const char* { throw std::runtime_error("x"); }) != nullptr,
+         "any exception");
+
+  const int count = 64, batch = 300;
+  std::vector<int32_t> starts(count + 1), indices(count);
+  for (int i = 0; i < count; i++) starts[i + 1] = i + 1, indices[i] = i;
+  const std::vector<float> values(count, 2), x(count * batch, 3);
+  std::vector<float> y(count * batch), dx(count * batch), dvalues(count);
+  const priorityprop::Lines lines{count, count, count, starts.data(), indices.data()};
+  auto run = [&](bool forward) -> const char* {
+    return priorityprop::guarded([&] {
+      return forward ? linear_forward(pool, lines, values.data(), x.data(), y.data(), batch)
+                     : linear_backward(pool, lines, indices.data(), values.data(), x.data(),
+                                       x.data(), dx.data(), dvalues.data(), batch);
+    });
+  };
+  int failed = 0;
+  for (int given = 0; given < 20; given++) {
+    for (bool forward : {true, false}) {
+      allocations = given;
+      const char* error = run(forward);
+      allocations = INT64_MAX;
+      expect(error == nullptr || error == priorityprop::kNoMemory, "without memory");
+      failed += error != nullptr;
+      expect(run(forward) == nullptr && (forward ? y : dx)[0] == 6, "with memory again");
+    }
+  }
+  expect(failed > 0, "memory ran out at least once");
+}
+
 void check_some(Pool& pool, int seed, int cases) {
   std::mt19937 random(seed);
   for (int i = 0; i < cases; i++) {
@@ -122,6 +179,7 @@ void check_some(Pool& pool, int seed, int cases) {
 
 int main() {
   Pool pool(3);
+  check_exceptions(pool);
   check_some(pool, 0, 150);
   std::mt19937 random(1);
   // Larger: more than one tile of the batch, and work for several threads.

@@ -13,8 +13,17 @@ from priorityprop_jax.sparse.pattern import make_pattern
 # More rows and columns than a slice has, and more places in a row than a step takes.
 OUT, IN, BATCH = 150, 140, 20
 
-FORWARD = jax.jit(csr.forward)
-BACKWARD = jax.jit(csr.backward, static_argnames=("inputs", "weights"))
+
+# References here are products of columns, ``W x``; kernels take batches of rows.
+@jax.jit
+def FORWARD(values, pattern, x):
+    return csr.forward(values, pattern, x.T).T
+
+
+@functools.partial(jax.jit, static_argnames=("inputs", "weights"))
+def BACKWARD(values, pattern, x, dy, **wanted):
+    dx, dvalues = csr.backward(values, pattern, x.T, dy.T, **wanted)
+    return None if dx is None else dx.T, dvalues
 
 
 @jax.jit
@@ -93,14 +102,15 @@ def test_batches_of_any_size(batch):
 def test_batches_of_nothing(shape):
     pattern = make_pattern(np.ones(shape))
     values = jnp.ones(pattern.capacity)
-    x, dy = jnp.ones((shape[1], 0)), jnp.ones((shape[0], 0))
-    assert csr.forward(values, pattern, x).shape == (shape[0], 0)
+    x, dy = jnp.ones((0, shape[1])), jnp.ones((0, shape[0]))
+    assert csr.forward(values, pattern, x).shape == (0, shape[0])
     dx, dvalues = csr.backward(values, pattern, x, dy)
     assert dx.shape == x.shape and not dvalues.any()
 
 
 def test_halves_that_are_not_wanted_are_none_and_cost_nothing():
     pattern, values, x, dy, _ = case(masks()["90%"])
+    x, dy = x.T, dy.T
     for inputs, weights in ((True, False), (False, True), (False, False)):
         both = functools.partial(csr.backward, inputs=inputs, weights=weights)
         dx, dvalues = jax.eval_shape(both, values, pattern, x, dy)
@@ -165,13 +175,5 @@ def test_another_pattern_of_the_same_capacity_compiles_nothing():
     compiled = jax.jit(lambda *args: csr.forward(*args))
     for name in ("50%", "90%", "one"):
         pattern, values, x, _, _ = case(masks()[name], capacity=OUT * IN)
-        compiled(values, pattern, x)
+        compiled(values, pattern, x.T)
     assert compiled._cache_size() == 1
-
-
-def test_blocks_are_refused():
-    pattern = make_pattern(np.ones((4, 4)), block=2)
-    with pytest.raises(ValueError, match="blocks of side 2"):
-        csr.forward(jnp.ones((4, 2, 2)), pattern, jnp.ones((4, 1)))
-    with pytest.raises(ValueError, match="blocks of side 2"):
-        csr.backward(jnp.ones((4, 2, 2)), pattern, jnp.ones((4, 1)), jnp.ones((4, 1)))

@@ -11,7 +11,6 @@ from flax import linen
 from priorityprop_jax.sparse import native
 from priorityprop_jax.sparse.functional import sparse_conv, sparse_linear
 from priorityprop_jax.sparse.pattern import make_pattern, mask_of
-from priorityprop_jax.sparse.two_four import pack_two_four
 
 AVAILABLE, STATUS = native.native_status()
 needs_native = pytest.mark.skipif(not AVAILABLE, reason=STATUS)
@@ -36,11 +35,10 @@ def spoiled(pattern, rng):
 
 def weight_of(values, pattern):
     """The dense weight in float64."""
-    (outs, ins), side = pattern.grid, pattern.block
-    mask = mask_of(pattern)[::side, ::side]
-    weight = np.zeros((outs, ins, side, side))
-    weight[mask] = values[: mask.sum()].reshape(-1, side, side)
-    return weight.swapaxes(1, 2).reshape(pattern.shape)
+    mask = mask_of(pattern)
+    weight = np.zeros(mask.shape)
+    weight[mask] = values[: mask.sum()]
+    return weight
 
 
 def masks(shape, rng):
@@ -124,38 +122,6 @@ def test_products_of_other_shapes(backend, cases):
         )
 
 
-def test_products_of_blocks():
-    rng = np.random.default_rng(2)
-    run, (outs, ins), side = linear_function("block"), (5, 6), 4
-    for mask in masks((outs, ins), rng):
-        mask = np.kron(mask, np.ones((side, side), bool))
-        pattern = make_pattern(mask, capacity=outs * ins, block=side)
-        values = spoiled(pattern, rng)
-        x = rng.normal(size=(3, 3, ins * side)).astype(np.float32)
-        dy = rng.normal(size=(3, 3, outs * side)).astype(np.float32)
-        result = run(values, pattern, x, dy)
-
-        def taken(dense, pattern=pattern):
-            blocks = dense.reshape(outs, side, ins, side).swapaxes(1, 2)
-            return blocks[mask_of(pattern)[::side, ::side]]
-
-        check_linear(result, weight_of(values, pattern), mask, x, dy, taken)
-
-
-def test_products_of_two_of_four():
-    rng = np.random.default_rng(3)
-    order = rng.permuted(np.tile([True, True, False, False], (12, 5, 1)), axis=2)
-    mask = order.reshape(12, 20)
-    pattern = pack_two_four(mask)
-    values, x, dy = (
-        rng.normal(size=shape).astype(np.float32) for shape in ((12, 10), (7, 20), (7, 12))
-    )
-    weight = np.zeros(mask.shape)
-    weight[mask] = values.reshape(-1)
-    result = linear_function(None)(values, pattern, x, dy)
-    check_linear(result, weight, mask, x, dy, lambda dense: dense[mask].reshape(12, 10))
-
-
 def reads(length, size, stride, dilation, padding):
     """For each output and tap of one axis, which input it reads, and whether it is none."""
     span = (size - 1) * dilation + 1
@@ -227,8 +193,7 @@ CONVOLUTIONS = {
     ("backend", "names"),
     [
         pytest.param("native", [*CONVOLUTIONS][:-1], marks=needs_native),
-        ("csr", ["all options"]),
-        ("masked", ["sequence"]),
+        ("masked", ["sequence", "all options"]),
         (None, ["causal"]),
     ],
 )
@@ -287,7 +252,7 @@ def test_convolutions(backend, names):
             assert not np.asarray(dvalues[mask.sum() :]).any()
 
 
-@pytest.mark.parametrize("backend", [NATIVE, "csr"])
+@pytest.mark.parametrize("backend", [NATIVE])
 def test_filters_of_more_places_than_16_bits_count(backend):
     rng = np.random.default_rng(5)
     channels = 2**15 + 70

@@ -97,34 +97,6 @@ def test_layers_do_what_dense_ones_do(name):
     assert np.array_equal(again.to_dense().kernel[...], dense.kernel[...])
 
 
-def test_blocks_and_two_of_four():
-    rng = np.random.default_rng(2)
-    x = rng.normal(size=(5, 16)).astype(np.float32)
-    dense = pruned(nnx.Linear(16, 8, **PLAIN), 0.0)
-    two_four = np.tile([[1], [0], [0], [1]], (4, 8))
-    blocks = np.kron(rng.random((4, 2)) < 0.5, np.ones((4, 4), bool))
-    blocks[0, 0] = not blocks[0, 0]  # a block is kept whole, or made for one place
-    for mask, options, nonzeros in [
-        (two_four, {}, 64),
-        (blocks, {"block": 4}, None),
-    ]:
-        layer = SparseLinear.from_dense(dense, mask, **options)
-        layer.check()
-        kernel = np.where(mask, dense.kernel[...], 0)
-        assert np.array_equal(layer.kernel(), kernel)
-        assert np.array_equal(layer.mask() | (mask != 0), layer.mask())
-        assert layer.nonzeros == (nonzeros or layer.mask().sum())
-        np.testing.assert_allclose(jax.jit(layer)(x), x @ kernel + dense.bias[...], atol=1e-5)
-        assert np.array_equal(layer.to_dense().kernel[...], kernel)
-    packed = SparseLinear.from_dense(dense, two_four)
-    assert packed.values.shape == (8, 8)
-    with pytest.raises(ValueError, match="a 2:4 layer has no other mask"):
-        packed.change_mask(two_four)
-    packed.index["positions"].set_value(jnp.zeros_like(packed.index["positions"][...]))
-    with pytest.raises(ValueError, match="positions of a 2:4 layer repeat"):
-        packed.check()
-
-
 def test_dtypes():
     linear = functools.partial(SparseLinear, 6, 4, mask=np.eye(6, 4), **PLAIN)
     conv = functools.partial(SparseConv, 6, 4, 1, mask=np.eye(6, 4)[None], **PLAIN)
@@ -273,7 +245,6 @@ def test_options_that_do_not_fit():
         (linear, {"mask": np.ones((4, 6))}, r"must be of the kernel's shape, \(6, 4\)"),
         (linear, {"sparsity": 1.5}, "sparsity"),
         (linear, {"sparsity": 0.5, "capacity": 3}, "more than the capacity, 3"),
-        (linear, {"sparsity": 0.5, "block": 4}, "do not divide"),
         (conv, {}, "give either sparsity="),
         (conv, {"mask": np.ones((2, 2, 6, 5))}, "must be of the kernel's shape"),
         (conv, {"sparsity": 0.5, "feature_group_count": 4}, "4 groups do not divide 6 channels"),

@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from priorityprop_jax.sparse.masks import (
-    as_masks,
-    magnitude_masks,
-    random_mask,
-    two_four_mask,
-)
+from priorityprop_jax.sparse.masks import as_masks, magnitude_masks, random_mask
 
 
 def reference(arrays, sparsity):
@@ -68,24 +63,6 @@ def test_wrong_options_are_refused():
         magnitude_masks({}, 0.5, scope="layer")
     with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\]"):
         random_mask(jax.random.key(0), (2,), -0.1)
-
-
-@pytest.mark.parametrize("axis", [0, 1, -1])
-def test_two_four_keeps_the_largest_two(axis):
-    weight = np.random.default_rng(0).integers(-3, 4, size=(8, 4, 12)).astype(np.float32)
-    weight[0, 0, 0] = np.nan
-    moved = np.moveaxis(weight, axis, -1)
-    expected = np.concatenate([reference([four], 0.5)[0] for four in moved.reshape(-1, 4)]).reshape(
-        moved.shape
-    )
-    np.testing.assert_array_equal(two_four_mask(weight, axis=axis), np.moveaxis(expected, -1, axis))
-
-
-def test_two_four_refuses_odd_shapes():
-    with pytest.raises(ValueError, match="multiple of 4 inputs, got 6"):
-        two_four_mask(jnp.ones((6, 4)), axis=0)
-    with pytest.raises(ValueError, match="axis is 2, but"):
-        two_four_mask(jnp.ones((4, 4)), axis=2)
 
 
 def test_random_masks_keep_exactly_as_many():

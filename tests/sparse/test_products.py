@@ -37,8 +37,6 @@ def shape_of_x(case, batch=BATCH):
 @functools.cache
 def pattern_of(case):
     rng = np.random.default_rng(0)
-    if case == "block":
-        return make_pattern(np.kron(rng.random((6, 12)) < 0.3, np.ones((2, 2))), block=2)
     mask = rng.random((OUT, IN)) < 0.2
     return make_pattern(mask, capacity=int(mask.sum()) + 5)
 
@@ -50,15 +48,10 @@ def mask(case):
 def taken(case, dense):
     """What stands at the places of the pattern, zero where one is not used."""
     pattern, dense = pattern_of(case), np.asarray(dense, np.float64)
-    if case == "block":
-        blocks = dense.reshape(-1, OUT // 2, 2, IN // 2, 2).swapaxes(2, 3)
-        found = blocks[:, mask(case)[::2, ::2]]
-    else:
-        found = dense.reshape(-1, OUT, IN)[:, mask(case)]
-    values = np.zeros((len(found), *pattern.values_shape))
-    found = found.reshape(len(found), -1, *pattern.values_shape[1:])
+    found = dense.reshape(-1, OUT, IN)[:, mask(case)]
+    values = np.zeros((len(found), pattern.capacity))
     values[:, : found.shape[1]] = found
-    return values.reshape(*dense.shape[:-2], *pattern.values_shape)
+    return values.reshape(*dense.shape[:-2], pattern.capacity)
 
 
 def sparse(case):
@@ -73,9 +66,7 @@ def sparse(case):
 @functools.cache
 def dense(case):
     """The same of a dense weight, of which places outside of the pattern are not used."""
-    if case not in ("block", "any conv"):
-        return dense("any conv") if case.endswith("conv") else dense_linear(mask("any"))
-    return dense_conv(mask(case)) if case == "any conv" else dense_linear(mask(case))
+    return dense_conv(mask(case)) if case.endswith("conv") else dense_linear(mask(case))
 
 
 def dense_linear(mask):
@@ -182,8 +173,7 @@ def dense_results(case, transformations):
         pytest.param("native", EVERYTHING, marks=needs_native),
         pytest.param("native conv", (per_example, twice), marks=needs_native),
         ("csr", (both_mapped,)),
-        ("block", (per_example,)),
-        ("masked", (twice,)),
+        ("masked", (per_example, twice)),
     ],
 )
 def test_transformations(case, transformations):
@@ -240,7 +230,7 @@ def assert_close(results, expected):
         assert np.max(np.abs(found - want)) < 1e-6 * np.max(np.abs(want))
 
 
-@pytest.mark.parametrize("case", [NATIVE, NATIVE_CONV, "csr", "csr conv", "block"])
+@pytest.mark.parametrize("case", [NATIVE, NATIVE_CONV, "csr", "masked", "masked conv"])
 def test_shards_of_shard_map(case):
     @jax.jit
     @functools.partial(

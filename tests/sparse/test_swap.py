@@ -219,9 +219,6 @@ def test_a_further_mask_of_one_layer_and_of_an_optax_state():
     assert trace[0] == 3 * 6 + 2 and not trace[1:].any()
     with pytest.raises(ValueError, match="shape"):
         apply_further_mask(layer, np.zeros((5, 6)))
-    with pytest.raises(ValueError, match="2:4"):
-        two_four = SparseLinear(4, 2, mask=np.array([[1, 1, 0, 0]] * 2).T, rngs=nnx.Rngs(0))
-        apply_further_mask(two_four, np.zeros((4, 2)))
 
 
 def test_replacing_in_containers():

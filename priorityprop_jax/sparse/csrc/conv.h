@@ -534,14 +534,12 @@ inline bool too_large(const Side& side) {
          side.channel() > std::numeric_limits<int32_t>::max() / side.channels;
 }
 constexpr const char* kTooLarge = "a sparse convolution has too many channels x kernel places";
-constexpr const char* kNoMemory = "a sparse convolution found no memory for its scratch";
-
 }  // namespace conv
 
 template <class Pool>
 const char* conv_forward(Pool& pool, const ConvShape& shape, const float* x,
                          const int32_t* row_starts, const int32_t* columns, int64_t capacity,
-                         const float* values, float* y) try {
+                         const float* values, float* y) {
   using namespace conv;
   if (const char* wrong = check(shape, row_starts, columns, capacity)) return wrong;
   if (!shape.batch || !shape.output[0] || !shape.output[1] || !shape.out_channels) return nullptr;
@@ -575,14 +573,12 @@ const char* conv_forward(Pool& pool, const ConvShape& shape, const float* x,
   const Sweep sweep{shape, blocks, in, out, std::move(lists), 1, x, nullptr, y, nullptr};
   sweep.run_all(pool, blocks.total);
   return nullptr;
-} catch (const std::exception&) {
-  return conv::kNoMemory;
 }
 
 template <class Pool>
 const char* conv_backward(Pool& pool, const ConvShape& shape, const float* x, const float* dy,
                           const int32_t* row_starts, const int32_t* columns, int64_t capacity,
-                          const float* values, float* dx, float* dvalues) try {
+                          const float* values, float* dx, float* dvalues) {
   using namespace conv;
   if (const char* wrong = check(shape, row_starts, columns, capacity)) return wrong;
   const int64_t image = shape.size[0] * shape.size[1] * shape.in_channels;
@@ -673,8 +669,6 @@ const char* conv_backward(Pool& pool, const ConvShape& shape, const float* x, co
     std::memset(dvalues + used, 0, sizeof(float) * (capacity - used));
   }
   return nullptr;
-} catch (const std::exception&) {
-  return conv::kNoMemory;
 }
 
 }  // inline namespace PRIORITYPROP_ISA

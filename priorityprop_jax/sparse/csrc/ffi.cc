@@ -17,7 +17,14 @@ using Indices = ffi::Buffer<ffi::S32>;
 using FloatsOut = ffi::ResultBuffer<ffi::F32>;
 
 ffi::Error result(const char* error) {
-  return error == nullptr ? ffi::Error::Success() : ffi::Error::InvalidArgument(error);
+  if (error == nullptr) return ffi::Error::Success();
+  if (error == kNoMemory) return ffi::Error(ffi::ErrorCode::kResourceExhausted, error);
+  return ffi::Error::InvalidArgument(error);
+}
+
+template <class F>
+ffi::Error run(F&& kernel) {
+  return result(guarded(kernel));
 }
 
 // A buffer of shape (0,) stands for an output that is not wanted, whatever its shape would be.
@@ -43,25 +50,33 @@ ffi::Error linear_forward_call(ffi::ThreadPool pool, Floats values, Indices row_
     return result(kBadShapes);
   }
   const Lines lines{out[1], in[1], capacity, row_starts.typed_data(), columns.typed_data()};
-  return result(linear_forward(pool, lines, values.typed_data(), x.typed_data(), y->typed_data(),
-                               in[0]));
+  return run([&] {
+    return linear_forward(pool, lines, values.typed_data(), x.typed_data(), y->typed_data(), in[0]);
+  });
 }
 
-ffi::Error linear_backward_call(ffi::ThreadPool pool, Floats values, Indices column_starts,
-                                Indices rows, Indices order, Floats x, Floats dy, bool inputs,
-                                bool weights, FloatsOut dx, FloatsOut dvalues) {
+ffi::Error linear_backward_call(ffi::ThreadPool pool, Floats values, Indices row_starts,
+                                Indices column_starts, Indices rows, Indices order, Floats x,
+                                Floats dy, bool inputs, bool weights, FloatsOut dx,
+                                FloatsOut dvalues) {
   const auto in = x.dimensions(), out = dy.dimensions();
   const int64_t capacity = rows.element_count();
   if (out.size() != 2 || !is_matrix(in, out[0], column_starts.element_count() - 1) ||
+      static_cast<int64_t>(row_starts.element_count()) != out[1] + 1 ||
       !same_length(capacity, order, values) ||
       (inputs && !is_matrix(dx->dimensions(), in[0], in[1])) ||
       (weights && !same_length(capacity, order, *dvalues))) {
     return result(kBadShapes);
   }
+  // Starts that were never filled in would pass for a weight without a place.
+  if (row_starts.typed_data()[out[1]] != column_starts.typed_data()[in[1]]) {
+    return result("row_starts and column_starts of a sparse pattern must count the same places");
+  }
   const Lines lines{in[1], out[1], capacity, column_starts.typed_data(), rows.typed_data()};
-  return result(linear_backward(pool, lines, order.typed_data(), values.typed_data(),
-                                x.typed_data(), dy.typed_data(), wanted(dx, inputs),
-                                wanted(dvalues, weights), in[0]));
+  return run([&] {
+    return linear_backward(pool, lines, order.typed_data(), values.typed_data(), x.typed_data(),
+                           dy.typed_data(), wanted(dx, inputs), wanted(dvalues, weights), in[0]);
+  });
 }
 
 // The shapes of images and of a pattern [out channels, in channels / groups * kernel] as the kernels
@@ -92,9 +107,10 @@ ffi::Error conv_forward_call(ffi::ThreadPool pool, Floats values, Indices row_st
   if (!conv_shape(geometry, x, y->dimensions(), row_starts, columns, values, shape)) {
     return result(kBadShapes);
   }
-  return result(conv_forward(pool, shape, x.typed_data(), row_starts.typed_data(),
-                             columns.typed_data(), columns.element_count(), values.typed_data(),
-                             y->typed_data()));
+  return run([&] {
+    return conv_forward(pool, shape, x.typed_data(), row_starts.typed_data(), columns.typed_data(),
+                        columns.element_count(), values.typed_data(), y->typed_data());
+  });
 }
 
 ffi::Error conv_backward_call(ffi::ThreadPool pool, Floats values, Indices row_starts,
@@ -107,10 +123,11 @@ ffi::Error conv_backward_call(ffi::ThreadPool pool, Floats values, Indices row_s
       (weights && !same_length(columns.element_count(), columns, *dvalues))) {
     return result(kBadShapes);
   }
-  return result(conv_backward(pool, shape, x.typed_data(), dy.typed_data(),
-                              row_starts.typed_data(), columns.typed_data(),
-                              columns.element_count(), values.typed_data(), wanted(dx, inputs),
-                              wanted(dvalues, weights)));
+  return run([&] {
+    return conv_backward(pool, shape, x.typed_data(), dy.typed_data(), row_starts.typed_data(),
+                         columns.typed_data(), columns.element_count(), values.typed_data(),
+                         wanted(dx, inputs), wanted(dvalues, weights));
+  });
 }
 
 }  // namespace
@@ -132,6 +149,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(priorityprop_linear_backward, priorityprop::linear
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<priorityprop::Floats>()
+                                  .Arg<priorityprop::Indices>()
                                   .Arg<priorityprop::Indices>()
                                   .Arg<priorityprop::Indices>()
                                   .Arg<priorityprop::Indices>()
@@ -167,6 +185,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(priorityprop_conv_backward, priorityprop::conv_bac
                                   .Ret<priorityprop::Floats>());
 
 // What the loader asks before it registers anything.
+
+// The operands of the handlers above; goes up when they change. Kernels that were built in place
+// stay behind when the sources beside them are updated.
+extern "C" int priorityprop_interface() { return 2; }
 
 // The interface that this library was built against, as major * 1000 + minor.
 extern "C" int priorityprop_ffi_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }

@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <new>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -41,7 +42,6 @@ inline const char* check_starts(const Lines& lines) {
              : nullptr;
 }
 
-constexpr const char* kNoMemory = "out of memory";
 constexpr const char* kBadIndices =
     "columns, rows or order of a sparse pattern point outside of its shape";
 
@@ -86,9 +86,13 @@ class Memory {
     {
       std::lock_guard<std::mutex> lock(spare.mutex);
       if (data_ != nullptr && spare.bytes + bytes_ <= kMostSpare) {
-        spare.blocks.push_back({bytes_, data_});
-        spare.bytes += bytes_;
-        return;
+        try {
+          spare.blocks.push_back({bytes_, data_});
+          spare.bytes += bytes_;
+          return;
+        } catch (const std::bad_alloc&) {
+          // A destructor must not throw: the memory is given back instead.
+        }
       }
     }
     std::free(data_);

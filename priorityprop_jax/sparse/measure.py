@@ -15,9 +15,16 @@ from flax import nnx
 from priorityprop_jax.core.modules import check_module, walk
 from priorityprop_jax.core.tables import aligned
 from priorityprop_jax.sparse.backends import sparse_backend
-from priorityprop_jax.sparse.geometry import ConvGeometry
 from priorityprop_jax.sparse.layers import SparseConv, SparseLayer
-from priorityprop_jax.sparse.swap import dense_layers, is_dense, replace, to_sparse
+from priorityprop_jax.sparse.pattern import ConvGeometry
+from priorityprop_jax.sparse.swap import (
+    dense_layers,
+    is_dense,
+    is_tied,
+    replace,
+    shared_variables,
+    to_sparse,
+)
 
 SECONDS = 0.3  # for measuring one layer, compiling left out
 
@@ -51,7 +58,8 @@ def sparsify(
     An `nnx.Linear` or `nnx.Conv` is swapped when enough of its kernel is zero and its sparse layer
     is faster, forward and backward, on inputs of the shapes that it gets when the model is called
     with the sample: by the median of runs in turn with the dense one, warm. Zeros stay zero from
-    then on. Prints the table that it returns. Make the optimizer behind it, as there are other
+    then on, and a layer that shares parameters stays dense, as in `sparse_start`. Prints the table
+    that it returns. Make the optimizer behind it, as there are other
     parameters.
 
     Args:
@@ -70,11 +78,11 @@ def sparsify(
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> from priorityprop_jax import prune, sparsify
+      >>> from priorityprop_jax import sparse
       >>> model = nnx.Sequential(
       ...     nnx.Linear(8, 64, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(64, 4, rngs=nnx.Rngs(1)))
-      >>> masks = prune(model, 0.5)
-      >>> rows = sparsify(model, jnp.ones((4, 8)))
+      >>> masks = sparse.prune(model, 0.5)
+      >>> rows = sparse.sparsify(model, jnp.ones((4, 8)))
       layer     sparsity  dense ms  sparse ms  backend  choice
       layers/0     50.0%         -          -        -   dense
       layers/2      0.0%         -          -        -   dense
@@ -86,7 +94,12 @@ def sparsify(
         raise ValueError("the model is one layer: take SparseLinear.from_dense or SparseConv's")
     layers = dense_layers(model)
     zeros = {name: _share_of_zeros(layer) for name, layer in layers.items()}
-    tried = {name: layer for name, layer in layers.items() if zeros[name] >= min_sparsity}
+    tied = shared_variables(model)
+    tried = {
+        name: layer
+        for name, layer in layers.items()
+        if zeros[name] >= min_sparsity and not is_tied(layer, tied)
+    }
     inputs = _inputs_of(model, tried, sample_input) if tried else {}
     rows, new = [], {}
     for name, layer in layers.items():

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from priorityprop_jax import SparseConv, SparseLinear, prune, sparsify
-from priorityprop_jax.sparse import sparsify as module
+from priorityprop_jax.sparse import measure as module
 
 
 class Net(nnx.Module):

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from priorityprop_jax.sparse.dynamic import cosine_fraction, drop_and_grow
 from priorityprop_jax.sparse.pattern import (
     carry,
     check_pattern,
@@ -13,6 +12,7 @@ from priorityprop_jax.sparse.pattern import (
     make_pattern,
     mask_of,
 )
+from priorityprop_jax.sparse.step import cosine_fraction, drop_and_grow
 
 
 def reference(values, mask, scores, fraction):
@@ -56,21 +56,6 @@ def test_places_move_from_small_values_to_large_scores(density):
         before[mask] = values[:used]
         after = densify_values(carry(jnp.asarray(values), source), changed)
         np.testing.assert_array_equal(after, np.where(mask & expected, before, 0))
-
-
-def test_blocks_move_by_their_sums():
-    rng = np.random.default_rng(0)
-    grid = rng.random((4, 5)) < 0.4
-    pattern = make_pattern(np.kron(grid, np.ones((2, 2))), capacity=15, block=2)
-    values = rng.normal(size=(15, 2, 2)).astype(np.float32)
-    scores = rng.random((8, 10)).astype(np.float32)
-    changed, source = drop_and_grow(values, pattern, scores, fraction=0.5)
-    check_pattern(changed)
-    sums = scores.reshape(4, 2, 5, 2).sum(axis=(1, 3))
-    expected = reference(np.abs(values).sum(axis=(1, 2)), grid, sums, 0.5)
-    np.testing.assert_array_equal(mask_of(changed)[::2, ::2], expected)
-    kept = np.asarray(source) >= 0
-    assert kept.sum() == (grid & expected).sum()
 
 
 def test_bfloat16_is_taken():
