@@ -30,14 +30,12 @@ BELOW = {
 EXCEPTIONS: dict[str, set[str]] = {
     "imports": {
         "priorityprop_jax.meprop.step imports priorityprop_jax.partial.step",
-        "priorityprop_jax.sparse.training imports priorityprop_jax.training.trainer",
     },
     "circles": set(),
     "doors": {
         "meprop",
         "models",
         "partial",
-        "sparse",
     },
     "files": {
         "priorityprop_jax.meprop.products",
@@ -46,7 +44,6 @@ EXCEPTIONS: dict[str, set[str]] = {
         "priorityprop_jax.partial.stages",
         "priorityprop_jax.partial.step",
         "priorityprop_jax.priority.transform",
-        "priorityprop_jax.sparse.layers",
         "priorityprop_jax.training.trainer",
     },
     "classes": {

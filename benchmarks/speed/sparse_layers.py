@@ -7,7 +7,7 @@ Three kinds of cases, the arms of each interleaved in one process, four runs of 
 - `conv`: convolutions of ResNet-18, NHWC, without a bias.
 
 Programs: `forward`, `backward` (all gradients for a given ``dy``) and `both`. Arms: `dense`, the
-backends `native` and `csr` (JAX alone, no convolutions), and with ``--torch PYTHON`` dense PyTorch in
+backends `native` and, of products, `csr` (JAX alone), and with ``--torch PYTHON`` dense PyTorch in
 another interpreter, convolutions in both memory layouts. Each place of a weight is kept or not at
 random. Threads are limited by the affinity of the process before JAX starts; several counts get a
 process each.

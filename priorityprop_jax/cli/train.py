@@ -152,7 +152,7 @@ def run(arguments: argparse.Namespace) -> int:
             wrong = f"--{option.replace('_', '-')} is of {' and '.join(owners)}"
             raise Failure(f"{wrong}: add --method {owners[0]}", 2)
 
-    from priorityprop_jax.sparse.training import layer_table
+    from priorityprop_jax.sparse.measure import layer_table
     from priorityprop_jax.training.trainer import Trainer
 
     # Everything that can be wrong with the options shows here, before a run's folder is made

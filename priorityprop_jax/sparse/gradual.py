@@ -8,8 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax import lax
 
+from priorityprop_jax.core.paths import path_name
+from priorityprop_jax.sparse.layers import as_matrix
 from priorityprop_jax.sparse.masks import (
     check_scope,
     check_sparsity,
@@ -18,6 +21,8 @@ from priorityprop_jax.sparse.masks import (
     kept_count,
     scope_groups,
 )
+from priorityprop_jax.sparse.pattern import take_values
+from priorityprop_jax.sparse.swap import dense_layers, owner_of, replace, to_sparse
 
 # Optax's own words, which it keeps private.
 _NO_PARAMS = (
@@ -91,7 +96,8 @@ def gradual_pruning(
     Leaves of fewer than two dimensions, such as biases, are left alone.
 
     An optimizer in front still spends memory and time on pruned weights, and where a gradient is
-    dense its moments go on moving. Once the masks are final, hand them on with `masks_of`.
+    dense its moments go on moving. Once the masks are final, go on with
+    `sparse_from_pruned`.
 
     Args:
       final_sparsity: in [0, 1].
@@ -213,6 +219,68 @@ def masks_of(state: Any) -> Any:
             "one whose masks are meant"
         )
     return found[0].masks
+
+
+def sparse_from_pruned(
+    model: nnx.Module, opt_state: Any, optimizer: optax.GradientTransformation
+) -> tuple[Any, Any]:
+    """Sparse layers, and the state of their optimizer, in place of what `gradual_pruning` pruned.
+
+    For any training loop: what follows is the same training without the weights that are pruned.
+    What the optimizer kept of these is let go.
+
+    Args:
+      model: the dense model; it is left alone. Only kernels of its `nnx.Linear` and `nnx.Conv` have
+        been pruned.
+      opt_state: the state of ``optax.chain(optimizer, gradual_pruning(...))`` or of any other
+        optimizer whose state is, in this order, that of ``optimizer`` and a `GradualPruningState`.
+      optimizer: the one that goes on.
+
+    Returns:
+      The sparse model, and the state of ``optimizer`` for its parameters.
+
+    Raises:
+      ValueError: if a leaf is pruned that is no such kernel, or the state is of another optimizer.
+
+    Example:
+      >>> import optax
+      >>> from flax import nnx
+      >>> from priorityprop_jax.sparse.gradual import gradual_pruning, sparse_from_pruned
+      >>> model = nnx.Sequential(nnx.Linear(8, 64, rngs=nnx.Rngs(0)))
+      >>> params = nnx.state(model, nnx.Param)
+      >>> pruning = optax.chain(optax.adam(0.1), gradual_pruning(0.9, begin=0, end=0, every=1))
+      >>> _, state = pruning.update(params, pruning.init(params), params)
+      >>> model, state = sparse_from_pruned(model, state, optax.adam(0.1))
+      >>> model.layers[0].nonzeros, state[0].mu["layers"][0]["values"].shape
+      (51, (51,))
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(masks_of(opt_state))
+    masks = {path_name(path).removesuffix("kernel").rstrip("/"): mask for path, mask in flat}
+    model = nnx.clone(model)
+    layers = {name: layer for name, layer in dense_layers(model).items() if name in masks}
+    if others := masks.keys() - layers.keys():
+        raise ValueError(
+            "only kernels of nnx.Linear and nnx.Conv become sparse, but pruned are also "
+            f"{', '.join(sorted(others))}: choose by where= of gradual_pruning"
+        )
+    new = {id(layer): to_sparse(layer, masks[name]) for name, layer in layers.items()}
+    patterns = {f"{name}/values".lstrip("/"): new[id(layers[name])].pattern for name in layers}
+    model = replace(model, new)
+    like, treedef = jax.tree_util.tree_flatten_with_path(
+        optimizer.init(nnx.state(model, nnx.Param))
+    )
+    nodes = jax.tree.leaves(opt_state, is_leaf=_is_state)
+    leaves = [leaf for leaf in nodes if not _is_state(leaf)]
+    if len(leaves) != len(like):
+        raise ValueError(
+            f"the state without its masks has {len(leaves)} arrays, but the optimizer keeps "
+            f"{len(like)}: give the optimizer in front of gradual_pruning"
+        )
+    for place, (path, expected) in enumerate(like):
+        owner = owner_of(path, patterns)
+        if owner is not None and jnp.shape(leaves[place]) != jnp.shape(expected):
+            leaves[place] = take_values(as_matrix(leaves[place]), patterns[owner])
+    return model, treedef.unflatten(leaves)
 
 
 def _is_state(node: Any) -> bool:

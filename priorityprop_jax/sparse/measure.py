@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -115,6 +116,32 @@ def sparsify(
         rows.append(LayerChoice(name, zeros[name], dense_ms, sparse_ms, backend, choice))
     replace(model, new)
     print("\n".join(aligned([_HEADER, *map(_cells, rows)])))
+    return rows
+
+
+def layer_table(model: nnx.Module) -> list[dict[str, Any]]:
+    """The layers of a model that are sparse or could be: path, shape, non-zeros, weights.
+
+    Args:
+      model: any module.
+
+    Returns:
+      One dict a layer, in the order of `sparse_start`, ready for JSON.
+
+    Example:
+      >>> from flax import nnx
+      >>> from priorityprop_jax.sparse.measure import layer_table
+      >>> layer_table(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+      [{'layer': '', 'shape': [4, 8], 'nonzeros': 32, 'weights': 32}]
+    """
+    rows = []
+    for name, layer in walk(model):
+        if isinstance(layer, SparseLayer | nnx.Linear | nnx.Conv):
+            sparse = isinstance(layer, SparseLayer)
+            shape = layer.kernel_shape if sparse else layer.kernel.shape
+            count = layer.nonzeros if sparse else math.prod(shape)
+            row = {"layer": name, "shape": list(shape), "nonzeros": count}
+            rows.append({**row, "weights": math.prod(shape)})
     return rows
 
 

@@ -111,8 +111,9 @@ class DynamicStep:
         if 0 < self._steps < end and self._steps % every == 0:
             now = float(cosine_fraction(self._steps, end, fraction))
             params, rest, opt_state = self._move(now, params, rest, opt_state, batch)
+        result = self._plain(params, rest, opt_state, batch)
         self._steps += 1
-        return self._plain(params, rest, opt_state, batch)
+        return result
 
     def lay_out(self, layout: Any) -> None:
         """As the plain step."""

@@ -325,7 +325,7 @@ def shared_variables(model: nnx.Module) -> set[int]:
             if isinstance(node, nnx.Variable):
                 shared.add(id(node))
             return
-        if isinstance(node, nnx.Pytree | list | tuple | dict):
+        if isinstance(node, nnx.Variable | nnx.Pytree | list | tuple | dict):
             seen.add(id(node))
             for _, entry in parts_of(node):
                 visit(entry)

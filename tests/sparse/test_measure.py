@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from priorityprop_jax import SparseConv, SparseLinear, prune, sparsify
-from priorityprop_jax.sparse import measure as module
+from priorityprop_jax.sparse import (
+    SparseConv,
+    SparseLinear,
+    prune,
+    sparse_start,
+    sparsify,
+)
+from priorityprop_jax.sparse import (
+    measure as module,
+)
+from priorityprop_jax.sparse.measure import layer_table
 
 
 class Net(nnx.Module):
@@ -123,3 +132,20 @@ def test_bad_input_is_refused():
         sparsify(Net(), SAMPLE, min_sparsity=80)
     with pytest.raises(ValueError, match=r"SparseLinear\.from_dense"):
         sparsify(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), jnp.ones((1, 2)))
+
+
+def test_a_table_of_layers():
+    model = nnx.Sequential(nnx.Linear(4, 6, rngs=nnx.Rngs(0)), nnx.Linear(6, 1, rngs=nnx.Rngs(0)))
+    sparse_start(model, 0.75)
+    first, last = layer_table(model)
+    assert first == {"layer": "layers/0", "shape": [4, 6], "nonzeros": 6, "weights": 24}
+    assert last == {"layer": "layers/1", "shape": [6, 1], "nonzeros": 6, "weights": 6}
+
+
+def test_layers_that_share_a_kernel_stay_dense(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(module, "_milliseconds", timed(2.0, 1.0, seen))
+    model = pruned()
+    model.unused.kernel = model.shared.kernel
+    sparsify(model, SAMPLE)
+    assert set(seen) == {"SparseConv"} and model.unused.kernel is model.shared.kernel

@@ -7,12 +7,12 @@ import optax
 import pytest
 from flax import nnx
 
-from priorityprop_jax import (
+from priorityprop_jax.meprop.inject import meprop
+from priorityprop_jax.sparse import (
     SparseConv,
     SparseLinear,
     apply_further_mask,
     densify,
-    meprop,
     prune,
     sparse_start,
 )
