@@ -33,12 +33,10 @@ EXCEPTIONS: dict[str, set[str]] = {
     },
     "circles": set(),
     "doors": {
-        "meprop",
         "models",
         "partial",
     },
     "files": {
-        "priorityprop_jax.meprop.products",
         "priorityprop_jax.models.bert",
         "priorityprop_jax.partial.prefix_cache",
         "priorityprop_jax.partial.stages",

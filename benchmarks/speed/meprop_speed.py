@@ -47,7 +47,7 @@ def product(arm: str, fraction: float, name: str) -> Callable[..., jax.Array]:
     if arm == "dense":
         return lambda x, kernel: lax.dot_general(x, kernel, COLUMNS)
     rows = arm != "drop-in"
-    pattern = "block" if arm == "blocks" else "unified"
+    pattern = "tile" if arm == "blocks" else "unified"
     # Only a layer with a name can have a gradient by rows.
     dot = MePropDot(
         fraction, pattern, 64, transposed=rows, name=name if arm in ("rows", "blocks") else ""

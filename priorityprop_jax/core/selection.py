@@ -10,20 +10,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-Pattern = Literal["example", "unified", "block", "random"]
+Pattern = Literal["example", "unified", "tile", "random"]
 
 PATTERNS: tuple[str, ...] = get_args(Pattern)
+
+
+def is_fraction(k: int | float) -> bool:
+    """Whether ``k``, which may be NumPy's, is a fraction of features, not their number."""
+    return not isinstance(k, int | np.integer)
 
 
 def check_k(k: int | float) -> None:
     """Raises where ``k`` can be neither a number of features nor a fraction of them."""
     if isinstance(k, bool) or not isinstance(k, int | float | np.integer | np.floating):
         raise TypeError(f"k must be a whole number or a fraction such as 0.04, got {k!r}")
-    if isinstance(k, int | np.integer):
-        if k < 1:
-            raise ValueError(f"k is {k}: at least 1 output feature must be kept")
-    elif not 0 < k <= 1:
-        raise ValueError(f"k is {k}: a fraction of the output features is above 0 and at most 1")
+    if is_fraction(k):
+        if not 0 < k <= 1:
+            raise ValueError(
+                f"k is {k}: a fraction of the output features is above 0 and at most 1"
+            )
+    elif k < 1:
+        raise ValueError(f"k is {k}: at least 1 output feature must be kept")
 
 
 def resolve_k(k: int | float, width: int, name: str = "", *, multiple: int = 1) -> int:
@@ -33,7 +40,7 @@ def resolve_k(k: int | float, width: int, name: str = "", *, multiple: int = 1) 
       k: a whole number of features, or a fraction in (0, 1] of them, rounded to the nearest.
       width: output features of the layer.
       name: what to call the layer in an error.
-      multiple: of what the number has to be a multiple, for blocks; rounded to the nearest, and at
+      multiple: of what the number has to be a multiple, for tiles; rounded to the nearest, and at
         least one.
 
     Returns:
@@ -50,7 +57,7 @@ def resolve_k(k: int | float, width: int, name: str = "", *, multiple: int = 1) 
     """
     check_k(k)
     layer = f"layer {name!r}" if name else "the layer"
-    if isinstance(k, int | np.integer):
+    if not is_fraction(k):
         if k > width:
             raise ValueError(
                 f"k={k} is more than the {width} output features of {layer}: lower k, give it as a "
@@ -61,8 +68,8 @@ def resolve_k(k: int | float, width: int, name: str = "", *, multiple: int = 1) 
         number = max(1, round(float(k) * width))
     if width % multiple:
         raise ValueError(
-            f"the {width} output features of {layer} are no multiple of block={multiple}: choose a "
-            "block that divides them, or leave the layer out with layers="
+            f"the {width} output features of {layer} are no multiple of tile={multiple}: choose a "
+            "tile that divides them, or leave the layer out with layers="
         )
     return min(width, max(1, round(number / multiple)) * multiple)
 

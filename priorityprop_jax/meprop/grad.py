@@ -11,29 +11,28 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from priorityprop_jax.core.modules import through_module
 from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.core.rows import RowSparse
 from priorityprop_jax.core.varying import vary, varying
-from priorityprop_jax.meprop.products import Frame, LayerUse, Tap
+from priorityprop_jax.meprop.frame import Frame, LayerUse, Tap
 
 _MARK = "meprop tap of "
 
 
-def meprop_value_and_grad(
+def value_and_grad(
     loss_fn: Callable[..., Any], *, has_aux: bool = False, wrt: Any = nnx.Param
 ) -> Callable[..., tuple[Any, Any]]:
-    r"""`jax.value_and_grad`, with row-sparse gradients where meProp makes them.
+    r"""`nnx.value_and_grad` or `jax.value_and_grad`, with row-sparse gradients by meProp.
 
     The gradient of a kernel ``(out, in)`` behind a `meprop` layer has ``k`` rows that are not zero,
 
     .. math:: dW_{K,:} = dy_{:,K}^\top x,
 
-    and is returned as `RowSparse`: the rows' numbers and values, ready for `row_sparse_adam`. All
-    other gradients are arrays. So is that of a kernel that is used twice, or otherwise than by its
-    layer (in a penalty on weights, say), whose layer runs inside `jax.lax.scan`, `jax.checkpoint`
-    or a function jitted by itself, or whose pattern is ``"example"``. `densify` makes every
-    gradient an array.
+    and is returned as `RowSparse`: the rows' numbers and values, which `row_sparse_adam` and
+    `optax.apply_updates` take. All other gradients are arrays. So is that of a kernel that is used
+    twice, or otherwise than by its layer (in a penalty on weights, say), whose layer runs inside
+    `jax.lax.scan`, `jax.checkpoint` or a function jitted by itself, or whose pattern is
+    ``"example"``. `densify` makes every gradient an array.
 
     The loss is traced twice: once abstractly, to see which layer is called how.
 
@@ -45,8 +44,10 @@ def meprop_value_and_grad(
     Returns:
       A function ``(model, *args, **kwargs) -> (value, grads)``. The model is an `nnx` module, or a
       pytree of parameters in which a layer's kernel is found by the ``name`` of its
-      `meprop_dot_general`, as ``name/kernel``. For a module, ``grads`` is an `nnx.State` of all
-      variables that ``wrt`` lets through, and what else the loss changes in it is changed.
+      `meprop_dot_general`, as ``name/kernel``. For a module, ``grads`` is what `nnx.value_and_grad`
+      gives, the `nnx.State` of the variables that ``wrt`` lets through, for `nnx.Optimizer.update`;
+      and what else the loss changes in the model, or in modules and random streams among its
+      arguments, is changed.
 
     Raises:
       TypeError: if ``loss_fn`` is no function.
@@ -54,32 +55,62 @@ def meprop_value_and_grad(
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> from priorityprop_jax import meprop, meprop_value_and_grad
+      >>> from priorityprop_jax import meprop
       >>> model = nnx.Sequential(
       ...     nnx.Linear(4, 32, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(32, 2, rngs=nnx.Rngs(1)))
-      >>> meprop(model, 3)  # the output layer stays dense
+      >>> meprop.meprop(model, 3)  # the output layer stays dense
       1
+      >>> optimizer = nnx.Optimizer(model, meprop.row_sparse_adam(1e-3), wrt=nnx.Param)
       >>> loss_fn = lambda model, x: (model(x) ** 2).sum()
-      >>> value, grads = meprop_value_and_grad(loss_fn)(model, jnp.ones((5, 4)))
+      >>> value, grads = meprop.value_and_grad(loss_fn)(model, jnp.ones((5, 4)))
       >>> grads["layers"][0]["kernel"].values.shape, grads["layers"][2]["kernel"].shape
       ((3, 4), (32, 2))
+      >>> updates = optimizer.update(model, grads)
     """
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function, got {loss_fn!r}")
 
     @functools.wraps(loss_fn)
-    def value_and_grad(model, *args, **kwargs):
-        if not isinstance(model, nnx.Module):
-            return row_value_and_grad(loss_fn, model, *args, has_aux=has_aux, **kwargs)
-        return through_module(
-            lambda loss: functools.partial(row_value_and_grad, loss, has_aux=True),
-            lambda model: loss_fn(model, *args, **kwargs),
-            model,
-            has_aux=has_aux,
-            wrt=wrt,
-        )
+    def run(model, *args, **kwargs):
+        if isinstance(model, nnx.Module):
+            return _of_module(loss_fn, model, args, kwargs, has_aux, wrt)
+        return row_value_and_grad(loss_fn, model, *args, has_aux=has_aux, **kwargs)
 
-    return value_and_grad
+    return run
+
+
+def _of_module(
+    loss_fn: Callable[..., Any], model: nnx.Module, args: Any, kwargs: Any, has_aux: bool, wrt: Any
+) -> tuple[Any, Any]:
+    leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=_is_object)
+    # In one graph, as the model may share random streams with the arguments.
+    objects = [model, *filter(_is_object, leaves)]
+    chosen = nnx.filterlib.to_predicate(wrt)
+    trained = lambda path, x: path[0] == 0 and chosen(path[1:], x)  # noqa: E731
+    graph, params, rest = nnx.split(objects, trained, ...)
+    params = params[0] if params else nnx.State({})
+
+    def loss(pure, rest):
+        # A fresh tree: variables may only change at the trace level that made them.
+        rest = jax.tree.map(lambda leaf: leaf, rest)
+        merged = nnx.merge(graph, nnx.State({0: pure} if pure else {}), rest)
+        others = iter(merged[1:])
+        inside = [next(others) if _is_object(x) else x for x in leaves]
+        args, kwargs = tree.unflatten(inside)
+        result = loss_fn(merged[0], *args, **kwargs)
+        value, aux = result if has_aux else (result, None)
+        return value, (aux, nnx.state(merged, nnx.Not(trained)))
+
+    (value, (aux, rest)), grads = row_value_and_grad(loss, nnx.as_pure(params), rest, has_aux=True)
+    nnx.update(objects, rest)
+    grads = jax.tree.map(
+        lambda x, g: x.replace(g), params, grads, is_leaf=lambda x: isinstance(x, nnx.Variable)
+    )
+    return ((value, aux) if has_aux else value), grads
+
+
+def _is_object(x: Any) -> bool:
+    return isinstance(x, nnx.Pytree | nnx.Variable)
 
 
 def row_value_and_grad(
@@ -90,7 +121,7 @@ def row_value_and_grad(
     sizes: Mapping[str, jax.Array] | None = None,
     **kwargs: Any,
 ) -> tuple[Any, Any]:
-    """What `meprop_value_and_grad` does, for a pure function of a pytree of parameters.
+    """`value_and_grad` for a pure function of a pytree of parameters.
 
     Args:
       loss_fn: ``(params, *args, **kwargs) -> loss``, or ``(loss, aux)`` with ``has_aux``.
@@ -235,9 +266,12 @@ def _kernels(params: Any) -> dict[str, int]:
 
 def _tap(k: int, kernel: jax.Array) -> Tap:
     """Zeros, which differ between the shards of a `jax.shard_map` where the kernel does."""
-    return jax.tree.map(lambda x: vary(x, varying(kernel)), Tap.zeros(k, kernel))
+    zeros = Tap(jnp.zeros((k, kernel.shape[1]), kernel.dtype), jnp.zeros(k, jnp.float32))
+    return jax.tree.map(lambda x: vary(x, varying(kernel)), zeros)
 
 
 def _rows(tap: Tap, leaf: jax.Array) -> RowSparse:
-    rows = tap.rows.astype(jnp.int32)
+    rows = tap.rows.astype(jnp.int32) - 1
+    # Where no gradient came back to the layer, all rows are padding.
+    rows = jnp.where(rows < 0, leaf.shape[0] + jnp.arange(len(rows), dtype=rows.dtype), rows)
     return RowSparse(rows, tap.values.astype(leaf.dtype), leaf.shape)

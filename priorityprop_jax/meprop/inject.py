@@ -12,7 +12,9 @@ from flax import nnx
 
 from priorityprop_jax.core.modules import check_module, walk
 from priorityprop_jax.core.selection import Pattern
-from priorityprop_jax.meprop.products import K, MeProp, MePropConv, MePropDot, MePropEinsum
+from priorityprop_jax.meprop.convolutions import MePropConv
+from priorityprop_jax.meprop.keep import K, MeProp
+from priorityprop_jax.meprop.products import MePropDot, MePropEinsum
 from priorityprop_jax.meprop.rnn import swap_rnn
 from priorityprop_jax.rnn.fused import is_fusible, restore_rnn
 
@@ -31,7 +33,7 @@ def meprop(
     *,
     layers: Any = None,
     pattern: Pattern = "unified",
-    block: int = 16,
+    tile: int = 16,
     min_features: int = 0,
     unbiased: bool = False,
     seed: int = 0,
@@ -56,7 +58,7 @@ def meprop(
         `nnx.clone` and `nnx.merge` put them in that of the alphabet: name the layers after those).
       pattern: see `meprop_dot_general`, as for the four that follow. Recurrent layers always choose
         for the whole batch by magnitude.
-      block: features in a block.
+      tile: features in a tile.
       min_features: layers with fewer output features stay dense.
       unbiased: whether a random choice is scaled.
       seed: of random choices; every layer has a stream of its own.
@@ -67,13 +69,13 @@ def meprop(
 
     Raises:
       TypeError: if ``model`` is no `nnx.Module`.
-      ValueError: if no layer was changed, an option makes no sense, or ``k`` or ``block`` does not
+      ValueError: if no layer was changed, an option makes no sense, or ``k`` or ``tile`` does not
         fit a layer, which the error names.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> from priorityprop_jax import meprop, restore
+      >>> from priorityprop_jax.meprop import meprop, restore
       >>> attention = nnx.MultiHeadAttention(4, 64, decode=False, rngs=nnx.Rngs(0))
       >>> meprop(attention, 0.1, layers=nnx.LinearGeneral)
       4
@@ -87,7 +89,7 @@ def meprop(
     else:
         predicate = nnx.filterlib.to_predicate(layers)
         chosen = [name for name in found if predicate(tuple(name.split("/")), found[name])]
-    plan = MeProp(k, pattern, block, min_features, unbiased, seed)
+    plan = MeProp(k, pattern, tile, min_features, unbiased, seed)
     # All that can be wrong shows before anything is changed.
     work = [name for name in chosen if _fits(dataclasses.replace(plan, name=name), found[name])]
     if not work:
@@ -126,7 +128,7 @@ def restore(model: nnx.Module) -> int:
 
     Example:
       >>> from flax import nnx
-      >>> from priorityprop_jax import meprop, restore
+      >>> from priorityprop_jax.meprop import meprop, restore
       >>> model = nnx.Linear(4, 32, rngs=nnx.Rngs(0))
       >>> meprop(model, 3, layers=nnx.Linear), model.kernel.shape
       (1, (32, 4))

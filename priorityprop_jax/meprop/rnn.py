@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from priorityprop_jax.core.selection import check_k, resolve_k
-from priorityprop_jax.meprop.products import LayerUse, enter
+from priorityprop_jax.meprop.frame import LayerUse, enter
 from priorityprop_jax.rnn.fused import FusedRNN, LinenFusedRNN, is_fusible, swap
 from priorityprop_jax.rnn.recurrent import GRUParams, gru, lstm
 

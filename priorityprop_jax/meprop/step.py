@@ -26,8 +26,8 @@ from priorityprop_jax.core.rows import (
     on_values,
 )
 from priorityprop_jax.core.slots import by_layer, find_slots
+from priorityprop_jax.meprop.frame import LayerUse
 from priorityprop_jax.meprop.grad import find_uses, row_value_and_grad
-from priorityprop_jax.meprop.products import LayerUse
 from priorityprop_jax.partial.step import Loss, check_cycle, check_updates
 from priorityprop_jax.priority.scores import depth_factors, priority
 from priorityprop_jax.priority.transform import PriorityPropState, new_state

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from priorityprop_jax import meprop, meprop_dot_general, meprop_value_and_grad, restore
-from priorityprop_jax.core.row_optimizers import row_sparse_adam
+from priorityprop_jax.core.row_optimizers import row_counts, row_sparse_adam
 from priorityprop_jax.core.rows import RowSparse, densify, is_row_sparse
+from priorityprop_jax.meprop import meprop, meprop_dot_general, restore, value_and_grad
 from priorityprop_jax.meprop.grad import find_uses, row_value_and_grad
 
 ROWS = (((1,), (1,)), ((), ()))  # kernel (out, in)
@@ -59,7 +59,8 @@ def assert_close(got, want, **tolerance):
 def kinds(grads):
     """The kernels whose gradients are row-sparse, by the path of the tree."""
     paths, _ = jax.tree_util.tree_flatten_with_path(grads, is_leaf=is_row_sparse)
-    return [jax.tree_util.keystr(path) for path, g in paths if isinstance(g, RowSparse)]
+    names = [jax.tree_util.keystr(path) for path, g in paths if isinstance(g, RowSparse)]
+    return [name.removesuffix(".value") for name in names]
 
 
 # Modules.
@@ -67,12 +68,12 @@ def kinds(grads):
 
 @pytest.mark.parametrize(
     "options, jit",
-    [({}, False), ({}, True), ({"pattern": "block", "block": 4}, True),
+    [({}, False), ({}, True), ({"pattern": "tile", "tile": 4}, True),
      ({"pattern": "random", "unbiased": True}, False), ({"k": 0.25}, True), ({"k": (2, 4)}, True)],
 )  # fmt: skip
 def test_gradients_of_a_module_are_whole_gradients_in_rows(options, jit):
     model = net(**options)
-    function = meprop_value_and_grad(loss_fn)
+    function = value_and_grad(loss_fn)
     run = nnx.jit if jit else lambda f: f
     value, grads = run(function)(model, X)
     # In the same mode: a random choice goes by the last bit of the output gradients.
@@ -81,7 +82,7 @@ def test_gradients_of_a_module_are_whole_gradients_in_rows(options, jit):
     assert isinstance(grads, nnx.State)
     assert_close(grads, expected)
     for i, k in ((0, 4), (2, 6 if options.get("k") == 0.25 else 4)):
-        kernel = grads["layers"][i]["kernel"]
+        kernel = grads["layers"][i]["kernel"].get_value()
         assert isinstance(kernel, RowSparse) and kernel.values.shape[0] == k
         assert kernel.rows.dtype == jnp.int32 and (np.diff(kernel.rows) > 0).all()
         assert kernel.values.dtype == jnp.float32
@@ -95,7 +96,7 @@ def test_gradients_of_a_module_are_whole_gradients_in_rows(options, jit):
 @pytest.mark.parametrize("options", [{"pattern": "example"}, {"transpose": False}, {"k": 1.0}])
 def test_what_has_no_rows_gives_arrays(options):
     model = net(**options)
-    _, grads = meprop_value_and_grad(loss_fn)(model, X)
+    _, grads = value_and_grad(loss_fn)(model, X)
     assert kinds(grads) == []
     assert_close(grads, nnx.grad(loss_fn)(model, X))
 
@@ -113,7 +114,7 @@ def test_a_penalty_on_weights_is_part_of_the_gradient(penalty):
         return value, {"norm": jnp.linalg.norm(kernel)}
 
     model = net()
-    (value, aux), grads = meprop_value_and_grad(loss, has_aux=True)(model, X)
+    (value, aux), grads = value_and_grad(loss, has_aux=True)(model, X)
     (plain, more), expected = nnx.value_and_grad(loss, has_aux=True)(model, X)
     np.testing.assert_allclose([value, aux["norm"]], [plain, more["norm"]], rtol=1e-6)
     assert_close(grads, expected)
@@ -138,7 +139,7 @@ def test_a_layer_called_twice_and_a_kernel_in_two_layers():
     for tied in (False, True):
         model = Twice(tied)
         meprop(model, 3)
-        _, grads = nnx.jit(meprop_value_and_grad(loss_fn))(model, x)
+        _, grads = nnx.jit(value_and_grad(loss_fn))(model, x)
         assert_close(grads, nnx.jit(nnx.grad(loss_fn))(model, x))
         assert len(kinds(grads)) == (0 if tied else 2)
 
@@ -147,7 +148,7 @@ def test_two_layers_of_one_name():
     params = {"a": {"kernel": normal(0, 16, 5)}, "b": {"kernel": normal(1, 16, 16)}}
     dot = meprop_dot_general(4, name="a")
     loss = lambda p: jnp.sum(jnp.sin(dot(dot(X, p["a"]["kernel"], ROWS), p["b"]["kernel"], ROWS)))  # noqa: E731
-    _, grads = meprop_value_and_grad(loss)(params)
+    _, grads = value_and_grad(loss)(params)
     assert kinds(grads) == []
     assert_close(grads, jax.grad(loss)(params))
 
@@ -160,7 +161,7 @@ def test_a_layer_that_is_not_called_and_its_namesake_in_another_model():
         x = jnp.tanh(teacher.layers[0](x))
         return jnp.sum(jnp.sin(student.layers[2](x)))
 
-    _, grads = meprop_value_and_grad(loss)(student, X, teacher)
+    _, grads = value_and_grad(loss)(student, X, teacher)
     assert not np.any(densify(grads["layers"][0]["kernel"]))
     assert_close(grads, nnx.grad(loss)(student, X, teacher))
 
@@ -181,8 +182,79 @@ def test_layers_whose_kernel_another_module_computes(wrapper):
     assert meprop(model, 2) == 1
     # These wrappers normalize what they have normalized before, each time they are called.
     np.testing.assert_allclose(model(X), value, atol=1e-5)
-    _, grads = meprop_value_and_grad(loss_fn)(model, X)
+    _, grads = value_and_grad(loss_fn)(model, X)
     assert_close(grads, nnx.grad(loss_fn)(model, X))
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_gradients_go_into_the_optimizer_of_nnx(jit):
+    def train(value_and_grad):
+        model = net(k=4)
+        optimizer = nnx.Optimizer(model, row_sparse_adam(0.1), wrt=nnx.Param)
+
+        def step(model, optimizer):
+            value, grads = value_and_grad(loss_fn)(model, X)
+            assert isinstance(grads["layers"][0]["kernel"], nnx.Param)
+            optimizer.update(model, grads)
+            return value
+
+        step = nnx.jit(step) if jit else step
+        return [float(step(model, optimizer)) for _ in range(3)], model, optimizer.opt_state
+
+    losses, model, state = train(value_and_grad)
+    dense, reference, _ = train(nnx.value_and_grad)
+    np.testing.assert_allclose(losses[0], dense[0], rtol=1e-6)
+    counts = row_counts(state, nnx.state(model, nnx.Param))
+    assert {name: int(n.sum()) for name, n in counts.items()} == {
+        "layers/0/kernel": 12, "layers/2/kernel": 12, "layers/4/kernel": 72,
+    }  # fmt: skip
+    # Rows without a gradient stay; those of a dense Adam, whose moments go on, would not.
+    still = np.asarray(counts["layers/0/kernel"] == 0)
+    start = net(k=4)
+    kernels = [m.layers[0].kernel[...] for m in (model, start, reference)]
+    np.testing.assert_array_equal(kernels[0][still], kernels[1][still])
+    assert (kernels[0][~still] != kernels[1][~still]).any(1).all()
+
+
+def test_random_streams_and_modules_among_the_arguments():
+    def loss(model, x, teacher, rngs):
+        noise = jax.random.normal(rngs.noise(), x.shape)
+        return jnp.sum(jnp.sin(model(x + 0.1 * noise) - teacher.norm(model(x))) ** 2)
+
+    class Teacher(nnx.Module):
+        def __init__(self):
+            self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+
+    results = []
+    for function in (value_and_grad, nnx.value_and_grad):
+        model, teacher, rngs = net(), Teacher(), nnx.Rngs(noise=7)
+        run = function(loss)
+        for _ in range(2):
+            value, grads = run(model, X, teacher, rngs)
+        assert rngs.noise.count[...] == 2
+        results.append((value, densify(grads), teacher.norm.mean[...]))
+    assert np.any(results[0][2] != 0)
+    assert_close(results[0], results[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("stop", [jax.lax.stop_gradient, lambda y: jnp.argmax(y, -1) * 1.0])
+def test_rows_of_a_gradient_that_never_came_are_no_rows(stop):
+    model = net(k=5)
+
+    def only(model, x):
+        stopped = stop(model.layers[2](model.layers[0](x)))
+        return jnp.sum(stopped) + jnp.sum(model.layers[4].bias[...] ** 2)
+
+    def also(model, x):
+        return only(model, x) + loss_fn(model, x)
+
+    for function in (only, also):
+        _, grads = value_and_grad(function)(model, X)
+        for i in (0, 2):
+            kernel = grads["layers"][i]["kernel"].get_value()
+            rows = kernel.rows if isinstance(kernel, RowSparse) else np.zeros(0)
+            assert (np.diff(rows) > 0).all()
+        assert_close(grads, nnx.grad(function)(model, X))
 
 
 def test_batch_statistics_and_dropout_counts_are_those_of_nnx():
@@ -200,7 +272,7 @@ def test_batch_statistics_and_dropout_counts_are_those_of_nnx():
 
     ours, theirs = Noisy(), Noisy()
     meprop(ours, 4), meprop(theirs, 4)
-    run, reference = nnx.jit(meprop_value_and_grad(loss_fn)), nnx.jit(nnx.value_and_grad(loss_fn))
+    run, reference = nnx.jit(value_and_grad(loss_fn)), nnx.jit(nnx.value_and_grad(loss_fn))
     for _ in range(2):
         value, grads = run(ours, X)
         plain, expected = reference(theirs, X)
@@ -217,7 +289,7 @@ def test_batch_statistics_and_dropout_counts_are_those_of_nnx():
 
 def test_wrt_chooses_the_parameters():
     model = net()
-    _, grads = meprop_value_and_grad(loss_fn, wrt=nnx.PathContains(0))(model, X)
+    _, grads = value_and_grad(loss_fn, wrt=nnx.PathContains(0))(model, X)
     expected = nnx.grad(loss_fn, argnums=nnx.DiffState(0, nnx.PathContains(0)))(model, X)
     assert_close(grads, expected)
     assert len(kinds(grads)) == 1
@@ -235,7 +307,7 @@ def test_bfloat16(by_layer):
             params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
         return loss_fn(nnx.merge(graph, params), X.astype(jnp.bfloat16))
 
-    _, grads = jax.jit(lambda p: meprop_value_and_grad(loss)(p))(params)
+    _, grads = jax.jit(lambda p: value_and_grad(loss)(p))(params)
     assert len(kinds(grads)) == 2
     assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(grads))
     assert_close(grads, jax.jit(jax.grad(loss))(params), rtol=2e-2, atol=2e-2)
@@ -243,7 +315,7 @@ def test_bfloat16(by_layer):
 
 def test_nan_is_seen_in_the_rows():
     model = net()
-    _, grads = nnx.jit(meprop_value_and_grad(loss_fn))(model, X.at[3, 1].set(jnp.nan))
+    _, grads = nnx.jit(value_and_grad(loss_fn))(model, X.at[3, 1].set(jnp.nan))
     assert all(np.isnan(densify(g)).any() for g in (grads["layers"][i]["kernel"] for i in (0, 2)))
 
 
@@ -259,21 +331,21 @@ def test_no_tracer_leaks_when_the_loss_raises():
     before = nnx.to_pure_dict(nnx.state(model))
     for run in (lambda f: f, nnx.jit):
         with pytest.raises(RuntimeError, match="on purpose"):
-            run(meprop_value_and_grad(loss))(model, X)
+            run(value_and_grad(loss))(model, X)
         jax.tree.map(np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(model)))
     # No frame is left behind either.
     assert_close(nnx.grad(loss_fn)(model, X), nnx.grad(loss_fn)(model, X))
     fail.clear()
     with jax.checking_leaks():
-        _, grads = nnx.jit(meprop_value_and_grad(loss))(model, X)
+        _, grads = nnx.jit(value_and_grad(loss))(model, X)
     assert_close(grads, nnx.grad(loss_fn)(model, X))
 
 
 def test_wrong_use():
     with pytest.raises(TypeError, match="loss_fn must be a function"):
-        meprop_value_and_grad(3)
+        value_and_grad(3)
     with pytest.raises(TypeError, match="scalar"):
-        meprop_value_and_grad(lambda model, x: model(x))(net(), X)
+        value_and_grad(lambda model, x: model(x))(net(), X)
 
 
 # Pytrees.
@@ -295,7 +367,7 @@ def test_a_tree_is_found_by_name_and_aux_is_handed_on():
         h = dot(x, p["a"]["kernel"], ROWS)
         return scale * jnp.sum(jnp.sin(h + p["a"]["bias"]) * p["v"]), h
 
-    function = meprop_value_and_grad(loss, has_aux=True)
+    function = value_and_grad(loss, has_aux=True)
     (value, aux), grads = function(tree(), X, scale=2.0)
     (plain, more), expected = jax.value_and_grad(loss, has_aux=True)(tree(), X, scale=2.0)
     assert value == plain and jnp.array_equal(aux, more)
@@ -306,7 +378,7 @@ def test_a_tree_is_found_by_name_and_aux_is_handed_on():
 def test_kernels_in_the_layout_of_linen_give_arrays():
     dot = meprop_dot_general(4, name="a")
     loss = functools.partial(tree_loss, lambda w, x: dot(x, w, COLUMNS))
-    _, grads = meprop_value_and_grad(loss)(tree(COLUMNS), X)
+    _, grads = value_and_grad(loss)(tree(COLUMNS), X)
     assert kinds(grads) == []
     assert_close(grads, jax.grad(loss)(tree(COLUMNS), X))
     assert np.any(grads["a"]["kernel"] != 0, axis=0).sum() == 4
@@ -344,7 +416,7 @@ WRAPPED = {
 @pytest.mark.parametrize("kind", WRAPPED)
 def test_layers_out_of_reach_give_arrays_with_the_same_gradient(kind):
     loss = functools.partial(tree_loss, WRAPPED[kind])
-    function = meprop_value_and_grad(loss)
+    function = value_and_grad(loss)
     for run in (function, function, jax.jit(function)):
         _, grads = run(tree(), X)
         assert kinds(grads) == []
@@ -355,9 +427,9 @@ def test_layers_out_of_reach_give_arrays_with_the_same_gradient(kind):
         assert np.any(kernel)
         if kind in ("jit", "checkpoint", "scan", "cond"):
             fresh = meprop_dot_general(4, seed=1, name="a")
-            _, rows = meprop_value_and_grad(
-                functools.partial(tree_loss, lambda w, x: fresh(x, w, ROWS))
-            )(tree(), X)
+            _, rows = value_and_grad(functools.partial(tree_loss, lambda w, x: fresh(x, w, ROWS)))(
+                tree(), X
+            )
             np.testing.assert_allclose(kernel, densify(rows)["a"]["kernel"], atol=1e-5)
 
 
@@ -377,7 +449,7 @@ def test_nnx_remat_and_jit_inside():
     meprop(model, 4)
     expected = nnx.grad(loss_fn)(model, X)
     for _ in range(2):
-        _, grads = meprop_value_and_grad(loss_fn)(model, X)
+        _, grads = value_and_grad(loss_fn)(model, X)
         assert kinds(grads) == ["['third']['kernel']"]
         assert_close(grads, expected)
 
@@ -411,7 +483,7 @@ def test_every_size_is_that_of_a_model_with_a_single_k():
         assert kernel.values.shape == (16, 5)
         assert int((kernel.rows < 16).sum()) == k and (np.diff(kernel.rows) > 0).all()
         if k < 16:
-            _, exact = meprop_value_and_grad(single)(tree())
+            _, exact = value_and_grad(single)(tree())
             assert jnp.array_equal(exact["a"]["kernel"].rows, kernel.rows[:k])
     assert run._cache_size() == 1
 
@@ -429,7 +501,7 @@ def test_a_step_that_keeps_every_row_is_adams(k):
 
     @jax.jit
     def step(params, state, reference, other):
-        _, grads = meprop_value_and_grad(loss)(params, X)
+        _, grads = value_and_grad(loss)(params, X)
         updates, state = ours.update(grads, state, params)
         grads = jax.grad(plain)(reference, X)
         more, other = theirs.update(grads, other, reference)
@@ -451,7 +523,7 @@ def test_a_step_is_that_of_lazy_adam():
 
     @jax.jit
     def step(params, state, x):
-        _, grads = meprop_value_and_grad(loss)(params, x)
+        _, grads = value_and_grad(loss)(params, x)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -479,7 +551,7 @@ def test_a_step_is_that_of_lazy_adam():
 def test_a_sharded_batch_gives_the_same_rows():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     model = net()
-    run = nnx.jit(meprop_value_and_grad(loss_fn))
+    run = nnx.jit(value_and_grad(loss_fn))
     _, expected = run(model, X)
     model = nnx.merge(
         *(
@@ -517,7 +589,7 @@ def test_shard_map_sums_over_shards(varying):
     seen = []
 
     def ours(p, x):
-        _, grads = meprop_value_and_grad(loss)(p, x)
+        _, grads = value_and_grad(loss)(p, x)
         seen.append(kinds(grads))
         return grads
 

@@ -10,9 +10,9 @@ from flax import nnx
 from jax import lax
 
 from benchmarks.tasks.char import CharTransformer
-from priorityprop_jax import meprop, meprop_dot_general, meprop_value_and_grad, restore
 from priorityprop_jax.cli.tasks import MLP
 from priorityprop_jax.core.modules import walk
+from priorityprop_jax.meprop import meprop, meprop_dot_general, restore, value_and_grad
 from priorityprop_jax.meprop.products import MePropDot
 
 
@@ -262,8 +262,8 @@ def test_narrow_layers_stay_dense():
     [
         ("mlp", {"k": 9}, r"k=9 is more than the 8 output features of layer 'layers/1'"),
         ("mlp", {"k": (2, 12)}, r"k=12 is more than the 8 output features of layer 'layers/1'"),
-        ("mlp", {"k": 4, "pattern": "block", "block": 16},
-         r"the 8 output features of layer 'layers/1' are no multiple of block=16"),
+        ("mlp", {"k": 4, "pattern": "tile", "tile": 16},
+         r"the 8 output features of layer 'layers/1' are no multiple of tile=16"),
         ("gru", {"k": 9}, r"k=9 is more than the 8 output features of layer 'layer'"),
         ("gru", {"k": (2, 4)}, "recurrent layer 'layer' takes one k"),
         ("groups", {"k": 16}, "layer 'layer'"),
@@ -271,7 +271,7 @@ def test_narrow_layers_stay_dense():
         ("linear", {"k": 1.5}, "fraction"),
         ("linear", {"k": ()}, "empty"),
         ("linear", {"k": 2, "pattern": "some"}, "pattern"),
-        ("linear", {"k": 2, "block": 0}, "block"),
+        ("linear", {"k": 2, "tile": 0}, "tile"),
         ("linear", {"k": 2, "unbiased": True}, "unbiased"),
         ("linear", {"k": 2, "layers": nnx.Embed}, "no layer was changed: the model's layers are"),
     ],
@@ -371,7 +371,7 @@ def test_a_cell_works_by_itself_and_names_are_paths():
     model = nnx.Sequential(rnn, nnx.Linear(10, 2, rngs=rngs()))
     carry, x = jnp.zeros((4, 10)), normal(0, 4, 6)
     expected = rnn.cell(carry, x)[1]
-    for options in ({"pattern": "block"}, {"pattern": "random", "unbiased": True}, {}):
+    for options in ({"pattern": "tile"}, {"pattern": "random", "unbiased": True}, {}):
         meprop(model, 0.5, **options)
         assert rnn.cell.dense_i.kernel.shape == (30, 6)
         assert rnn.cell.dense_i.dot_general.name == "layers/0/cell/dense_i"
@@ -384,11 +384,11 @@ def test_compiled_once():
     @nnx.jit
     def step(model, x):
         traces.append(0)
-        return meprop_value_and_grad(lambda m, x: jnp.sum(m(x) ** 2))(model, x)
+        return value_and_grad(lambda m, x: jnp.sum(m(x) ** 2))(model, x)
 
     for _ in range(2):  # another model of the same kind, too
         model = MLP((6, 16, 2), rngs=rngs())
-        meprop(model, (2, 4), pattern="block", block=2, seed=3)
+        meprop(model, (2, 4), pattern="tile", tile=2, seed=3)
         step(model, normal(0, 4, 6))
         step(model, normal(1, 4, 6))
     assert traces == [0]

@@ -12,11 +12,17 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
-from priorityprop_jax import meprop_conv_general_dilated, meprop_dot_general
 from priorityprop_jax.core.program import program_flops
+from priorityprop_jax.core.rows import densify
 from priorityprop_jax.core.selection import at_random, resolve_k, seed_of
+from priorityprop_jax.meprop import (
+    meprop,
+    meprop_conv_general_dilated,
+    meprop_dot_general,
+    value_and_grad,
+)
 
-PATTERNS = ("example", "unified", "block", "random")
+PATTERNS = ("example", "unified", "tile", "random")
 COLUMNS = (((1,), (0,)), ((), ()))  # kernel (in, out)
 ROWS = (((1,), (1,)), ((), ()))  # kernel (out, in)
 
@@ -25,7 +31,7 @@ def normal(seed, *shape, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-def kept(dy, pattern, k, block, seed=0, name=""):
+def kept(dy, pattern, k, tile, seed=0, name=""):
     """The paper's rule for one matrix of output gradients: dy where it is kept, 0 elsewhere."""
     dy = np.asarray(dy)
     rows, n = dy.shape
@@ -37,7 +43,7 @@ def kept(dy, pattern, k, block, seed=0, name=""):
     elif pattern == "random":
         mask[:, np.asarray(at_random(jnp.asarray(dy), k, seed_of(name, seed)))] = True
     else:
-        width = block if pattern == "block" else 1
+        width = tile if pattern == "tile" else 1
         totals = [float(np.abs(dy[:, b : b + width]).sum()) for b in range(0, n, width)]
         order = sorted(range(len(totals)), key=lambda b: (-totals[b], b))
         for b in order[: k // width]:
@@ -58,7 +64,7 @@ def loss(y):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_gradients_are_those_of_the_papers_formula(pattern, dims):
     x, w = normal(0, 6, 5), normal(1, *((5, 32) if dims is COLUMNS else (32, 5)))
-    dot = meprop_dot_general(8, pattern=pattern, block=4)
+    dot = meprop_dot_general(8, pattern=pattern, tile=4)
     y, pull = jax.vjp(lambda x, w: dot(x, w, dims), x, w)
     dx, dw = pull(output_gradient(y))
 
@@ -93,7 +99,7 @@ def test_all_features_make_the_ordinary_gradient(pattern, dims, x_shape, w_shape
         return jax.jit(jax.value_and_grad(lambda x, w: loss(dot(x, w, dims)), (0, 1)))(x, w)
 
     # Of two sizes the larger is the default, and it is every feature.
-    value, grads = value_and_grads(meprop_dot_general((4, 32), pattern=pattern, block=4))
+    value, grads = value_and_grads(meprop_dot_general((4, 32), pattern=pattern, tile=4))
     plain, expected = value_and_grads(lax.dot_general)
     assert value == plain
     for got, want in zip(grads, expected, strict=True):
@@ -118,7 +124,7 @@ def test_forward_values_are_those_of_the_plain_layer_to_the_bit(pattern, dtype):
         40,
         dtype=dtype,
         rngs=nnx.Rngs(0),
-        dot_general=meprop_dot_general(4, pattern=pattern, block=4),
+        dot_general=meprop_dot_general(4, pattern=pattern, tile=4),
     )
     for run in (lambda f: f, nnx.jit):
         assert jnp.array_equal(run(plain)(x), run(ours)(x))
@@ -126,7 +132,7 @@ def test_forward_values_are_those_of_the_plain_layer_to_the_bit(pattern, dtype):
     assert grads["kernel"].dtype == jnp.float32
 
 
-@pytest.mark.parametrize("pattern", ["unified", "block", "random"])
+@pytest.mark.parametrize("pattern", ["unified", "tile", "random"])
 @pytest.mark.parametrize("dims", [COLUMNS, ROWS])
 def test_compiled_flops_fall_with_k(pattern, dims):
     x = normal(0, 64, 64)
@@ -170,7 +176,7 @@ def test_random_draws_are_uniform_and_follow_the_gradients():
 def test_nan_is_never_dropped(pattern, place):
     x, w = normal(0, 6, 5), normal(1, 5, 32)
     dy = normal(2, 6, 32).at[3, place].set(jnp.nan)
-    dot = meprop_dot_general(4, pattern=pattern, block=4)
+    dot = meprop_dot_general(4, pattern=pattern, tile=4)
     dx, dw = jax.jit(lambda x, w: jax.vjp(lambda x, w: dot(x, w, COLUMNS), x, w)[1](dy))(x, w)
     assert jnp.isnan(dx[3]).all() and jnp.isnan(dw).any()
 
@@ -192,7 +198,7 @@ def test_second_derivatives_work_and_forward_mode_is_an_error():
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_transformations(pattern):
-    dot = meprop_dot_general(4, pattern=pattern, block=4)
+    dot = meprop_dot_general(4, pattern=pattern, tile=4)
     xs, w = normal(0, 3, 6, 5), normal(1, 5, 32)
 
     def gradient(x, w, wrap=lambda f: f):
@@ -265,7 +271,7 @@ def test_narrow_layers_stay_dense():
         ({"k": True}, TypeError, "k must be"),
         ({"k": ()}, ValueError, "empty"),
         ({"k": 3, "pattern": "rows"}, ValueError, "pattern"),
-        ({"k": 3, "block": 0}, ValueError, "block"),
+        ({"k": 3, "tile": 0}, ValueError, "tile"),
         ({"k": 3, "min_features": -1}, ValueError, "min_features"),
         ({"k": 3, "unbiased": True}, ValueError, "random"),
     ],
@@ -282,7 +288,7 @@ def test_impossible_k_names_the_layer_and_its_width():
     with pytest.raises(ValueError, match="k=33 is more than the 32 output features of layer 'mlp'"):
         meprop_dot_general(33, name="mlp")(x, w, COLUMNS)
     with pytest.raises(ValueError, match="32 output features of layer 'mlp' are no multiple"):
-        meprop_dot_general(3, pattern="block", block=5, name="mlp")(x, w, COLUMNS)
+        meprop_dot_general(3, pattern="tile", tile=5, name="mlp")(x, w, COLUMNS)
 
 
 # Layers of Flax.
@@ -329,7 +335,7 @@ def convolution(kernel, x, dot, *, groups=1, **options):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_convolution_keeps_channels(pattern, groups):
     x, kernel = normal(0, 2, 5, 5, 4), normal(1, 3, 3, 4 // groups, 16)
-    ours = meprop_conv_general_dilated(4, pattern=pattern, block=2)
+    ours = meprop_conv_general_dilated(4, pattern=pattern, tile=2)
     y = convolution(kernel, x, lax.conv_general_dilated, groups=groups)
     got = jax.grad(lambda k, x: loss(convolution(k, x, ours, groups=groups)), (0, 1))(kernel, x)
 
@@ -361,7 +367,7 @@ def test_convolution_with_all_channels_is_exact_and_its_flops_fall_with_k(patter
     layers = {
         k: nnx.Conv(
             4, 32, (3, 3), strides=2, padding="CIRCULAR", kernel_dilation=2, rngs=nnx.Rngs(0),
-            conv_general_dilated=meprop_conv_general_dilated(k, pattern=pattern, block=2),
+            conv_general_dilated=meprop_conv_general_dilated(k, pattern=pattern, tile=2),
         )
         for k in (4, 1.0, (4, 32))
     }  # fmt: skip
@@ -400,7 +406,39 @@ def test_convolution_nan_depthwise_and_linen():
     grads = jax.jit(jax.grad(lambda p: loss(conv.apply(p, x))))(params)["params"]["kernel"]
     assert np.any(np.asarray(grads) != 0, axis=(0, 1, 2)).sum() == 2
     for pattern in PATTERNS:
-        dot = meprop_conv_general_dilated(2, pattern=pattern, block=2)
+        dot = meprop_conv_general_dilated(2, pattern=pattern, tile=2)
         _, pull = jax.vjp(lambda k: convolution(k, x, dot), normal(2, 3, 3, 4, 16))  # noqa: B023
         (dk,) = pull(normal(3, 2, 5, 5, 16).at[0, 1, 1, 15].set(jnp.nan))
         assert jnp.isnan(dk).any()
+
+
+@pytest.mark.parametrize("text", ["ab,cd->abcd", "ab,c->abc", "ab,b->ab", "ab,bd->abd"])
+def test_einsum_without_a_contraction(text):
+    class Model(nnx.Module):
+        def __init__(self):
+            shapes = {"b": 3, "c": 4, "d": 5}
+            shape = tuple(shapes[c] for c in text.split("->")[0].split(",")[1])
+            init = nnx.initializers.normal()
+            self.layer = nnx.Einsum(text, shape, kernel_init=init, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.layer(x)
+
+    x = normal(0, 6, 3)
+    for k in (0.5, 1.0):
+        model = Model()
+        plain = model(x)
+        meprop(model, k, layers=nnx.Einsum)
+        np.testing.assert_array_equal(model(x), plain)
+        function = lambda model: loss(model(x))  # noqa: E731
+        _, grads = value_and_grad(function)(model)
+        expected = nnx.grad(function)(model)
+        found = densify(grads)["layer"]["kernel"][...]
+        np.testing.assert_allclose(found, expected["layer"]["kernel"][...], rtol=1e-5, atol=1e-6)
+
+
+def test_fractions_may_be_those_of_numpy():
+    for k in (0.5, np.float32(0.5), np.float64(0.5), (np.float32(0.5), np.float16(0.25))):
+        for groups in (1, 2):
+            assert meprop_dot_general(k).rules(16, groups)[-1].k == 8 // groups
+    assert meprop_dot_general(np.int64(4)).rules(16, 2)[-1].k == 2

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from benchmarks.tasks.tagger import Tagger
-from priorityprop_jax import PriorityPropTrainer, TopKCompute, meprop, meprop_value_and_grad
+from priorityprop_jax import PriorityPropTrainer, TopKCompute
 from priorityprop_jax.cli.tasks import MLP
 from priorityprop_jax.core.row_optimizers import (
     row_counts,
@@ -22,6 +22,7 @@ from priorityprop_jax.core.row_optimizers import (
     row_sparse_adam,
 )
 from priorityprop_jax.core.rows import clip_by_global_norm, on_values
+from priorityprop_jax.meprop import meprop, value_and_grad
 from priorityprop_jax.meprop.step import choose_sizes
 from priorityprop_jax.partial.stages import chain, function_stage
 
@@ -207,7 +208,7 @@ def test_fixed_k_is_a_loop_by_hand():
 
     @jax.jit
     def step(params, state, batch, rate):
-        value, grads = meprop_value_and_grad(
+        value, grads = value_and_grad(
             lambda params, batch: loss_fn(nnx.merge(graph, params), batch)
         )(params, batch)
         clip = clip_by_global_norm(0.1)

@@ -1,0 +1,201 @@
+"""What meProp keeps of an output gradient, and the linear maps that it does so in."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from priorityprop_jax.core.selection import (
+    PATTERNS,
+    Pattern,
+    at_random,
+    check_k,
+    is_fraction,
+    largest,
+    magnitudes,
+    resolve_k,
+    seed_of,
+)
+from priorityprop_jax.core.varying import vary, varying
+from priorityprop_jax.meprop.frame import Tap
+
+K = int | float | tuple[int | float, ...]
+
+
+# What is kept.
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What one compiled size of a layer keeps: ``k`` of each of ``groups`` equal groups."""
+
+    pattern: str
+    k: int
+    tile: int
+    seed: int
+    unbiased: bool
+    groups: int = 1
+
+
+def kept_columns(rule: Rule, dy: jax.Array) -> jax.Array:
+    """The columns of ``dy`` ``[rows, features]`` that are kept, ``[groups * k]``, ascending."""
+    width = dy.shape[1] // rule.groups
+    if rule.pattern == "random":
+        choose = [
+            at_random(dy[:, g * width : (g + 1) * width], rule.k, rule.seed + g) + g * width
+            for g in range(rule.groups)
+        ]
+        return jnp.concatenate(choose)
+    tile = rule.tile if rule.pattern == "tile" else 1
+    scores = magnitudes(dy).reshape(rule.groups, -1, tile).sum(-1)
+    tiles = jax.vmap(lambda s: largest(s, rule.k // tile))(scores)  # [groups, tiles]
+    kept = (tiles[..., None] * tile + jnp.arange(tile)).reshape(rule.groups, -1)
+    return (kept + jnp.arange(rule.groups)[:, None] * width).reshape(-1)
+
+
+def kept_part(rule: Rule, dy: jax.Array, columns: jax.Array, axis: int) -> jax.Array:
+    """What is kept of ``dy``, whose features are along an axis."""
+    part = take(dy, columns, axis)
+    if rule.pattern != "random":
+        return part
+    # A column that is left out may hold a NaN that the chosen ones do not.
+    width = dy.shape[axis] // rule.groups
+    factor = jnp.where(jnp.isnan(dy).any(), jnp.nan, width / rule.k if rule.unbiased else 1.0)
+    return part * factor.astype(part.dtype)
+
+
+def take(x: jax.Array, places: jax.Array, axis: int) -> jax.Array:
+    """``x`` at ascending and distinct places of an axis."""
+    return jnp.take(x, places, axis=axis, mode="clip", unique_indices=True, indices_are_sorted=True)
+
+
+def whole(part: jax.Array, shape: tuple[int, ...], places: jax.Array, axis: int) -> jax.Array:
+    """Zeros of a shape with a part put in its places along an axis."""
+    where = (slice(None),) * axis + (places,)
+    zeros = jnp.zeros(shape, part.dtype)
+    return zeros.at[where].set(part, unique_indices=True, indices_are_sorted=True)
+
+
+# Linear maps.
+
+
+class LinearMap(Protocol):
+    """A linear map of inputs and a kernel, hashable."""
+
+    @property
+    def compute(self) -> Callable[..., jax.Array]:
+        """``(x, kernel) -> y``, JAX's own."""
+        ...
+
+    def pull(self, x: Any, kernel: Any, dy: Any, size: Any, compact: bool) -> tuple[Any, Any]:
+        """The gradients of ``x`` and of the kernel, the latter as a `Tap` if ``compact``."""
+        ...
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def apply(linear: Any, x: Any, kernel: Any, tap: Tap | None, size: Any) -> jax.Array:
+    """``linear.compute(x, kernel)``, backward by ``linear.pull``."""
+    return linear.compute(x, kernel)
+
+
+def _forward(linear: LinearMap, x: Any, kernel: Any, tap: Tap | None, size: Any) -> Any:
+    return linear.compute(x, kernel), (x, kernel, tap, size)
+
+
+def _backward(linear: LinearMap, residuals: Any, dy: jax.Array) -> Any:
+    x, kernel, tap, size = residuals
+    # Under `jax.shard_map` each shard keeps columns of its own, so what is to be summed over shards
+    # is whole arrays, not the kept columns, which JAX would sum.
+    axes = tuple(varying(dy) - varying(kernel))
+    dx, gradient = linear.pull(x, vary(kernel, axes), dy, size, tap is not None)
+    if tap is not None:
+        return dx, None, Tap(gradient.values.astype(tap.values.dtype), gradient.rows), None
+    return dx, lax.psum(gradient, axes) if axes else gradient, None, None
+
+
+apply.defvjp(_forward, _backward)
+
+
+def at_size(size: Any, branches: list[Callable[..., Any]], *arguments: Any) -> Any:
+    """The branch of a size; the largest where none is chosen."""
+    if size is None or len(branches) == 1:
+        return branches[-1](*arguments)
+    return lax.switch(size, branches, *arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """A function of two arrays with its options, equal and hashed by value."""
+
+    function: Any
+    positional: tuple[Any, ...]
+    keywords: tuple[tuple[str, Any], ...]
+
+    def __call__(self, x: Any, kernel: Any) -> jax.Array:
+        """``function`` with the options."""
+        return self.function(x, kernel, *self.positional, **dict(self.keywords))
+
+
+# What a drop-in keeps.
+
+
+@dataclasses.dataclass(frozen=True)
+class MeProp:
+    """What a drop-in keeps; see `meprop_dot_general` for the meaning of all but the last two.
+
+    Attributes:
+      transposed: whether the layer's kernel is stored ``(out, in)`` though the layer asks for a
+        product with ``(in, out)``.
+      inner: what the layer had in this place before, for `restore`.
+    """
+
+    k: K
+    pattern: Pattern = "unified"
+    tile: int = 16
+    min_features: int = 0
+    unbiased: bool = False
+    seed: int = 0
+    name: str = ""
+    transposed: bool = False
+    inner: Any = None
+
+    def __post_init__(self):
+        if not self.sizes:
+            raise ValueError("k is an empty tuple: give at least one size")
+        for k in self.sizes:
+            check_k(k)
+        if self.pattern not in PATTERNS:
+            raise ValueError(f"pattern must be one of {PATTERNS}, got {self.pattern!r}")
+        if self.tile < 1:
+            raise ValueError(f"tile is {self.tile}, at least 1 column is needed")
+        if self.min_features < 0:
+            raise ValueError(f"min_features is {self.min_features}, at least 0 is needed")
+        if self.unbiased and self.pattern != "random":
+            raise ValueError('unbiased scales a random choice: it needs pattern="random"')
+
+    @property
+    def sizes(self) -> tuple[Any, ...]:
+        """All that ``k`` may be."""
+        return self.k if isinstance(self.k, tuple) else (self.k,)
+
+    def rules(self, width: int, groups: int = 1) -> tuple[Rule, ...]:
+        """Of each size, in ascending order; empty for a layer that stays dense."""
+        if width < self.min_features:
+            return ()
+        multiple = self.tile if self.pattern == "tile" else 1
+        # A group keeps its share of the layer's k.
+        share = [
+            k if is_fraction(k) or groups == 1 else max(1, round(k / groups)) for k in self.sizes
+        ]
+        each = width // groups
+        sizes = sorted({resolve_k(k, each, self.name, multiple=multiple) for k in share})
+        if sizes == [each]:
+            return ()
+        seed = seed_of(self.name, self.seed)
+        return tuple(Rule(self.pattern, k, self.tile, seed, self.unbiased, groups) for k in sizes)
