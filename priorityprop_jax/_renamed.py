@@ -23,7 +23,6 @@ MOVED = {
     "SparsePattern": "sparse.SparsePattern",
     "Stages": "partial.stages.Stages",
     "StepCosts": "partial.costs.StepCosts",
-    "TopKCompute": "meprop.step.TopKCompute",
     "TopKUpdatesState": "priority.top_k.TopKUpdatesState",
     "Variants": "partial.variants.Variants",
     "WorkerLostError": "training.WorkerLostError",
@@ -76,6 +75,7 @@ MOVED = {
 # What is gone: the old name, and what to use instead.
 GONE: dict[str, str] = {
     "DynamicSparsity": "use Trainer(step=priorityprop_jax.sparse.dynamic(end))",
+    "TopKCompute": "use Trainer(step=priorityprop_jax.meprop.step(share))",
     "apply_row_updates": "optax.apply_updates takes row-sparse updates",
     "communication": "read the text of the compiled program",
     "highway_stages": "split the batch and run an exact pipeline",

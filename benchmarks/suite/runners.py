@@ -23,13 +23,10 @@ from priorityprop_jax import (
     Compute,
     PrefixCache,
     PriorityPropTrainer,
-    TopKCompute,
     find_slots,
-    lean_rnn,
     meprop,
     nnx_stages,
     priorityprop,
-    row_sparse_adam,
     scale_by_priority,
     sparse_start,
 )
@@ -39,6 +36,8 @@ from priorityprop_jax.meprop.grad import row_value_and_grad
 from priorityprop_jax.priority import transform
 from priorityprop_jax.priority.scores import priority
 from priorityprop_jax.priority.transform import PriorityPropState
+from priorityprop_jax.rnn import lean_rnn
+from priorityprop_jax.training.trainer import Trainer
 
 WEIGHT_DECAY = 0.01
 CYCLE = 10
@@ -108,7 +107,7 @@ def edited(model: Any, arm: Arm, seed: int) -> Any:
         if name == "lora":
             add_lora(model, seed=seed, **options)
         elif name == "meprop":
-            meprop(model, options.pop("k"), **options)
+            meprop.meprop(model, options.pop("k"), **options)
         elif name == "sparse":
             # The places are the same for all seeds of a run's program; values are the seed's.
             sparse_start(
@@ -137,7 +136,7 @@ def transformation(arm: Arm, rate: Any, steps: int) -> optax.GradientTransformat
         return rate * factor(step)
 
     if arm.rows:
-        return row_sparse_adam(scheduled, weight_decay=WEIGHT_DECAY)
+        return meprop.row_sparse_adam(scheduled, weight_decay=WEIGHT_DECAY)
     if arm.optimizer == "muon":
         return muon(scheduled)
     if arm.optimizer == "schedule_free":
@@ -335,9 +334,16 @@ class TrainerRun:
         model: Any = edited(make_model(seed), arm, seed)
         factor = schedule(steps)
         cycle = cycle_of(arm, workload)
+        optimizer = optax.adamw(rate, weight_decay=WEIGHT_DECAY)
         if arm.top_k is not None:
-            compute: Any = TopKCompute(schedule=factor)
-            budget = arm.top_k
+            scale = meprop.on_values(optax.scale_by_schedule(factor))
+            self._trainer = Trainer(
+                model,
+                optax.chain(meprop.row_sparse(optimizer), scale),
+                loss_fn,
+                meprop.step(arm.top_k, recalc_every=cycle),
+                progress=False,
+            )
         else:
             policy: Any = half if arm.policy == "suffix(half)" else arm.policy
             if arm.cached:
@@ -347,10 +353,15 @@ class TrainerRun:
             budget = 1.0
             if arm.policy != "suffix(half)":
                 budget = workload.least + (1 - workload.least) * arm.backward
-        optimizer = optax.adamw(rate, weight_decay=WEIGHT_DECAY)
-        self._trainer = PriorityPropTrainer(
-            model, optimizer, loss_fn, budget, recalc_every=cycle, compute=compute, progress=False
-        )
+            self._trainer = PriorityPropTrainer(
+                model,
+                optimizer,
+                loss_fn,
+                budget,
+                recalc_every=cycle,
+                compute=compute,
+                progress=False,
+            )
         self.peak_bytes: dict[str, int | None] = {}
         self.row_losses: list[tuple[np.ndarray, np.ndarray]] = []
 
@@ -360,13 +371,13 @@ class TrainerRun:
 
     @property
     def flops(self) -> dict[str, float | None]:
-        report = self._trainer.get_compute_report()
+        report = self._trainer.get_step_report()
         return {"train": report["flops"] / max(1, report["steps"])}
 
     @property
     def share(self) -> float:
         """Of the FLOPs of as many full steps."""
-        return self._trainer.get_compute_report()["share"]
+        return self._trainer.get_step_report()["share"]
 
     def train(self, batches: Batches) -> None:
         self._trainer.train(batches, 1)
@@ -378,7 +389,7 @@ class TrainerRun:
         return self._trainer.evaluate(_cut(arrays, batch))
 
     def where(self) -> list[tuple[str, float]] | None:
-        layers = self._trainer.get_compute_report()["layers"]
+        layers = self._trainer.get_step_report()["layers"]
         # Where k is chosen the layers' features are what was spent.
         spent = [layer.get("flops", layer.get("mean_k")) for layer in layers]
         return _shares([layer["layer"] for layer in layers], np.array(spent))

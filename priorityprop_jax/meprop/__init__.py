@@ -12,6 +12,7 @@ from priorityprop_jax.meprop.grad import value_and_grad
 from priorityprop_jax.meprop.inject import meprop, restore
 from priorityprop_jax.meprop.products import meprop_dot_general
 from priorityprop_jax.meprop.rnn import LinenMePropRNN
+from priorityprop_jax.meprop.step import step
 
 __all__ = [
     "LinenMePropRNN",
@@ -26,6 +27,7 @@ __all__ = [
     "row_counts",
     "row_sparse",
     "row_sparse_adam",
+    "step",
     "value_and_grad",
 ]
 

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,63 +15,408 @@ import optax
 
 from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.core.program import abstract, product_flops
-from priorityprop_jax.core.row_optimizers import (
-    RowSparseState,
-    row_sparse,
-)
-from priorityprop_jax.core.rows import (
-    RowSparse,
-    clip_by_global_norm,
-    is_row_sparse,
-    on_values,
-)
-from priorityprop_jax.core.slots import by_layer, find_slots
+from priorityprop_jax.core.row_optimizers import RowSparseState, row_sparse
+from priorityprop_jax.core.rows import RowSparse, is_row_sparse
+from priorityprop_jax.core.slots import Slots, by_layer, find_slots
 from priorityprop_jax.meprop.frame import LayerUse
 from priorityprop_jax.meprop.grad import find_uses, row_value_and_grad
-from priorityprop_jax.partial.step import Loss, check_cycle, check_updates
 from priorityprop_jax.priority.scores import depth_factors, priority
-from priorityprop_jax.priority.transform import PriorityPropState, new_state
+
+
+class FeaturesState(NamedTuple):
+    """The optimizer state of a training with meProp. Slots are layers, counts are of features.
+
+    A feature of a layer counts at every step at which the gradient flows through it, which are all
+    features of a layer that is dense.
+    """
+
+    step: jax.Array  # int32[], steps taken.
+    inner_state: optax.OptState  # of the optimizer by rows.
+    update_counts: jax.Array  # int32[slots], features so far.
+    magnitudes: jax.Array  # float32[slots], average of mean |g| over what was kept.
+    priorities: jax.Array  # float32[slots], of this cycle.
+    allocation: jax.Array  # int32[slots], features a step in this cycle.
+    nonfinite_counts: jax.Array  # int32[slots], NaN or infinite magnitudes seen.
+
+
+def step(
+    share: float | None = None,
+    *,
+    recalc_every: int = 10,
+    depth_base: float = 1.1,
+    depth_factor: Callable[[str], float] | None = None,
+    decay: float = 0.9,
+) -> Callable[[Any], FeaturesStep]:
+    """Makes the training step of a model with `meprop` layers, for `Trainer`.
+
+    Gradients and updates of these layers are row-sparse. With a ``share`` each layer's ``k`` is
+    chosen anew every ``recalc_every`` steps, in proportion to its priority, among the sizes that
+    `meprop` was given. With one size a layer there is nothing to choose, and ``share`` is None.
+
+    The optimizer may be one by rows, such as `row_sparse_adam`, also inside `optax.chain`: with
+    `clip_by_global_norm` of this room in front, and `on_values` of a schedule behind. Any other is
+    taken for an elementwise one, and wrapped in `row_sparse`.
+
+    Args:
+      share: of the FLOPs of the `meprop` layers' backward passes, in (0, 1], that a step may spend.
+      recalc_every: steps in a cycle.
+      depth_base: see `priorityprop`, as for ``depth_factor``.
+      depth_factor: given a layer's name, its factor.
+      decay: of the average of a layer's magnitudes over steps, in [0, 1).
+
+    Returns:
+      A function that makes the step, see `FeaturesStep`.
+
+    Raises:
+      TypeError, ValueError: an option is of the wrong kind or makes no sense; at the first step, if
+        the model has no meProp layer, ``share`` and the sizes do not go together, a layer's size
+        cannot be chosen, or the share does not pay for the smallest sizes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from flax import nnx
+      >>> from priorityprop_jax import meprop
+      >>> from priorityprop_jax.training.trainer import Trainer
+      >>> model = nnx.Sequential(
+      ...     nnx.Linear(4, 32, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(32, 2, rngs=nnx.Rngs(1)))
+      >>> meprop.meprop(model, (4, 8, 16))
+      1
+      >>> loss_fn = lambda model, x: (model(x) ** 2).mean()
+      >>> trainer = Trainer(model, optax.adam(1e-3), loss_fn, meprop.step(0.3), progress=False)
+      >>> history = trainer.train([jnp.ones((5, 4))] * 3)
+      >>> trainer.get_step_report()["layers"][0]["k"]
+      8
+    """
+    if share is not None:
+        if isinstance(share, bool) or not isinstance(share, int | float | np.number):
+            raise TypeError(f"share must be a fraction or None, got {share!r}")
+        if not 0 < share <= 1:
+            raise ValueError(
+                "share is the fraction of the backward FLOPs of the meProp layers, above 0 and at "
+                f"most 1, or None for fixed k; got {share}"
+            )
+    if isinstance(recalc_every, bool) or not isinstance(recalc_every, int | np.integer):
+        raise TypeError(f"recalc_every must be a whole number, got {recalc_every!r}")
+    if recalc_every < 1:
+        raise ValueError(f"recalc_every must be at least 1, got {recalc_every}")
+    if not 0 < depth_base < math.inf:
+        raise ValueError(f"depth_base must be finite and above 0, got {depth_base}")
+    if depth_factor is not None and not callable(depth_factor):
+        raise TypeError(f"depth_factor must be a function of a name, got {depth_factor!r}")
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay must be from 0 to below 1, got {decay}")
+    share, cycle = None if share is None else float(share), int(recalc_every)
+
+    def factors(slots: Slots) -> np.ndarray:
+        return np.asarray(depth_factors(slots, depth_base, depth_factor))
+
+    def make(setup: Any) -> FeaturesStep:
+        return FeaturesStep(setup.loss, setup.params, setup.optimizer, share, cycle, factors, decay)
+
+    return make
+
+
+class FeaturesStep:
+    """The training step that `step` makes: one compiled and donated program for all sizes.
+
+    Attributes:
+      slots: the layers.
+      unit: what is counted of them, features.
+      compile_seconds: wall time spent on tracing and compiling so far.
+      programs: how many programs have been compiled.
+    """
+
+    unit = "features"
+
+    def __init__(
+        self,
+        loss: Callable[..., Any],
+        params: Any,
+        optimizer: optax.GradientTransformation,
+        share: float | None,
+        cycle: int,
+        factors: Callable[[Slots], np.ndarray],
+        decay: float,
+    ) -> None:
+        self._loss, self._share, self._cycle, self._decay = loss, share, cycle, decay
+        self._shapes = jax.tree.map(abstract, params)
+        by_rows = lambda node: isinstance(node, RowSparseState)  # noqa: E731
+        states = jax.tree.leaves(jax.eval_shape(optimizer.init, self._shapes), is_leaf=by_rows)
+        knows_rows = any(map(by_rows, states))
+        self._optimizer = optax.with_extra_args_support(
+            optimizer if knows_rows else row_sparse(optimizer)
+        )
+        self.slots = find_slots(self._shapes, group=by_layer(self._shapes))
+        self._factors = factors(self.slots)
+        self._uses: dict[str, LayerUse] = {}
+        self._layers: list[_Layer] = []  # by slot, once a batch has been seen
+        self._places: list[int] = []  # of the size of each slot in this cycle
+        self.compile_seconds = 0.0
+        self.programs = 0
+        self._step = 0
+        self._flops = 0.0
+        self._largest_flops = 0.0  # of a step with every layer at its largest size
+        self.lay_out((None, None, None))
+
+    def lay_out(self, layout: tuple[Any, Any, Any]) -> None:
+        """Keeps parameters, rest and state laid out as `layout_of` says, from the next step on."""
+        self._compiled = jax.jit(
+            self._program, donate_argnums=(0, 1, 2), out_shardings=(*layout, None)
+        )
+
+    def init(self, params: Any) -> FeaturesState:
+        """The optimizer state before the first step."""
+        counts = lambda: jnp.zeros(len(self.slots), jnp.int32)  # noqa: E731
+        values = lambda: jnp.zeros(len(self.slots), jnp.float32)  # noqa: E731
+        return FeaturesState(
+            step=jnp.zeros([], jnp.int32),
+            inner_state=self._optimizer.init(params),
+            update_counts=counts(),
+            magnitudes=values(),
+            priorities=values(),
+            allocation=counts(),
+            nonfinite_counts=counts(),
+        )
+
+    # The account.
+
+    @property
+    def saved(self) -> float:
+        """The share of a dense training's FLOPs that was not spent so far."""
+        full = self._full_flops * self._step
+        return 1 - self._flops / full if full else 0.0
+
+    @property
+    def _full_flops(self) -> float:
+        """FLOPs of a step whose layers keep every feature."""
+        more = (use.flops(use.outputs) - use.flops(use.sizes[-1]) for use in self._uses.values())
+        return self._largest_flops + sum(more)
+
+    def report(self, state: FeaturesState, seconds: float) -> dict[str, Any]:
+        """What was spent, in all and by layer, against a dense training.
+
+        Returns:
+          ``steps``, ``flops`` (of all products and convolutions of the steps, as traced, with each
+          layer at its size), ``full_flops`` (the same if every layer kept all features),
+          ``share``, ``programs``, ``compile_seconds``, ``seconds`` and ``layers``, each with its
+          width, sizes, present ``k`` and the mean of all steps.
+        """
+        full = self._full_flops * self._step
+        layers = [
+            {
+                "layer": name,
+                "depth": depth,
+                "outputs": layer.outputs,
+                "sizes": list(layer.sizes),
+                "k": layer.sizes[place],
+                "mean_k": float(kept / max(self._step, 1)),
+            }
+            for name, depth, layer, place, kept in zip(
+                self.slots.names, self.slots.depths, self._layers, self._places,
+                np.asarray(state.update_counts),
+                strict=True,
+            )
+        ] if self._layers else []  # fmt: skip
+        return {
+            "steps": self._step,
+            "flops": self._flops,
+            "full_flops": full,
+            "share": self._flops / full if full else 1.0,
+            "programs": self.programs,
+            "compile_seconds": self.compile_seconds,
+            "seconds": seconds,
+            "layers": layers,
+        }
+
+    # Running.
+
+    def __call__(
+        self, params: Any, rest: Any, state: FeaturesState, batch: Any
+    ) -> tuple[Any, Any, FeaturesState, dict[str, Any]]:
+        """Runs one step. The first three arguments are donated.
+
+        Returns:
+          New parameters, rest and state, and a dict: ``loss`` and the metrics, as arrays on the
+          device; ``updates``, the features of all layers; ``flops``; ``cached``, 0.
+        """
+        batch = jax.tree.map(jnp.asarray, batch)
+        if not self._layers:
+            self._look(rest, batch)
+        if self._step % self._cycle == 0:
+            state = self._new_cycle(state)
+        places = jnp.asarray(self._places, jnp.int32)
+        start, programs = time.perf_counter(), self.programs
+        params, rest, state, values = self._compiled(params, rest, state, batch, places)
+        if self.programs > programs:
+            self.compile_seconds += time.perf_counter() - start
+        pairs = list(zip(self._layers, self._places, strict=True))
+        kept = sum(layer.sizes[place] for layer, place in pairs)
+        flops = self._largest_flops - sum(
+            layer.flops * (layer.sizes[-1] - layer.sizes[place]) for layer, place in pairs
+        )
+        self._step += 1
+        self._flops += flops
+        return params, rest, state, values | {"updates": kept, "flops": flops, "cached": 0}
+
+    def _program(self, params, rest, state, batch, places=None):
+        """The step, as a pure function; ``places``: of the sizes, ``int32[slots]``, or largest."""
+        sizes = {}
+        if places is not None:
+            self.programs += 1  # while tracing, so once a program
+            for layer, place in zip(self._layers, places, strict=True):
+                if len(layer.sizes) > 1:
+                    sizes[layer.name] = place
+        (loss, (metrics, rest)), grads = row_value_and_grad(
+            self._loss, params, rest, batch, has_aux=True, sizes=sizes
+        )
+        # Descent goes along the conjugate of what JAX gives for complex parameters.
+        grads = jax.tree.map(jnp.conj, grads)
+        if places is None:
+            places = [len(layer.sizes) - 1 for layer in self._layers]
+        pairs = zip(self._layers, places, strict=True)
+        kept = jnp.stack([jnp.asarray(layer.sizes)[place] for layer, place in pairs])
+        magnitudes = self._magnitudes(grads, kept)
+        updates, inner = self._optimizer.update(grads, state.inner_state, params, value=loss)
+        params = optax.apply_updates(params, updates)
+        usable = jnp.isfinite(magnitudes)
+        average = self._decay * state.magnitudes + (1 - self._decay) * magnitudes
+        state = state._replace(
+            step=state.step + 1,
+            inner_state=inner,
+            update_counts=state.update_counts + kept,
+            magnitudes=jnp.where(usable, average, state.magnitudes),
+            nonfinite_counts=state.nonfinite_counts + (~usable).astype(jnp.int32),
+        )
+        return params, rest, state, {"loss": loss, **metrics}
+
+    def _magnitudes(self, grads: Any, kept: jax.Array) -> jax.Array:
+        """Mean ``|g|`` of each layer over what was kept of it, ``[slots]``."""
+        paths, _ = jax.tree_util.tree_flatten_with_path(grads, is_leaf=is_row_sparse)
+        found = {path_name(path): grad for path, grad in paths}
+        means = []
+        for name, layer, k in zip(self.slots.names, self._layers, kept, strict=True):
+            leaves = [found[leaf] for leaf in self.slots.leaves({name})]
+            values = [g.values if isinstance(g, RowSparse) else g for g in leaves]
+            total = sum(jnp.sum(jnp.abs(x).astype(jnp.float32)) for x in values)
+            elements = sum(math.prod(g.shape) for g in leaves)
+            means.append(total * layer.outputs / (elements * k))
+        return jnp.stack(means)
+
+    def _look(self, rest: Any, batch: Any) -> None:
+        """Learns how the model uses its layers, and what the largest step costs."""
+        start = time.perf_counter()
+        rest, batch = jax.tree.map(abstract, (rest, batch))
+        uses = find_uses(lambda p, r, b: self._loss(p, r, b), self._shapes, rest, batch)
+        if not uses:
+            raise ValueError(
+                "the model has no layer whose backward pass is meProp's: call meprop(model, k) "
+                "first, with a k below the layers' widths"
+            )
+        for name, use in uses.items():
+            if len(use.sizes) > 1 and not use.direct:
+                raise ValueError(
+                    f"layer {name!r} runs inside a scan, a checkpoint or a jitted function, where "
+                    "its k cannot change from step to step: give it one k, or leave it dense"
+                )
+        if any(len(use.sizes) > 1 for use in uses.values()) != (self._share is not None):
+            raise ValueError(
+                "a share chooses among sizes: give meprop several, as in k=(0.02, 0.05, 0.1), and "
+                "step(...) a share; or one k, and share=None"
+            )
+        self._uses = uses
+        self._layers = [
+            _layer(self.slots.leaves({name}), uses, self._shapes) for name in self.slots.names
+        ]
+        if not self._places:
+            self._places = [len(layer.sizes) - 1 for layer in self._layers]
+        state = jax.eval_shape(self.init, self._shapes)
+        jaxpr = jax.make_jaxpr(self._program)(self._shapes, rest, state, batch)
+        self._largest_flops = product_flops(jaxpr)
+        self.compile_seconds += time.perf_counter() - start
+
+    def _new_cycle(self, state: FeaturesState) -> FeaturesState:
+        # A count of whole updates: of as many features as the layer has.
+        widths = np.array([layer.outputs for layer in self._layers])
+        counts = np.asarray(state.update_counts) / widths
+        worth = np.asarray(priority(state.magnitudes, counts, self._factors))
+        if self._share is not None:
+            chosen = [i for i, layer in enumerate(self._layers) if len(layer.sizes) > 1]
+            layers = [self._layers[i] for i in chosen]
+            budget = self._share * sum(layer.flops * layer.outputs for layer in layers)
+            try:
+                places = choose_sizes(
+                    [float(worth[i]) for i in chosen],
+                    [layer.sizes for layer in layers],
+                    [layer.flops for layer in layers],
+                    budget,
+                )
+            except ValueError as error:
+                raise ValueError(f"share={self._share:g}: {error}") from error
+            for i, place in zip(chosen, places, strict=True):
+                self._places[i] = place
+        pairs = zip(self._layers, self._places, strict=True)
+        granted = [layer.sizes[place] for layer, place in pairs]
+        like = state.allocation.sharding
+        return state._replace(
+            allocation=jax.device_put(np.asarray(granted, np.int32), like),
+            priorities=jax.device_put(worth.astype(np.float32), like),
+        )
+
+    # Checkpoints.
+
+    def complete(self, state: FeaturesState) -> FeaturesState:
+        """The optimizer state, as it is."""
+        return state
+
+    def record(self) -> dict[str, Any]:
+        """What a resumed run needs beside the arrays, ready for JSON."""
+        return {
+            "share": self._share,
+            "recalc_every": self._cycle,
+            "step": self._step,
+            "flops": self._flops,
+            "places": [int(place) for place in self._places],
+        }
+
+    def restore(self, record: Mapping[str, Any], state: FeaturesState) -> FeaturesState:
+        """The inverse of `record`.
+
+        Raises:
+          ValueError: the record is of a step with another share or cycle; nothing has changed then.
+        """
+        for name, ours in (("share", self._share), ("recalc_every", self._cycle)):
+            theirs = record.get(name, "another kind of step")
+            if theirs != ours:
+                raise ValueError(
+                    f"the checkpoint was made with {name}={theirs}, this step has {ours}: resume "
+                    "with the same, or train from the start"
+                )
+        self._step, self._flops = record["step"], record["flops"]
+        self._places = list(record["places"])
+        return state
+
+    def check_processes(self) -> None:
+        """Several processes can run this step: all of them see the same counts and magnitudes."""
 
 
 @dataclasses.dataclass(frozen=True)
-class TopKCompute:
-    """The options of a training whose model has meProp layers; see `PriorityPropTrainer`.
+class _Layer:
+    """A slot as the budget sees it."""
 
-    With it, ``total_budget`` is the fraction of the layers' whole backward FLOPs that a step may
-    spend, and each layer's ``k`` is chosen anew every ``recalc_every`` steps, in proportion to its
-    priority, among the sizes that `meprop` was given. With one size a layer there is nothing to
-    choose, and ``total_budget`` is None.
+    name: str  # of the meProp layer, "" where there is none
+    outputs: int
+    sizes: tuple[int, ...]
+    flops: float  # of the backward pass, for each output feature
 
-    Attributes:
-      depth_base: see `priorityprop`, as for ``depth_factor``.
-      depth_factor: given a layer's name, its factor.
-      decay: of the average of a layer's magnitudes over steps.
-      schedule: every update is multiplied by ``schedule(step)``, on the clock of steps.
-      clip_norm: the largest global norm of the gradients.
 
-    Raises:
-      TypeError, ValueError: an option is of the wrong kind or makes no sense.
-
-    Example:
-      >>> from priorityprop_jax import TopKCompute
-      >>> TopKCompute(clip_norm=1.0).decay
-      0.9
-    """
-
-    depth_base: float = 1.1
-    depth_factor: Callable[[str], float] | None = None
-    decay: float = 0.9
-    schedule: Callable[[jax.Array], jax.typing.ArrayLike] | None = None
-    clip_norm: float | None = None
-
-    def __post_init__(self):
-        if not 0 < self.depth_base < math.inf:
-            raise ValueError(f"depth_base must be finite and above 0, got {self.depth_base}")
-        if self.depth_factor is not None and not callable(self.depth_factor):
-            raise TypeError(f"depth_factor must be a function of a name, got {self.depth_factor!r}")
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay must be from 0 to below 1, got {self.decay}")
-        check_updates(self.schedule, self.clip_norm)
+def _layer(leaves: frozenset[str], uses: Mapping[str, LayerUse], params: Any) -> _Layer:
+    for name, use in uses.items():
+        if any(leaf.startswith(f"{name}/") for leaf in leaves):
+            return _Layer(name, use.outputs, use.sizes, use.flops(1))
+    paths, _ = jax.tree_util.tree_flatten_with_path(params)
+    width = max(x.shape[-1] if x.ndim else 1 for path, x in paths if path_name(path) in leaves)
+    return _Layer("", width, (width,), 0.0)
 
 
 def choose_sizes(
@@ -138,323 +483,3 @@ def choose_sizes(
         *_, i = min(lagging)
         left -= cost[i] * (sizes[i][places[i] + 1] - sizes[i][places[i]])
         places[i] += 1
-
-
-class TopKStep:
-    """Runs training steps of a model with meProp layers; the twin of `BudgetedStep`.
-
-    One compiled and donated program runs every step: each layer's size is a number given to it.
-
-    Args:
-      loss: ``(params, rest, batch, x) -> (loss, (metrics, rest))``, pure.
-      params: pytree of parameters; only shapes are read.
-      optimizer: an elementwise Optax optimizer, or one that knows `RowSparse`.
-      compute: the options.
-      total_budget: see `TopKCompute`.
-      recalc_every: steps in a cycle.
-
-    Attributes:
-      slots: the layers; an update of one is an output feature of it that the gradient flows
-        through at a step, which are all features for a layer that is dense.
-      transformation: the optimizer by rows.
-      compile_seconds: wall time spent on tracing and compiling so far.
-      programs: how many programs have been compiled for steps.
-
-    Raises:
-      TypeError, ValueError: an option makes no sense; at the first step, if the model has no meProp
-        layer, a layer cannot be budgeted, or the budget does not pay for the smallest sizes.
-    """
-
-    def __init__(
-        self,
-        loss: Loss,
-        params: Any,
-        optimizer: optax.GradientTransformation,
-        compute: TopKCompute,
-        total_budget: float | None,
-        recalc_every: int,
-    ) -> None:
-        if total_budget is not None:
-            if isinstance(total_budget, bool) or not isinstance(total_budget, int | float):
-                raise TypeError(f"total_budget must be a fraction or None, got {total_budget!r}")
-            if not 0 < total_budget <= 1:
-                raise ValueError(
-                    "with TopKCompute total_budget is the fraction of the backward FLOPs of the "
-                    f"meProp layers, above 0 and at most 1, or None for fixed k; got {total_budget}"
-                )
-        check_cycle(recalc_every)
-        self._loss, self._compute = loss, compute
-        self._budget, self._cycle_steps = total_budget, int(recalc_every)
-        self._shapes = jax.tree.map(abstract, params)
-        knows_rows = any(
-            isinstance(node, RowSparseState)
-            for node in jax.tree.leaves(
-                jax.eval_shape(optimizer.init, self._shapes),
-                is_leaf=lambda node: isinstance(node, RowSparseState),
-            )
-        )
-        self.transformation = optax.with_extra_args_support(
-            optimizer if knows_rows else row_sparse(optimizer)
-        )
-        self.slots = find_slots(self._shapes, group=by_layer(self._shapes))
-        self._factors = np.asarray(
-            depth_factors(self.slots, compute.depth_base, compute.depth_factor)
-        )
-        self._uses: dict[str, LayerUse] = {}
-        self._layers: list[_Layer] = []  # by slot, once a batch has been seen
-        self.lay_out((None, None, None))
-        self._places: list[int] = []  # of the size of each slot in this cycle
-        self.compile_seconds = 0.0
-        self.programs = 0
-        self._step = 0
-        self._flops = 0.0
-        self._largest_flops = 0.0  # of a step with every layer at its largest size
-
-    def lay_out(self, layout: tuple[Any, Any, Any]) -> None:
-        """Keeps parameters, rest and state laid out as `layout_of` says, from the next step on."""
-        self._compiled = jax.jit(
-            self._program, donate_argnums=(0, 1, 2), out_shardings=(*layout, None)
-        )
-
-    # What a user can look at.
-
-    def init(self, params: Any) -> PriorityPropState:
-        """The optimizer state before the first step."""
-        return new_state(self.slots, self.transformation.init(params))
-
-    @property
-    def saved(self) -> float:
-        """The share of a dense training's FLOPs that was not spent so far."""
-        full = self._full_flops * self._step
-        return 1 - self._flops / full if full else 0.0
-
-    @property
-    def _full_flops(self) -> float:
-        """FLOPs of a step whose layers keep every feature."""
-        more = (use.flops(use.outputs) - use.flops(use.sizes[-1]) for use in self._uses.values())
-        return self._largest_flops + sum(more)
-
-    def report(self, state: PriorityPropState, seconds: float = 0.0) -> dict[str, Any]:
-        """What was spent, in all and by layer, against a dense training.
-
-        Args:
-          state: the optimizer state.
-          seconds: wall time of the training.
-
-        Returns:
-          A dict of numbers, lists and strings, ready for JSON: ``steps``, ``flops`` (of all
-          products and convolutions of the steps, as traced, with each layer at its size),
-          ``full_flops`` (the same if every layer kept all features), ``share``, ``programs``,
-          ``compile_seconds``, ``seconds`` and ``layers``, each with its width, sizes, present ``k``
-          and the mean of all steps.
-        """
-        full = self._full_flops * self._step
-        layers = [
-            {
-                "layer": name,
-                "depth": depth,
-                "outputs": layer.outputs,
-                "sizes": list(layer.sizes),
-                "k": layer.sizes[place],
-                "mean_k": float(kept / max(self._step, 1)),
-            }
-            for name, depth, layer, place, kept in zip(
-                self.slots.names, self.slots.depths, self._layers, self._places,
-                np.asarray(state.update_counts),
-                strict=True,
-            )
-        ] if self._layers else []  # fmt: skip
-        return {
-            "steps": self._step,
-            "flops": self._flops,
-            "full_flops": full,
-            "share": self._flops / full if full else 1.0,
-            "programs": self.programs,
-            "compile_seconds": self.compile_seconds,
-            "seconds": seconds,
-            "layers": layers,
-        }
-
-    # Running.
-
-    def __call__(
-        self, params: Any, rest: Any, state: PriorityPropState, batch: Any
-    ) -> tuple[Any, Any, PriorityPropState, dict[str, Any]]:
-        """Runs one step; see `BudgetedStep`. The arrays given are donated."""
-        batch = jax.tree.map(jnp.asarray, batch)
-        if not self._layers:
-            self._look(rest, batch)
-        if self._step % self._cycle_steps == 0:
-            state = self._new_cycle(state)
-        places = jnp.asarray(self._places, jnp.int32)
-        start, programs = time.perf_counter(), self.programs
-        params, rest, state, values = self._compiled(params, rest, state, batch, places)
-        if self.programs > programs:
-            self.compile_seconds += time.perf_counter() - start
-        pairs = list(zip(self._layers, self._places, strict=True))
-        kept = [layer.sizes[place] for layer, place in pairs]
-        flops = self._largest_flops - sum(
-            layer.flops * (layer.sizes[-1] - layer.sizes[place]) for layer, place in pairs
-        )
-        self._step += 1
-        self._flops += flops
-        return params, rest, state, values | {"updates": sum(kept), "flops": flops, "cached": 0}
-
-    def _program(self, params, rest, state, batch, places=None):
-        """The step, as a pure function; ``places``: of the sizes, ``int32[slots]``, or largest."""
-        compute = self._compute
-        sizes = {}
-        if places is not None:
-            self.programs += 1  # while tracing, so once a program
-            for layer, place in zip(self._layers, places, strict=True):
-                if len(layer.sizes) > 1:
-                    sizes[layer.name] = place
-        (loss, (metrics, rest)), grads = row_value_and_grad(
-            self._loss, params, rest, batch, (), has_aux=True, sizes=sizes
-        )
-        # Descent goes along the conjugate of what JAX gives for complex parameters.
-        grads = jax.tree.map(jnp.conj, grads)
-        if places is None:
-            places = [len(layer.sizes) - 1 for layer in self._layers]
-        kept = jnp.stack(
-            [
-                jnp.asarray(layer.sizes)[place]
-                for layer, place in zip(self._layers, places, strict=True)
-            ]
-        )
-        magnitudes = self._magnitudes(grads, kept)
-        if compute.clip_norm is not None:
-            clip = clip_by_global_norm(compute.clip_norm)
-            grads, _ = clip.update(grads, clip.init(params))
-        updates, inner = self.transformation.update(grads, state.inner_state, params, value=loss)
-        if compute.schedule is not None:
-            # Through `on_values`, which leaves row numbers alone.
-            factor: Any = compute.schedule(state.step)
-            scale = on_values(optax.scale(factor))
-            updates, _ = scale.update(updates, scale.init(params))
-        params = optax.apply_updates(params, updates)
-        usable = jnp.isfinite(magnitudes)
-        average = compute.decay * state.magnitudes + (1 - compute.decay) * magnitudes
-        state = state._replace(
-            step=state.step + 1,
-            cycle_step=(state.step + 1) % self._cycle_steps,
-            inner_state=inner,
-            update_counts=state.update_counts + kept,
-            magnitudes=jnp.where(usable, average, state.magnitudes),
-            score_counts=state.score_counts + usable.astype(jnp.int32),
-            nonfinite_counts=state.nonfinite_counts + (~usable).astype(jnp.int32),
-        )
-        return params, rest, state, {"loss": loss, **metrics}
-
-    def _magnitudes(self, grads: Any, kept: jax.Array) -> jax.Array:
-        """Mean ``|g|`` of each layer over what was kept of it, ``[slots]``."""
-        paths, _ = jax.tree_util.tree_flatten_with_path(grads, is_leaf=is_row_sparse)
-        found = {path_name(path): grad for path, grad in paths}
-        means = []
-        for name, layer, k in zip(self.slots.names, self._layers, kept, strict=True):
-            leaves = [found[leaf] for leaf in self.slots.leaves({name})]
-            values = [g.values if isinstance(g, RowSparse) else g for g in leaves]
-            total = sum(jnp.sum(jnp.abs(x).astype(jnp.float32)) for x in values)
-            elements = sum(math.prod(g.shape) for g in leaves)
-            means.append(total * layer.outputs / (elements * k))
-        return jnp.stack(means)
-
-    def _look(self, rest: Any, batch: Any) -> None:
-        """Learns how the model uses its layers, and what the largest step costs."""
-        start = time.perf_counter()
-        rest, batch = jax.tree.map(abstract, (rest, batch))
-        uses = find_uses(lambda p, r, b: self._loss(p, r, b, ()), self._shapes, rest, batch)
-        if not uses:
-            raise ValueError(
-                "the model has no layer whose backward pass is meProp's: call meprop(model, k) "
-                "first, with a k below the layers' widths"
-            )
-        for name, use in uses.items():
-            if len(use.sizes) > 1 and not use.direct:
-                raise ValueError(
-                    f"layer {name!r} runs inside a scan, a checkpoint or a jitted function, where "
-                    "its k cannot change from step to step: give it one k, or leave it dense"
-                )
-        if any(len(use.sizes) > 1 for use in uses.values()) != (self._budget is not None):
-            raise ValueError(
-                "a budget chooses among sizes: give meprop several, as in k=(0.02, 0.05, 0.1), and "
-                "the trainer a fraction as total_budget; or one k, and total_budget=None"
-            )
-        self._uses = uses
-        self._layers = [
-            _layer(self.slots.leaves({name}), uses, self._shapes) for name in self.slots.names
-        ]
-        if not self._places:
-            self._places = [len(layer.sizes) - 1 for layer in self._layers]
-        state = jax.eval_shape(self.init, self._shapes)
-        jaxpr = jax.make_jaxpr(self._program)(self._shapes, rest, state, batch)
-        self._largest_flops = product_flops(jaxpr)
-        self.compile_seconds += time.perf_counter() - start
-
-    def _new_cycle(self, state: PriorityPropState) -> PriorityPropState:
-        # A count of whole updates: of as many features as the layer has.
-        widths = np.array([layer.outputs for layer in self._layers])
-        counts = np.asarray(state.update_counts) / widths
-        worth = np.asarray(priority(state.magnitudes, counts, self._factors))
-        if self._budget is not None:
-            chosen = [i for i, layer in enumerate(self._layers) if len(layer.sizes) > 1]
-            layers = [self._layers[i] for i in chosen]
-            budget = self._budget * sum(layer.flops * layer.outputs for layer in layers)
-            try:
-                places = choose_sizes(
-                    [float(worth[i]) for i in chosen],
-                    [layer.sizes for layer in layers],
-                    [layer.flops for layer in layers],
-                    budget,
-                )
-            except ValueError as error:
-                raise ValueError(f"total_budget={self._budget:g}: {error}") from error
-            for i, place in zip(chosen, places, strict=True):
-                self._places[i] = place
-        granted = [
-            layer.sizes[place] for layer, place in zip(self._layers, self._places, strict=True)
-        ]
-        like = state.allocation.sharding
-        return state._replace(
-            allocation=jax.device_put(np.asarray(granted, np.int32), like),
-            priorities=jax.device_put(worth.astype(np.float32), like),
-        )
-
-    # Checkpoints.
-
-    def complete(self, state: PriorityPropState) -> PriorityPropState:
-        """The optimizer state, for a checkpoint."""
-        return state
-
-    def record(self) -> dict[str, Any]:
-        """What a resumed run needs beside the arrays, ready for JSON."""
-        return {
-            "step": self._step,
-            "flops": self._flops,
-            "places": [int(place) for place in self._places],
-        }
-
-    def restore(self, record: Mapping[str, Any], state: PriorityPropState) -> PriorityPropState:
-        """The inverse of `record`."""
-        self._step, self._flops = record["step"], record["flops"]
-        self._places = list(record["places"])
-        return state
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layer:
-    """A slot as the budget sees it."""
-
-    name: str  # of the meProp layer, "" where there is none
-    outputs: int
-    sizes: tuple[int, ...]
-    flops: float  # of the backward pass, for each output feature
-
-
-def _layer(leaves: frozenset[str], uses: Mapping[str, LayerUse], params: Any) -> _Layer:
-    for name, use in uses.items():
-        if any(leaf.startswith(f"{name}/") for leaf in leaves):
-            return _Layer(name, use.outputs, use.sizes, use.flops(1))
-    paths, _ = jax.tree_util.tree_flatten_with_path(params)
-    width = max(x.shape[-1] if x.ndim else 1 for path, x in paths if path_name(path) in leaves)
-    return _Layer("", width, (width,), 0.0)

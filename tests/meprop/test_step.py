@@ -14,7 +14,6 @@ import pytest
 from flax import nnx
 
 from benchmarks.tasks.tagger import Tagger
-from priorityprop_jax import PriorityPropTrainer, TopKCompute
 from priorityprop_jax.cli.tasks import MLP
 from priorityprop_jax.core.row_optimizers import (
     row_counts,
@@ -22,9 +21,11 @@ from priorityprop_jax.core.row_optimizers import (
     row_sparse_adam,
 )
 from priorityprop_jax.core.rows import clip_by_global_norm, on_values
-from priorityprop_jax.meprop import meprop, value_and_grad
+from priorityprop_jax.meprop import meprop, meprop_dot_general, step, value_and_grad
 from priorityprop_jax.meprop.step import choose_sizes
-from priorityprop_jax.partial.stages import chain, function_stage
+from priorityprop_jax.priority.ledger import find_state
+from priorityprop_jax.training.trainer import Trainer
+from tests.training import worker
 
 ROWS, SIZE = 48, 8
 SIZES = (2, 4, 8, 16)
@@ -136,9 +137,9 @@ def mlp(k=SIZES, **options):
 
 
 def trainer(model=None, optimizer=None, budget=0.4, every=2, where=None, **options):
-    return PriorityPropTrainer(
-        mlp() if model is None else model, optimizer or optax.adam(0.01), loss_fn, budget,
-        recalc_every=every, checkpoint_dir=where, progress=False, compute=TopKCompute(**options),
+    return Trainer(
+        mlp() if model is None else model, optimizer or optax.adam(0.01), loss_fn,
+        step(budget, recalc_every=every, **options), checkpoint_dir=where, progress=False,
     )  # fmt: skip
 
 
@@ -162,7 +163,7 @@ def test_k_follows_the_priorities_in_one_program():
     for favourite in ("layers/0", "layers/1"):
         ours = trainer(depth_factor=lambda name: 100.0 if name == favourite else 1.0)  # noqa: B023
         history = ours.train(Loader(), 2)
-        report = ours.get_compute_report()
+        report = ours.get_step_report()
         layers = {layer["layer"]: layer for layer in report["layers"]}
         assert list(layers) == ["layers/0", "layers/1", "layers/2"]
         ks[favourite] = [layers[f"layers/{i}"]["k"] for i in (0, 1)]
@@ -189,25 +190,30 @@ def test_cycles_cost_no_more_than_the_budget():
     for budget in (0.2, 1.0):
         ours = trainer(budget=budget)
         ours.train(batches(4))
-        layers = ours.get_compute_report()["layers"][:2]
+        layers = ours.get_step_report()["layers"][:2]
         inputs = (6, 16)
         spent = sum(n * layer["mean_k"] for n, layer in zip(inputs, layers, strict=True))
         assert spent <= budget * sum(16 * n for n in inputs) * (1 + 1e-6)
         if budget == 1.0:
             assert [layer["k"] for layer in layers] == [16, 16]
-            assert ours.get_compute_report()["share"] == pytest.approx(1.0)
+            assert ours.get_step_report()["share"] == pytest.approx(1.0)
 
 
 def test_fixed_k_is_a_loop_by_hand():
     schedule = lambda step: 1.0 / (1 + step)  # noqa: E731
-    ours = trainer(mlp(3), budget=None, clip_norm=0.1, schedule=schedule)
+    optimizer = optax.chain(
+        clip_by_global_norm(0.1),
+        row_sparse(optax.adam(0.01)),
+        on_values(optax.scale_by_schedule(schedule)),
+    )
+    ours = trainer(mlp(3), optimizer, budget=None)
     model = mlp(3)
     tx = row_sparse(optax.adam(0.01))
     params = nnx.as_pure(nnx.state(model, nnx.Param))
     state, graph = tx.init(params), nnx.graphdef(model)
 
     @jax.jit
-    def step(params, state, batch, rate):
+    def by_hand(params, state, batch, rate):
         value, grads = value_and_grad(
             lambda params, batch: loss_fn(nnx.merge(graph, params), batch)
         )(params, batch)
@@ -220,12 +226,12 @@ def test_fixed_k_is_a_loop_by_hand():
 
     losses = []
     for i, batch in enumerate(batches(5)):
-        value, params, state = step(params, state, batch, schedule(i))
+        value, params, state = by_hand(params, state, batch, schedule(i))
         losses.append(float(value))
     history = ours.train(batches(5))
     np.testing.assert_allclose(history.loss, losses, rtol=1e-5)
     assert_close(ours.params, params)
-    report = ours.get_compute_report()
+    report = ours.get_step_report()
     assert [layer["mean_k"] for layer in report["layers"]] == [3, 3, 1]
     assert report["programs"] == 1 and history.updates == [7] * 5
 
@@ -244,9 +250,9 @@ def test_all_features_train_as_ever(k, budget, optimizer):
     params = nnx.as_pure(nnx.state(plain, nnx.Param))
     state, graph = reference.init(params), nnx.graphdef(plain)
     losses = []
-    step = jax.jit(jax.value_and_grad(lambda p, batch: loss_fn(nnx.merge(graph, p), batch)))
+    pull = jax.jit(jax.value_and_grad(lambda p, batch: loss_fn(nnx.merge(graph, p), batch)))
     for batch in batches(4):
-        value, grads = step(params, batch)
+        value, grads = pull(params, batch)
         updates, state = reference.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         losses.append(float(value))
@@ -273,7 +279,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):
     assert resumed.history.loss == whole.history.loss
     assert_same(resumed.params, whole.params)
     assert_same(resumed.optimizer_state, whole.optimizer_state)
-    ours, theirs = resumed.get_compute_report(), whole.get_compute_report()
+    ours, theirs = resumed.get_step_report(), whole.get_step_report()
     for key in ("steps", "flops", "full_flops", "share", "layers"):
         assert ours[key] == theirs[key]
 
@@ -290,16 +296,12 @@ def test_a_tagger_with_a_recurrent_layer_learns():
 
     model = Tagger((9, 3, 2), 4, embeddings=(4, 2, 2), width=8, rngs=nnx.Rngs(0))
     assert meprop(model, 2) == 2
-    ours = PriorityPropTrainer(
-        model, optax.adam(0.02), loss, None, progress=False, compute=TopKCompute()
-    )
+    ours = Trainer(model, optax.adam(0.02), loss, step(), progress=False)
     history = ours.train([(x, tags)] * 30)
     assert history.loss[-1] < 0.7 * history.loss[0]
 
 
 def test_a_pytree_with_named_products():
-    from priorityprop_jax import meprop_dot_general
-
     dot = meprop_dot_general((2, 8), name="a")
     rng = np.random.default_rng(0)
     params = {
@@ -311,13 +313,28 @@ def test_a_pytree_with_named_products():
         h = jnp.tanh(dot(batch[0], p["a"]["kernel"], (((1,), (1,)), ((), ()))))
         return jnp.mean((h @ p["b"]["kernel"] - batch[1]) ** 2)
 
-    ours = PriorityPropTrainer(
-        params, optax.sgd(0.1), loss, 0.25, recalc_every=2, progress=False, compute=TopKCompute()
-    )
+    ours = Trainer(params, optax.sgd(0.1), loss, step(0.25, recalc_every=2), progress=False)
     history = ours.train(Loader(), 2)
     # Of 16 features a quarter pays for 2 but not for 8.
-    assert ours.get_compute_report()["layers"][0]["mean_k"] == 2
+    assert ours.get_step_report()["layers"][0]["mean_k"] == 2
     assert history.loss[-1] < history.loss[0]
+
+
+def test_on_a_mesh():
+    def make_model():
+        model = MLP((6, 16, 16, 2), rngs=nnx.Rngs(0))
+        meprop(model, SIZES)
+        return model
+
+    mesh, alone = worker.make_mesh(), trainer(make_model())
+    alone.train(batches(4))
+    spread = trainer(worker.place(mesh, make_model()))
+    before = worker.layouts((spread.params, spread.optimizer_state))
+    spread.train([worker.spread(mesh, batch) for batch in batches(4)])
+    assert worker.layouts((spread.params, spread.optimizer_state)) == before
+    assert spread.step._compiled._cache_size() == 1
+    assert spread.get_step_report()["layers"] == alone.get_step_report()["layers"]
+    np.testing.assert_allclose(spread.history.loss, alone.history.loss, rtol=1e-4)
 
 
 # Errors.
@@ -327,9 +344,9 @@ def test_a_pytree_with_named_products():
     "make, budget, match",
     [
         (lambda: mlp(None), 0.5, "call meprop"),
-        (lambda: mlp(3), 0.5, "a budget chooses among sizes"),
-        (lambda: mlp(), None, "a budget chooses among sizes"),
-        (lambda: mlp((8, 16)), 0.2, "total_budget=0.2: the budget of .* does not pay"),
+        (lambda: mlp(3), 0.5, "a share chooses among sizes"),
+        (lambda: mlp(), None, "a share chooses among sizes"),
+        (lambda: mlp((8, 16)), 0.2, "share=0.2: the budget of .* does not pay"),
     ],
 )
 def test_models_that_do_not_fit_are_refused_at_the_first_step(make, budget, match):
@@ -361,27 +378,54 @@ def test_several_sizes_inside_a_scan_are_refused():
 
 @pytest.mark.parametrize("budget", [0, -1, 1.5, float("nan"), True, "all", 100])
 def test_budgets_out_of_range(budget):
-    with pytest.raises((TypeError, ValueError), match="total_budget"):
+    with pytest.raises((TypeError, ValueError), match="share"):
         trainer(budget=budget)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"depth_base": 0}, {"depth_factor": 2}, {"decay": 1.0}, {"schedule": 1}, {"clip_norm": 0}],
-)
+@pytest.mark.parametrize("options", [{"depth_base": 0}, {"depth_factor": 2}, {"decay": 1.0}])
 def test_wrong_options(options):
     with pytest.raises((TypeError, ValueError), match=next(iter(options))):
-        TopKCompute(**options)
+        step(**options)
 
 
-def test_wrong_trainers():
-    stages = chain(function_stage("a", lambda p, x: x @ p["w"], {"w": np.ones((6, 1))}))
-    with pytest.raises(ValueError, match="not Stages"):
-        trainer(stages)
-    for every, error in ((0, ValueError), (1.5, TypeError), (True, TypeError)):
-        with pytest.raises(error, match="recalc_every"):
-            trainer(every=every)
-    with pytest.raises(TypeError, match="'group' is no option"):
-        PriorityPropTrainer(mlp(), optax.sgd(0.1), loss_fn, 0.5, compute=TopKCompute(), group=str)
-    with pytest.raises(ValueError, match="min_updates"):
-        PriorityPropTrainer(mlp(), optax.sgd(0.1), loss_fn, 0.5, 2, compute=TopKCompute())
+@pytest.mark.parametrize("every, error", [(0, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_wrong_cycles(every, error):
+    with pytest.raises(error, match="recalc_every"):
+        step(recalc_every=every)
+
+
+@pytest.mark.parametrize(
+    "other, match",
+    [({"budget": 0.6}, "share=0.4, this step has 0.6"), ({"every": 3}, "recalc_every=2, this")],
+)
+def test_a_checkpoint_of_other_options_is_refused(tmp_path, other, match):
+    ours = trainer(where=tmp_path)
+    ours.train(batches(2))
+    theirs = trainer(**other)
+    with pytest.raises(ValueError, match=match) as error:
+        theirs.train(batches(2), resume_from=tmp_path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="another kind of step"):
+        theirs.step.restore({}, None)
+
+
+def test_the_ledger_counts_features():
+    ours = trainer()
+    history = ours.train(batches(4))
+    ledger = ours.get_priority_report()
+    assert ledger.unit == "features" and ledger.total == sum(history.updates)
+    assert "features" in str(ledger).splitlines()[0]
+    state = find_state(ours.optimizer_state)
+    assert state.update_counts.dtype == jnp.int32 and int(state.step) == 4
+
+
+def test_magnitudes_that_are_not_finite_are_counted_and_left_out():
+    ours = trainer(mlp(3), budget=None)
+    made = ours.step
+    params, rest = ours._model.split()
+    params, rest = jax.tree.map(jnp.array, (params, rest))
+    state = made.init(params)
+    x, y = batches(1)[0]
+    _, _, state, _ = made(params, rest, state, (x, np.full_like(y, np.nan)))
+    assert state.nonfinite_counts.tolist() == [1, 1, 1]
+    assert state.magnitudes.tolist() == [0, 0, 0]

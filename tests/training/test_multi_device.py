@@ -12,9 +12,7 @@ from priorityprop_jax import (
     DynamicSparsity,
     PriorityPropTrainer,
     StepCosts,
-    TopKCompute,
     highway_nnx,
-    meprop,
     sparse_start,
 )
 from priorityprop_jax.cli.tasks import MLP, cross_entropy
@@ -83,14 +81,6 @@ def test_a_budget_of_compute_chooses_as_on_one_device():
     assert sets[0] == sets[1] and len(sets[0]) > 1
     # One more to count FLOPs with, and none for a layout that has changed behind its back.
     assert together._budgeted.programs <= alone._budgeted.programs + 1
-
-
-def test_meprop():
-    model = MLP((8, 16, 4), rngs=nnx.Rngs(0))
-    meprop(model, (4, 8))
-    trainer = train(MESH, model, total_budget=0.4, compute=TopKCompute())
-    assert trainer._budgeted._compiled._cache_size() == 1
-    assert trainer.get_compute_report()["share"] < 1
 
 
 def test_sparse_layers_whose_places_move():
