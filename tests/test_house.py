@@ -40,12 +40,10 @@ EXCEPTIONS: dict[str, set[str]] = {
         "priorityprop_jax.partial.stages",
         "priorityprop_jax.partial.step",
         "priorityprop_jax.priority.transform",
-        "priorityprop_jax.training.trainer",
     },
     "classes": {
         "priorityprop_jax.partial.prefix_cache.PrefixCache",
         "priorityprop_jax.partial.step.BudgetedStep",
-        "priorityprop_jax.training.trainer.Trainer",
     },
     "package": {
         "lines",

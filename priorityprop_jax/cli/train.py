@@ -41,7 +41,7 @@ Config = argparse.Namespace
 
 
 def _priorityprop(config: Config, task: Task, optimizer: Any) -> Trainer:
-    from priorityprop_jax.training.trainer import PriorityPropTrainer
+    from priorityprop_jax.training import PriorityPropTrainer
 
     least = 1 if config.min_updates is None else config.min_updates
     most = 20 if config.max_updates is None else config.max_updates

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,30 +17,27 @@ from priorityprop_jax.core.paths import path_name
 _FORMAT = "priorityprop_jax-2"
 
 
-def absolute(path: str | os.PathLike[str]) -> str:
-    """The path as Orbax wants it; those of cloud storage are as they are."""
-    path = os.fspath(path)
-    return path if "://" in path else os.path.realpath(os.path.expanduser(path))
+Path = str | os.PathLike[str]
 
 
-def open_folder(folder: str, *, create: bool = True) -> ocp.CheckpointManager:
-    """The checkpoints in a folder, to be used in a `with` statement."""
-    return ocp.CheckpointManager(
-        folder,
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=2, create=create, enable_async_checkpointing=False
-        ),
-    )
+@contextlib.contextmanager
+def open_folder(folder: Path | None, known: Sequence[Path | None]) -> Iterator[Any]:
+    """Opens a folder to save to, unless it holds checkpoints and is none of the known ones."""
+    if folder is None:
+        yield None
+        return
+    path = _absolute(folder)
+    with _manager(path, create=True) as manager:
+        if manager.latest_step() is not None and path not in [_absolute(k) for k in known if k]:
+            raise ValueError(
+                f"{path} holds the checkpoints of another run; continue that with resume_from, "
+                "choose another checkpoint_dir, or remove the folder"
+            )
+        yield manager
 
 
 def save(manager: ocp.CheckpointManager, arrays: Any, about: Mapping[str, Any]) -> None:
-    """Writes a checkpoint.
-
-    Args:
-      manager: from `open_folder`.
-      arrays: a pytree.
-      about: what else belongs to it, ready for JSON.
-    """
+    """Writes arrays, and what else belongs to a run, ready for JSON."""
     present = {
         key: jax.random.key_data(leaf) if _is_key(leaf) else leaf
         for key, leaf in _numbered(arrays)
@@ -56,24 +54,12 @@ def save(manager: ocp.CheckpointManager, arrays: Any, about: Mapping[str, Any]) 
     )
 
 
-def load(folder: str, like: Any, made_by: str) -> tuple[Any, dict[str, Any]]:
-    """Reads the latest checkpoint.
-
-    Args:
-      folder: that holds it.
-      like: a pytree of arrays as they were saved; only shapes and layouts are read.
-      made_by: what ``about["made_by"]`` must be.
-
-    Returns:
-      The arrays, laid out as in ``like``, and what else was saved about them.
-
-    Raises:
-      FileNotFoundError: there is none.
-      ValueError: it cannot be read, or does not fit.
-    """
+def load(source: Path, like: Any, made_by: str) -> tuple[Any, dict[str, Any]]:
+    """Reads the latest checkpoint: arrays, laid out as in ``like``, and what belongs to them."""
+    folder = _absolute(source)
     if "://" not in folder and not os.path.isdir(folder):
         raise FileNotFoundError(f"there is no folder {folder} to resume from")
-    with open_folder(folder, create=False) as manager:
+    with _manager(folder, create=False) as manager:
         latest = manager.latest_step()
         if latest is None:
             raise FileNotFoundError(f"there is no checkpoint in {folder} to resume from")
@@ -103,6 +89,21 @@ def load(folder: str, like: Any, made_by: str) -> tuple[Any, dict[str, Any]]:
         for key, leaf in leaves
     ]
     return jax.tree.unflatten(jax.tree.structure(like), restored), about
+
+
+def _absolute(path: Path) -> str:
+    # Orbax wants absolute paths; those of cloud storage are.
+    path = os.fspath(path)
+    return path if "://" in path else os.path.realpath(os.path.expanduser(path))
+
+
+def _manager(folder: str, *, create: bool) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(
+        folder,
+        options=ocp.CheckpointManagerOptions(
+            max_to_keep=2, create=create, enable_async_checkpointing=False
+        ),
+    )
 
 
 def _read(manager: ocp.CheckpointManager, number: int, where: str, **item: Any) -> Any:

@@ -1,12 +1,19 @@
-"""What a training run did, step by step."""
+"""What a training run did, step by step, and who got the updates."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
+
+from priorityprop_jax.priority.ledger import Ledger
+from priorityprop_jax.training.processes import wait_and_get
+from priorityprop_jax.training.step import Step, counts
 
 Record = dict[str, Any]
 
@@ -86,12 +93,98 @@ class History:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> History:
         """The inverse of `as_dict`."""
-        return cls(
-            steps=[dict(record) for record in values["steps"]],
-            evals=[dict(record) for record in values["evals"]],
-            interrupted=bool(values["interrupted"]),
-            compile_seconds=float(values["compile_seconds"]),
-        )
+        return cls(**values)
+
+
+class Books:
+    """Where a run stands; the values of its last steps may still be on their way.
+
+    Attributes:
+      history: of what has arrived.
+      ledger: None where the optimizer counts nothing, or other slots.
+      steps: that were run, as far as they have not failed.
+      epoch: epochs that are closed.
+      batch: steps in the open epoch.
+      log: is told every record.
+    """
+
+    def __init__(self, step: Step, opt_state: Any) -> None:
+        counted = counts(opt_state)
+        fits = counted is not None and len(counted) == len(step.slots)
+        self.ledger = Ledger(step.slots, step.unit) if fits else None
+        self.history = History()
+        self.steps = self.epoch = self.batch = 0
+        self.log: Callable[[Record], Any] | None = None
+        self._step = step
+        self._pending: list[tuple[Record, dict[str, Any]]] = []
+        self.reset_clock()
+
+    def reset_clock(self) -> None:
+        """Leaves the time until now out of all records."""
+        self._since = time.perf_counter(), self._step.compile_seconds
+
+    def enter(self, values: dict[str, Any]) -> None:
+        """Notes a step and its values, on the device."""
+        self.steps, self.batch = self.steps + 1, self.batch + 1
+        self._pending.append(({"step": self.steps, "epoch": self.epoch + 1}, values))
+
+    def fetch(self) -> int:
+        """Waits for the steps that are on their way, and tells how many these were."""
+        if not self._pending:
+            return 0
+        fetched = wait_and_get([values for _, values in self._pending])
+        pending, self._pending = self._pending, []
+        clock, compiled = self._since
+        self.reset_clock()
+        compiling = self._since[1] - compiled
+        self.history.compile_seconds += compiling
+        seconds = max(self._since[0] - clock - compiling, 0.0) / len(pending)
+        records = []
+        for (record, _), values in zip(pending, fetched, strict=True):
+            record |= {name: float(value) for name, value in values.items()}
+            whole = {name: int(values[name]) for name in ("updates", "cached") if name in values}
+            records.append(record | whole | {"seconds": seconds})
+        good = list(itertools.takewhile(lambda record: math.isfinite(record["loss"]), records))
+        self.history.steps += good  # all of them, before a `log` can fail
+        for record in good:
+            self._tell("step", record)
+        if len(good) < len(records):
+            bad = records[len(good)]
+            raise NonFiniteLossError(f"the loss is {bad['loss']}", bad["step"])
+        return len(records)
+
+    def forget(self) -> None:
+        """Gives up what is on its way."""
+        self._pending = []
+
+    def evaluated(self, values: dict[str, float]) -> None:
+        """Enters an evaluation at the end of the open epoch."""
+        record = {"epoch": self.epoch + 1, "step": self.steps, **values}
+        self.history.evals.append(record)
+        self._tell("eval", record)
+
+    def _tell(self, kind: str, record: Record) -> None:
+        if self.log is not None:
+            self.log({"kind": kind, **record})
+
+    def record(self, opt_state: Any) -> None:
+        """Enters the state of the optimizer into the ledger."""
+        if self.ledger is not None:
+            self.ledger.record(opt_state)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        ledger = None if self.ledger is None else self.ledger.as_dict()
+        place = {"steps": self.steps, "epoch": self.epoch, "batch": self.batch}
+        return {**place, "history": self.history.as_dict(), "ledger": ledger}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """The inverse of `as_dict`."""
+        if self.ledger is not None:
+            self.ledger = Ledger.from_dict(saved["ledger"])
+        self.history = History.from_dict(saved["history"])
+        self.steps, self.epoch, self.batch = saved["steps"], saved["epoch"], saved["batch"]
+        self.forget()
 
 
 def check_metrics(what: str, metrics: Any, *, of_step: bool = False) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,9 +10,7 @@ from flax import nnx
 
 from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.training.history import check_metrics
-from priorityprop_jax.training.step import Loss, Model
-
-LossFn = Callable[[Any, Any], Any]
+from priorityprop_jax.training.step import Loss, LossFn, Model
 
 
 def as_model(model: Any) -> Model:
@@ -25,24 +22,14 @@ def as_model(model: Any) -> Model:
 
     Raises:
       TypeError: it is none of these.
-
-    Example:
-      >>> from flax import nnx
-      >>> from priorityprop_jax.training.model import as_model
-      >>> as_model(nnx.Linear(2, 3, rngs=nnx.Rngs(0))).split()[0]["bias"].shape
-      (3,)
     """
     if all(callable(getattr(model, name, None)) for name in ("split", "join", "loss", "evaluator")):
         return model
     return NnxModel(model) if isinstance(model, nnx.Module) else TreeModel(model)
 
 
-class NnxModel:
-    """An `nnx` module, which is trained in place; its own mode is left alone.
-
-    Args:
-      module: any.
-    """
+class NnxModel(Model):
+    """An `nnx` module, which is trained in place; its own mode is left alone."""
 
     def __init__(self, module: nnx.Module) -> None:
         self.module = module
@@ -79,23 +66,13 @@ class NnxModel:
         return nnx.merge(self._eval_graph, params, rest)
 
 
-class TreeModel:
-    """Parameters as a pytree, which are copied.
-
-    Args:
-      params: floating-point arrays, or Python's own numbers.
-
-    Raises:
-      TypeError: a leaf cannot be trained.
-    """
+class TreeModel(Model):
+    """Parameters as a pytree of floating-point arrays, which are copied."""
 
     def __init__(self, params: Any) -> None:
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-            dtype = getattr(leaf, "dtype", None)
-            if dtype is None and isinstance(leaf, float | complex):
-                continue
-            if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
-                found = type(leaf).__name__ if dtype is None else f"an array of {dtype}"
+            if not jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.inexact):
+                found = f"an array of {leaf.dtype}" if hasattr(leaf, "dtype") else type(leaf)
                 raise TypeError(
                     "model must be a flax.nnx.Module, Stages or a pytree of floating-point arrays, "
                     f"but {path_name(path)!r} is {found}; for a Linen module give its parameters, "
@@ -135,12 +112,7 @@ def loss_of(model: Model, loss_fn: LossFn) -> Loss:
 
 
 def split_result(result: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss and the metrics in what a ``loss_fn`` has returned.
-
-    Raises:
-      ValueError: the loss is no real scalar, or a metric is none, or has a name that is taken.
-      TypeError: the metrics are no dict.
-    """
+    """The loss and the metrics in what a ``loss_fn`` has returned, checked."""
     pair: Any = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
     loss, metrics = pair
     if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):

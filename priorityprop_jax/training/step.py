@@ -15,13 +15,11 @@ from priorityprop_jax.priority.ledger import find_state
 
 # (params, rest, batch, **kwargs) -> (loss, (metrics, rest)), pure; kwargs are for `Model.loss`.
 Loss = Callable[..., tuple[jax.Array, tuple[dict[str, jax.Array], Any]]]
+LossFn = Callable[[Any, Any], Any]  # (model, batch) -> loss, or (loss, metrics)
 
 
 class Model(Protocol):
-    """What a trainer can train: arrays that leave a user's object, and come back.
-
-    See `as_model` for those of `nnx` modules and pytrees.
-    """
+    """What a trainer can train: arrays that leave a user's object, and come back."""
 
     def split(self) -> tuple[Any, Any]:
         """The parameters and all other arrays, as they are now; after `join` those it was given."""
@@ -29,17 +27,15 @@ class Model(Protocol):
 
     def join(self, params: Any, rest: Any) -> None:
         """Puts trained arrays into the user's object, which keeps them."""
-        ...
 
     def loss(
-        self, loss_fn: Callable[..., Any], params: Any, rest: Any, batch: Any, **kwargs: Any
+        self, loss_fn: LossFn, params: Any, rest: Any, batch: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
         """What ``loss_fn`` returns for the model in training mode, and the new rest. Pure."""
         ...
 
     def evaluator(self, params: Any, rest: Any) -> Any:
         """What ``loss_fn`` and ``metric_fn`` are given to evaluate with. Pure."""
-        ...
 
 
 class Step(Protocol):
@@ -57,7 +53,6 @@ class Step(Protocol):
 
     def init(self, params: Any) -> Any:
         """The optimizer state before the first step."""
-        ...
 
     def __call__(
         self, params: Any, rest: Any, opt_state: Any, batch: Any
@@ -72,20 +67,19 @@ class Step(Protocol):
 
     def lay_out(self, layout: tuple[Any, Any, Any]) -> None:
         """Keeps parameters, rest and state laid out as `layout_of` says, from the next step on."""
-        ...
 
     @property
     def saved(self) -> float | None:
         """The share of a full run's FLOPs not spent so far; None where they are not counted."""
-        ...
+        return None
 
     def report(self, opt_state: Any, seconds: float) -> dict[str, Any]:
         """What the steps have cost, which took so many seconds, ready for JSON."""
-        ...
+        return {}
 
     def record(self) -> dict[str, Any]:
         """What a resumed run needs beside the arrays, ready for JSON."""
-        ...
+        return {}
 
     def restore(self, record: Mapping[str, Any], opt_state: Any) -> Any:
         """The inverse of `record` and `complete`: the state to go on with.
@@ -93,15 +87,14 @@ class Step(Protocol):
         Raises:
           ValueError: the record is of a step with other options; nothing has changed then.
         """
-        ...
+        return opt_state
 
     def complete(self, opt_state: Any) -> Any:
         """The optimizer state whole, for a checkpoint."""
-        ...
+        return opt_state
 
     def check_processes(self) -> None:
         """Raises a ValueError where several processes cannot run this step together."""
-        ...
 
 
 class Setup(NamedTuple):
@@ -118,7 +111,7 @@ class Setup(NamedTuple):
     """
 
     loss: Loss
-    loss_fn: Callable[..., Any]
+    loss_fn: LossFn
     model: Model
     params: Any
     optimizer: optax.GradientTransformationExtraArgs
@@ -128,38 +121,31 @@ class Setup(NamedTuple):
 MakeStep = Callable[[Setup], Step]
 
 
-class PlainStep:
+class PlainStep(Step):
     """The step of an Optax optimizer: all gradients, one compiled and donated program.
-
-    The optimizer is given ``value``, ``grad`` and ``value_fn``, of the batch.
 
     Args:
       loss: ``(params, rest, batch) -> (loss, (metrics, rest))``, pure.
       params: the parameters; only shapes are read.
-      optimizer: any.
+      optimizer: any; it is given ``value``, ``grad`` and ``value_fn``, of the batch.
       slots: of the parameters; by default a slot a leaf.
     """
 
     unit = "updates"
-    saved = None
 
     def __init__(
         self,
         loss: Loss,
         params: Any,
-        optimizer: optax.GradientTransformation,
+        optimizer: optax.GradientTransformationExtraArgs,
         slots: Slots | None = None,
     ) -> None:
         self.slots = find_slots(params) if slots is None else slots
         self.compile_seconds = 0.0
         self.traces = 0
-        self._loss = loss
-        self._optimizer = optax.with_extra_args_support(optimizer)
+        self.init = optimizer.init
+        self._loss, self._optimizer = loss, optimizer
         self.lay_out((None, None, None))
-
-    def init(self, params: Any) -> Any:
-        """The optimizer state before the first step."""
-        return self._optimizer.init(params)
 
     def lay_out(self, layout: tuple[Any, Any, Any]) -> None:
         """See `Step`."""
@@ -170,7 +156,7 @@ class PlainStep:
     def __call__(
         self, params: Any, rest: Any, opt_state: Any, batch: Any
     ) -> tuple[Any, Any, Any, dict[str, Any]]:
-        """Runs one step. The first three arguments are donated."""
+        """See `Step`."""
         traces, start = self.traces, time.perf_counter()
         result = self.compiled(params, rest, opt_state, batch)
         if self.traces > traces:
@@ -179,42 +165,18 @@ class PlainStep:
 
     def _program(self, params, rest, opt_state, batch):
         self.traces += 1  # while tracing, so once a program
-        (loss, (metrics, new_rest)), grads = jax.value_and_grad(self._loss, has_aux=True)(
-            params, rest, batch
-        )
+        value_and_grad = jax.value_and_grad(self._loss, has_aux=True)
+        (loss, (metrics, new_rest)), grads = value_and_grad(params, rest, batch)
         # Descent goes along the conjugate of what JAX gives for complex parameters.
         grads = jax.tree.map(jnp.conj, grads)
+        value_fn = lambda params: self._loss(params, rest, batch)[0]  # noqa: E731
         updates, new_state = self._optimizer.update(
-            grads,
-            opt_state,
-            params,
-            value=loss,
-            grad=grads,
-            value_fn=lambda params: self._loss(params, rest, batch)[0],
+            grads, opt_state, params, value=loss, grad=grads, value_fn=value_fn
         )
         before, after = counts(opt_state), counts(new_state)
         spent = len(self.slots) if before is None else jnp.sum(after - before)
         params = optax.apply_updates(params, updates)
         return params, new_rest, new_state, {"loss": loss, **metrics, "updates": spent}
-
-    def report(self, opt_state: Any, seconds: float) -> dict[str, Any]:
-        """Nothing: every step costs the same."""
-        return {}
-
-    def record(self) -> dict[str, Any]:
-        """Nothing: all there is to keep is in arrays."""
-        return {}
-
-    def restore(self, record: Mapping[str, Any], opt_state: Any) -> Any:
-        """The state, as it is."""
-        return opt_state
-
-    def complete(self, opt_state: Any) -> Any:
-        """The state, as it is."""
-        return opt_state
-
-    def check_processes(self) -> None:
-        """Several processes can run this step."""
 
 
 def counts(opt_state: Any) -> Any:

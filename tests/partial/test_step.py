@@ -33,7 +33,7 @@ from priorityprop_jax.partial.stages import (
     scanned_stages,
 )
 from priorityprop_jax.partial.step import Compute
-from priorityprop_jax.training.trainer import PriorityPropTrainer
+from priorityprop_jax.training import PriorityPropTrainer
 
 ROWS, SIZE, WIDTH = 48, 8, 8
 NAMES = ("embed", "block_0", "block_1", "block_2", "head")

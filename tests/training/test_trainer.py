@@ -235,7 +235,7 @@ class TestTraining:
         trainer = make()
         trainer.train(_batches(16), epochs=3, eval_data=_batches(16))
         assert trainer.step.traces == 1 and trainer.step.compiled._cache_size() == 1
-        assert trainer._compiled_eval._cache_size() == 1
+        assert trainer._evaluate.compiled._cache_size() == 1
         trainer.train(_batches(16, rows=40), epochs=2)
         assert trainer.step.traces == 2 and trainer.step.compiled._cache_size() == 2
 

@@ -1,0 +1,229 @@
+"""Tests of what is left of a training after an error or Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from priorityprop_jax.training import PriorityPropTrainer, Trainer
+from tests.training.test_trainer import (
+    Loader,
+    Net,
+    _assert_same,
+    _batches,
+    _nnx,
+    _nnx_loss,
+    _params,
+    _pure,
+    _pure_loss,
+    _state,
+    _values,
+)
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def _agree(trainer, steps):
+    """History, ledger and optimizer state are of these steps."""
+    state, ledger = trainer.optimizer_state, trainer.get_priority_report()
+    assert [record["step"] for record in trainer.history.steps] == list(range(1, steps + 1))
+    assert int(state.step) == steps == ledger.steps[-1]
+    assert ledger.history[-1] == state.update_counts.tolist()
+    assert sum(trainer.history.updates) == ledger.total == int(sum(state.update_counts))
+
+
+class TestErrors:
+    @pytest.mark.parametrize("make", [_pure, _nnx])
+    def test_of_the_loader(self, make):
+        def batches():
+            yield from _batches()[:3]
+            raise RuntimeError("disk gone")
+
+        records = []
+        trainer, whole = make(), make()
+        with pytest.raises(RuntimeError, match="disk gone"):
+            trainer.train(batches(), log=records.append)
+        _agree(trainer, 3)
+        assert len(records) == 3
+        whole.train(_batches()[:3])
+        _assert_same(_state(trainer), _state(whole))
+
+    @pytest.mark.parametrize("make", [_pure, _nnx])
+    def test_of_the_logger(self, make):
+        def log(record):
+            if record["step"] == 7:
+                raise RuntimeError("disk full")
+
+        trainer, whole = make(), make()
+        with pytest.raises(RuntimeError, match="disk full"):
+            trainer.train(_batches(), log=log)
+        _agree(trainer, 8)  # fetched at the end of the epoch
+        whole.train(_batches())
+        _assert_same(_state(trainer), _state(whole))
+        trainer.train(_batches())
+        whole.train(_batches())
+        assert _values(trainer.history) == _values(whole.history)
+
+    def test_of_both(self):
+        def batches():
+            yield from _batches()[:3]
+            raise RuntimeError("disk gone")
+
+        def log(record):
+            raise ValueError("disk full")
+
+        trainer = _pure()
+        with pytest.raises(RuntimeError, match="disk gone"):
+            trainer.train(batches(), log=log)
+        _agree(trainer, 3)
+
+
+def _calls_back(model, batch):
+    """A loss whose host callback fails at the first target above 100."""
+
+    def look(y):
+        if y[0, 0] > 100:
+            raise RuntimeError("host gone")
+        return np.float32(0)
+
+    x, y = batch
+    nothing = jax.pure_callback(look, jax.ShapeDtypeStruct((), jnp.float32), y)
+    loss = _nnx_loss(model, batch)[0] if isinstance(model, Net) else _pure_loss(model, batch)
+    return loss + jax.lax.stop_gradient(nothing)
+
+
+class TestErrorsWithinAStep:
+    @pytest.fixture
+    def bad(self):
+        batches = _batches()
+        x, y = batches[3]
+        return [*batches[:3], (x, y + 1000), *batches[4:]]
+
+    @pytest.mark.parametrize("model", [Net, _params])
+    def test_goes_back_to_the_checkpoint(self, model, bad, tmp_path):
+        make = lambda **options: PriorityPropTrainer(  # noqa: E731
+            model(), optax.adam(0.03), _calls_back, 0.6, recalc_every=5, progress=False, **options
+        )
+        trainer, whole = make(checkpoint_dir=tmp_path), make()
+        trainer.train(_batches())
+        with pytest.raises(Exception, match="host gone") as caught:
+            trainer.train(bad)
+        assert "back at the latest checkpoint, of step 8" in caught.value.__notes__[-1]
+        _agree(trainer, 8)
+        whole.train(_batches())
+        _assert_same(_state(trainer), _state(whole))
+        assert np.isfinite(trainer.evaluate(_batches())["loss"])
+        whole.train(_batches())
+        trainer.train(_batches())
+        assert _values(trainer.history) == _values(whole.history)
+
+    def test_says_so_where_there_is_none(self, bad):
+        trainer = Trainer(Net(), optax.adam(0.03), _calls_back, progress=False)
+        with pytest.raises(Exception, match="host gone") as caught:
+            trainer.train(bad)
+        assert "with a checkpoint_dir" in caught.value.__notes__[-1]
+
+    def test_of_the_loss_while_tracing_loses_nothing(self):
+        def loss_fn(model, batch):
+            if len(batch[0]) != 8:
+                raise RuntimeError("odd batch")
+            return _nnx_loss(model, batch)
+
+        trainer = Trainer(Net(), optax.adam(0.03), loss_fn, progress=False)
+        with pytest.raises(RuntimeError, match="odd batch"):
+            trainer.train([*_batches()[:3], *_batches(16)])
+        assert len(trainer.history.steps) == 3
+        assert np.isfinite(trainer.evaluate(_batches())["loss"])
+
+
+class Interrupting:
+    """The plain step, with Ctrl-C pressed between its end and what the trainer does then."""
+
+    def __init__(self, setup, presses):
+        self.plain, self.presses, self.steps = setup.plain(), presses, 0
+
+    def __getattr__(self, name):
+        return getattr(self.plain, name)
+
+    def __call__(self, *arguments):
+        result = self.plain(*arguments)
+        self.steps += 1
+        for _ in range(self.presses if self.steps == 3 else 0):
+            interrupt()
+        return result
+
+
+class TestInterrupts:
+    @pytest.mark.parametrize("presses", [1, 2])
+    def test_within_a_step(self, presses):
+        trainer = PriorityPropTrainer(
+            Net(), optax.adam(0.03), _nnx_loss, 0.6, recalc_every=5, progress=False,
+            step=lambda setup: Interrupting(setup, presses),
+        )  # fmt: skip
+        if presses == 1:
+            assert trainer.train(_batches()).interrupted
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train(_batches())
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        _agree(trainer, 3)
+        assert np.isfinite(trainer.evaluate(_batches())["loss"])
+
+    def test_the_third_is_not_kept_waiting(self):
+        trainer = Trainer(
+            _params(), optax.adam(0.03), _pure_loss, lambda s: Interrupting(s, 3), progress=False
+        )
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train(_batches())
+        assert len(trainer.history.steps) == 2
+
+    def test_after_the_last_evaluation_is_told(self, tmp_path):
+        def log(record):
+            if record["kind"] == "eval" and record["epoch"] == 2:
+                interrupt()
+
+        trainer = _pure(checkpoint_dir=tmp_path)
+        history = trainer.train(Loader(_batches()), 2, eval_data=_batches(), log=log)
+        assert history.interrupted and len(history.steps) == 16 and len(history.evals) == 2
+        # Nothing is left to do, and a call that is not interrupted says so.
+        assert not _pure().train(Loader(_batches()), 2, resume_from=tmp_path).interrupted
+
+
+class TestLoadersThatCannotTell:
+    @pytest.mark.parametrize("error", [TypeError, None])
+    def test_length(self, error, capsys, monkeypatch):
+        class Stream:
+            def __iter__(self):
+                yield from _batches()
+
+        class Unsized(Stream):
+            def __len__(self):
+                raise TypeError("a stream has no length")
+
+        monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+        history = _pure(progress=True).train(Unsized() if error else Stream(), 2)
+        assert len(history.loss) == 16
+        assert "16step" in capsys.readouterr().err
+
+
+def test_an_older_checkpoint_is_refused_in_one_line(tmp_path):
+    _pure(checkpoint_dir=tmp_path).train(_batches())
+    about = next(
+        path
+        for path in tmp_path.rglob("about/*")
+        if path.read_bytes()[:1] == b"{" and b"leaves" in path.read_bytes()
+    )
+    values = json.loads(about.read_text())
+    about.write_text(json.dumps(values | {"format": "priorityprop_jax-1"}))
+    with pytest.raises(ValueError, match="has the format 'priorityprop_jax-1', but only") as caught:
+        _pure().train(_batches(), resume_from=tmp_path)
+    assert "\n" not in str(caught.value)
