@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.core.rows import (
     SCATTER,
+    Frozen,
     RowSparse,
     check_rows,
     check_transformation,
@@ -177,9 +178,10 @@ def _update_leaf(
 ) -> tuple[Any, Any, Any]:
     """The update, the row counts and the inner state of one leaf."""
     if grad is None:
-        return _no_rows(param), counts, state
+        return None if param is None else Frozen(), counts, state
     if is_row_sparse(grad):
         check_rows(grad)
+        grad = RowSparse(jnp.asarray(grad.rows), grad.values, grad.shape)
         shape = grad.shape if param is None else jnp.shape(param)
         found, k = jnp.shape(grad.values), len(grad.rows)
         fits = isinstance(counts, tuple) or counts.shape == shape[:1]
@@ -331,16 +333,6 @@ def _all_first(updates: list[Any]) -> list[Any]:
         RowSparse(u.rows + never.astype(u.rows.dtype), u.values, u.shape) if is_row_sparse(u) else u
         for u in updates
     ]
-
-
-def _no_rows(leaf: Any) -> Any:
-    """The update of what has no gradient."""
-    if leaf is None:
-        return None
-    leaf = jnp.asarray(leaf)
-    if not leaf.ndim:
-        return jnp.zeros_like(leaf)
-    return RowSparse(jnp.zeros(0, jnp.int32), leaf[:0], leaf.shape)
 
 
 def row_counts(opt_state: Any, params: Any) -> dict[str, jax.Array]:

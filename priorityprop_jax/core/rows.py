@@ -1,19 +1,20 @@
 """Gradients of which only some rows exist, and what must know of them besides the optimizer.
 
 A backward pass that lets the top k of n output gradients through changes k of n rows of a weight
-stored ``(out, in)``. As a dense array, such a gradient costs as much to write, and its optimizer as
-much to run, as a whole one; `RowSparse` carries the k rows alone.
+stored ``(out, in)``; one through k layers of n changes k of n rows of their stacked parameters. As
+a dense array, such a gradient costs as much to write, and its optimizer as much to run, as a whole
+one; `RowSparse` carries the k rows alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -21,13 +22,15 @@ from jax import lax
 SCATTER: dict[str, Any] = {"mode": "drop", "unique_indices": True, "indices_are_sorted": True}
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["rows", "values"], meta_fields=["shape"])
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class RowSparse:
     """An array that is zero except for some rows: ``zeros(shape).at[rows].set(values)``.
 
-    A pytree node with the children ``rows`` and ``values``. Functions that map over arrays see
-    both: `optax.scale` would multiply the row numbers too. `on_values` keeps them out of it.
+    A pytree node. Where its rows are known at compile time, ``values`` are its only child, and
+    functions that map over arrays, such as `optax.scale`, see these alone. Where they are an array,
+    it is a child too, and `optax.scale` would multiply the row numbers: `on_values` keeps them out
+    of it.
 
     ``array + row_sparse`` adds the rows, as `optax.apply_updates` does: the sum has the array's
     dtype, all other rows are the very same, and compiled with the array donated they are not even
@@ -35,8 +38,9 @@ class RowSparse:
     differ.
 
     Attributes:
-      rows: ``int32[k]``, ascending and distinct, none negative. What is ``>= shape[0]`` is padding:
-        it means no row, and its values, even NaN, are ignored.
+      rows: ascending and distinct, none negative: a tuple of whole numbers (static), or
+        ``int32[k]``. In an array, what is ``>= shape[0]`` is padding: it means no row, and its
+        values, even NaN, are ignored.
       values: ``[k, *shape[1:]]``, of any float dtype.
       shape: the shape of the whole, a tuple. Static.
 
@@ -50,12 +54,25 @@ class RowSparse:
       [[2.0, 2.0], [1.0, 1.0], [1.0, 1.0]]
     """
 
-    rows: jax.Array
+    rows: Any
     values: jax.Array
     shape: tuple[int, ...]
 
     # NumPy would take this for a number, and add it to each of its elements.
     __array_ufunc__ = None
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        """For JAX: the children with their keys, and what is static."""
+        values = (jax.tree_util.GetAttrKey("values"), self.values)
+        if isinstance(self.rows, tuple):
+            return (values,), (self.rows, self.shape)
+        return ((jax.tree_util.GetAttrKey("rows"), self.rows), values), (None, self.shape)
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, children: Any) -> RowSparse:
+        """For JAX: the inverse of `tree_flatten_with_keys`."""
+        rows, shape = static
+        return cls(*children, shape) if rows is None else cls(rows, *children, shape)
 
     def __radd__(self, whole: Any) -> jax.Array:
         check_rows(self)
@@ -64,6 +81,9 @@ class RowSparse:
             raise ValueError(f"rows of a shape {self.shape} do not fit an array of {whole.shape}")
         if 0 in whole.shape or not len(self.rows):
             return whole
+        if isinstance(self.rows, tuple):
+            moved = (take(whole, self.rows) + self.values).astype(whole.dtype)
+            return put(whole, self.rows, moved)
         at = whole.at[self.rows]
         if self.values.dtype == whole.dtype:
             return at.add(self.values, **SCATTER)
@@ -74,11 +94,63 @@ class RowSparse:
     def densify(self) -> jax.Array:
         """The whole array, ``[*shape]``."""
         check_rows(self)
-        return jnp.zeros(self.shape, self.values.dtype).at[self.rows].set(self.values, **SCATTER)
+        rows = jnp.asarray(self.rows, None if len(self.rows) else jnp.int32)
+        return jnp.zeros(self.shape, self.values.dtype).at[rows].set(self.values, **SCATTER)
 
     def map_values(self, function: Callable[[jax.Array], jax.Array]) -> RowSparse:
         """The same rows with ``function(values)``, which must keep zero at zero."""
         return RowSparse(self.rows, function(self.values), self.shape)
+
+
+@jax.tree_util.register_pytree_node_class
+class Frozen:
+    """The update of a parameter that stays: ``array + Frozen()`` is the array, bit for bit.
+
+    A pytree node without leaves, so that whatever maps over updates leaves it alone. What maps over
+    parameters beside them, such as `optax.add_decayed_weights`, raises an error: it belongs inside
+    of the optimizer that said so, where it sees what is trained only.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from priorityprop_jax.core.rows import Frozen
+      >>> optax.apply_updates({"w": jnp.array([-0.0, 1.0])}, {"w": Frozen()})["w"].tolist()
+      [-0.0, 1.0]
+    """
+
+    # NumPy would take this for a number, and add it to each of its elements.
+    __array_ufunc__ = None
+
+    def tree_flatten(self) -> tuple[tuple[()], None]:
+        """For JAX: no children, and nothing else."""
+        return (), None
+
+    @classmethod
+    def tree_unflatten(cls, _static: None, _children: Any) -> Frozen:
+        """For JAX: the inverse of `tree_flatten`."""
+        return cls()
+
+    def __radd__(self, whole: Any) -> Any:
+        return whole
+
+    def __repr__(self) -> str:
+        return "Frozen()"
+
+
+def take(x: Any, rows: tuple[int, ...]) -> Any:
+    """Static rows of axis 0 of an array or a `jax.ShapeDtypeStruct`, ``[k, ...]``."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((len(rows), *x.shape[1:]), x.dtype)
+    if rows == tuple(range(rows[0], rows[0] + len(rows))):
+        return x[rows[0] : rows[0] + len(rows)]  # a slice is cheaper than a gather
+    return x[np.asarray(rows)]
+
+
+def put(x: Any, rows: tuple[int, ...], new: jax.Array) -> jax.Array:
+    """The inverse of `take`: the array with these rows replaced."""
+    if rows == tuple(range(rows[0], rows[0] + len(rows))):
+        return lax.dynamic_update_slice_in_dim(jnp.asarray(x), new, rows[0], 0)
+    return jnp.asarray(x).at[np.asarray(rows)].set(new, **SCATTER)
 
 
 def is_row_sparse(x: Any) -> bool:
@@ -95,7 +167,7 @@ def check_rows(x: RowSparse) -> None:
     Raises:
       TypeError: if its rows are no integers.
     """
-    if not jnp.issubdtype(x.rows.dtype, jnp.integer):
+    if not isinstance(x.rows, tuple) and not jnp.issubdtype(x.rows.dtype, jnp.integer):
         raise TypeError(
             f"the row numbers of a RowSparse of shape {x.shape} are {x.rows.dtype}: something that "
             "maps over arrays, such as optax.clip_by_global_norm or optax.scale, has changed them. "
@@ -239,5 +311,7 @@ def _map(function: Callable[[RowSparse], Any], tree: Any) -> Any:
 def _real_values(x: RowSparse) -> jax.Array:
     """The values, zero where they are padding."""
     check_rows(x)
+    if isinstance(x.rows, tuple):
+        return x.values
     real = (x.rows < x.shape[0]).reshape(-1, *[1] * (x.values.ndim - 1))
     return jnp.where(real, x.values, 0)

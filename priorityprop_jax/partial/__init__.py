@@ -1,1 +1,41 @@
 """Gradients, optimizer state and forward passes of what is trained, only."""
+
+from priorityprop_jax.partial.costs import StepCosts, measure_costs
+from priorityprop_jax.partial.freeze import freeze
+from priorityprop_jax.partial.grad import value_and_grad
+from priorityprop_jax.partial.offload import ActiveState
+from priorityprop_jax.partial.policies import Situation, active_sets, choose_active, make_policy
+from priorityprop_jax.partial.prefix_cache import PrefixCache
+from priorityprop_jax.partial.stages import (
+    Stages,
+    chain,
+    function_stage,
+    nnx_stages,
+    scanned_stages,
+    stack_params,
+)
+from priorityprop_jax.partial.update import ActiveUpdatesState, update_active
+from priorityprop_jax.partial.variants import Variants, merge_upward
+
+__all__ = [
+    "ActiveState",
+    "ActiveUpdatesState",
+    "PrefixCache",
+    "Situation",
+    "Stages",
+    "StepCosts",
+    "Variants",
+    "active_sets",
+    "chain",
+    "choose_active",
+    "freeze",
+    "function_stage",
+    "make_policy",
+    "measure_costs",
+    "merge_upward",
+    "nnx_stages",
+    "scanned_stages",
+    "stack_params",
+    "update_active",
+    "value_and_grad",
+]

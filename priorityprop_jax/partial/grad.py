@@ -1,25 +1,78 @@
-"""Gradients of the active leaves only: what is not asked for is not computed.
+"""Gradients of the active slots only: what is not asked for is not computed.
 
 XLA leaves out the dead part of a backward pass only where it is dead for every value of the
-arguments, so the set of active leaves is static: one compiled program for each set.
+arguments, so the set of active slots is static: one compiled program for each set.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
+import difflib
+import fnmatch
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from priorityprop_jax.core.modules import through_module
-from priorityprop_jax.core.paths import path_name
+from priorityprop_jax.core.rows import RowSparse, put, take
+from priorityprop_jax.core.slots import Bundle, Slots, find_slots
 
-_ROW = re.compile(r"(.*)\[(\d+)\]", re.DOTALL)
+Names = str | Iterable[str] | Callable[[str], bool]
+
+
+def choose(names: Iterable[str], which: Names, what: str = "slot") -> frozenset[str]:
+    """The names that are meant.
+
+    Args:
+      names: all there are, of slots or leaves.
+      which: a name; a glob, whose ``*`` and ``?`` match ``/`` too and whose brackets are brackets;
+        the name of a module or of a stacked leaf, for all in it; several of these; or a function
+        that says of each name whether it is meant.
+      what: what the names are of, for errors.
+
+    Returns:
+      Those of ``names`` that are meant.
+
+    Raises:
+      ValueError: if something matches no name; says which are close.
+
+    Example:
+      >>> from priorityprop_jax.partial.grad import choose
+      >>> names = ["layers[0]", "layers[1]", "head/bias", "head/kernel"]
+      >>> sorted(choose(names, "head")), sorted(choose(names, ["layers[1]", "*/bias"]))
+      (['head/bias', 'head/kernel'], ['head/bias', 'layers[1]'])
+    """
+    names = tuple(names)
+    if callable(which):
+        return frozenset(name for name in names if which(name))
+    chosen: set[str] = set()
+    known = set(names)
+    for pattern in (which,) if isinstance(which, str) else which:
+        if pattern in known:
+            chosen.add(pattern)
+            continue
+        glob = pattern.replace("[", "[[]")
+        found = [
+            name
+            for name in names
+            if fnmatch.fnmatchcase(name, glob) or name.startswith((f"{pattern}/", f"{pattern}["))
+        ]
+        if not found:
+            close = difflib.get_close_matches(pattern, names, n=4, cutoff=0.3) or names[:4]
+            raise ValueError(
+                f"no {what} is called {pattern!r}, and none matches it; the closest are "
+                f"{', '.join(map(repr, close)) or 'none: there are no parameters'} (layers of a "
+                "stacked leaf have names of their own where stacked_axis says so)"
+            )
+        chosen.update(found)
+    return frozenset(chosen)
+
+
+def active_rows(bundle: Bundle, slots: Slots, active: Iterable[str]) -> tuple[int, ...]:
+    """The active layers of a bundle, in ascending order; ``(0,)`` for one that is not stacked."""
+    active = frozenset(active)
+    return tuple(i for i in range(bundle.slots) if slots.names[bundle.start + i] in active)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +95,25 @@ class ActiveLeaves:
           The same structure with None in place of inactive leaves; a stacked leaf ``[layers, ...]``
           of which ``k`` layers are active becomes ``[k, ...]``.
         """
-        return self.map(lambda rows, x: None if rows is None else take(x, rows), tree)
+        return self.map(
+            lambda rows, x: take(x, rows) if isinstance(rows, tuple) else x if rows else None, tree
+        )
+
+    def replace(self, tree: Any, part: Any) -> Any:
+        """The tree with its active leaves and layers replaced by ``part``'s."""
+
+        def replaced(rows, x, new):
+            return put(x, rows, new) if isinstance(rows, tuple) else new if rows else x
+
+        return self.map(replaced, tree, part)
+
+    def as_rows(self, tree: Any, part: Any) -> Any:
+        """The part with a `RowSparse` for every leaf of the tree that is active in part."""
+
+        def marked(rows, x, own):
+            return RowSparse(rows, own, x.shape) if isinstance(rows, tuple) else own
+
+        return self.map(marked, tree, part)
 
     def split(self, tree: Any) -> tuple[Any, Any]:
         """Splits a tree by leaf into those with anything active and the others, None for absent.
@@ -58,10 +129,6 @@ class ActiveLeaves:
         """The inverse of `split`."""
         return self.map(lambda rows, a, b: b if rows is None else a, active, other)
 
-    def replace(self, tree: Any, part: Any) -> Any:
-        """The tree with its active leaves and layers replaced by ``part``'s."""
-        return self.map(lambda rows, x, new: x if rows is None else put(x, rows, new), tree, part)
-
     def map(self, function: Callable[..., Any], *trees: Any) -> Any:
         """Maps ``(rows, leaf of each tree)`` to a tree; None counts as a leaf."""
         leaves = (self.treedef.flatten_up_to(tree) for tree in trees)
@@ -70,90 +137,76 @@ class ActiveLeaves:
         )
 
 
-def find_active(tree: Any, active: Iterable[str]) -> ActiveLeaves:
-    """Finds the leaves, and layers of stacked leaves, that a set of names means.
+def find_active(params: Any, slots: Slots, active: Names) -> ActiveLeaves:
+    """Finds the leaves, and layers of stacked leaves, that active slots stand for.
 
     Args:
-      tree: pytree of arrays or `jax.ShapeDtypeStruct`.
-      active: names: a leaf's path joined by ``/``, as in ``"encoder/0/kernel"``, or with ``[3]``
-        behind it for layer 3 of a leaf that stacks layers on axis 0.
+      params: pytree of arrays or `jax.ShapeDtypeStruct`.
+      slots: its slots.
+      active: the active ones, see `choose`.
 
     Returns:
       What is active.
 
     Raises:
-      TypeError: if ``active`` is a string rather than a set of them.
-      ValueError: if a name means no leaf, or a layer that does not exist.
+      ValueError: if there is no slot of a name, or single layers of a leaf are meant that is
+        stacked on another axis than 0.
 
     Example:
       >>> import jax.numpy as jnp
+      >>> from priorityprop_jax import find_slots
       >>> from priorityprop_jax.partial.grad import find_active
       >>> params = {"blocks": jnp.ones((4, 2)), "embed": jnp.ones(3), "head": jnp.ones(3)}
-      >>> find_active(params, {"head", "blocks[3]", "blocks[1]"}).rows
+      >>> slots = find_slots(params, stacked_axis=lambda path: 0 if path == "blocks" else None)
+      >>> find_active(params, slots, {"head", "blocks[3]", "blocks[1]"}).rows
       ((1, 3), None, True)
     """
-    active = _names(active)
-    paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    index = {path_name(path): i for i, (path, _) in enumerate(paths)}
-    if len(index) < len(paths):
-        raise ValueError("two leaves have the same path; rename a key of the parameters")
-    rows: list[Any] = [None] * len(paths)
-    for name in active:
-        if name in index:
-            rows[index[name]] = True
-            continue
-        match = _ROW.fullmatch(name)
-        if match is None or match[1] not in index:
-            known = ", ".join(sorted(index)[:4])
-            raise ValueError(f"no leaf is called {name!r}; the leaves are {known}, ...")
-        leaf, layer = index[match[1]], int(match[2])
-        shape = np.shape(paths[leaf][1])
-        if not shape or layer >= shape[0]:
-            raise ValueError(f"{match[1]!r} of shape {shape} has no layer {layer} on its axis 0")
-        if rows[leaf] is not True:
-            rows[leaf] = (rows[leaf] or set()) | {layer}
-    for i, (_, leaf) in enumerate(paths):
-        if isinstance(rows[i], set):
-            rows[i] = True if len(rows[i]) == np.shape(leaf)[0] else tuple(sorted(rows[i]))
+    active = choose(slots.names, active)
+    treedef = jax.tree.structure(params)
+    rows: list[bool | tuple[int, ...] | None] = [None] * treedef.num_leaves
+    for bundle in slots.bundles:
+        own = active_rows(bundle, slots, active)
+        if own and len(own) < bundle.slots:
+            check_axis(bundle)
+        for leaf in bundle.leaves if own else ():
+            rows[leaf] = True if len(own) == bundle.slots else own
     return ActiveLeaves(treedef, tuple(rows))
 
 
-def _names(active: Iterable[str]) -> frozenset[str]:
-    if isinstance(active, str):
-        raise TypeError(f"active must be a set of names, got the string {active!r}")
-    return frozenset(active)
+def check_axis(bundle: Bundle) -> None:
+    """Raises where layers of a bundle cannot be active one by one."""
+    if any(bundle.axes):
+        raise ValueError(
+            f"{bundle.name!r} is stacked on axis {max(axis or 0 for axis in bundle.axes)}; layers "
+            "can be active one by one where they are stacked on axis 0"
+        )
 
 
-def _checked(loss_fn: Any, active: Iterable[str]) -> frozenset[str]:
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function, got {loss_fn!r}")
-    return _names(active)
-
-
-def take(x: Any, rows: bool | tuple[int, ...] | None) -> Any:
-    """The active layers ``[k, ...]`` of a stacked leaf; the whole leaf where ``rows`` is True."""
-    if rows is None or isinstance(rows, bool):
-        return x
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct((len(rows), *x.shape[1:]), x.dtype)
-    if rows == tuple(range(rows[0], rows[0] + len(rows))):
-        return x[rows[0] : rows[0] + len(rows)]  # a slice is cheaper than a gather
-    return x[np.asarray(rows)]
-
-
-def put(x: jax.Array, rows: bool | tuple[int, ...] | None, new: jax.Array) -> jax.Array:
-    """The inverse of `take`: ``x`` with its active layers replaced."""
-    if rows is None or isinstance(rows, bool):
-        return new
-    if rows == tuple(range(rows[0], rows[0] + len(rows))):
-        return jax.lax.dynamic_update_slice_in_dim(x, new, rows[0], 0)
-    return jnp.asarray(x).at[np.asarray(rows)].set(new)
-
-
-def partial_value_and_grad(
-    loss_fn: Callable[..., Any], active: Iterable[str], *, has_aux: bool = False
+def value_and_grad_of(
+    loss_fn: Callable[..., Any], chosen: ActiveLeaves, *, has_aux: bool = False
 ) -> Callable[..., tuple[Any, Any]]:
-    r"""`jax.value_and_grad` for the active leaves only; the other gradients are absent.
+    """`value_and_grad` of a pytree whose active leaves have been looked up already."""
+
+    def value_and_grad(params, *args, **kwargs):
+        def of_part(part):
+            return loss_fn(chosen.replace(params, part), *args, **kwargs)
+
+        value, part = jax.value_and_grad(of_part, has_aux=has_aux)(chosen.part(params))
+        return value, chosen.as_rows(params, part)
+
+    return value_and_grad
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any],
+    active: Names,
+    *,
+    has_aux: bool = False,
+    stacked_axis: Callable[[str], int | None] | None = None,
+    group: Callable[[str], str | None] | None = None,
+    wrt: Any = nnx.Param,
+) -> Callable[..., tuple[Any, Any]]:
+    r"""`jax.value_and_grad` and `flax.nnx.value_and_grad` for the active slots only.
 
     The loss is the same function of all parameters,
 
@@ -165,127 +218,99 @@ def partial_value_and_grad(
     run the same program: there the chain stops early only if the scan is split
     (`priorityprop_jax.partial.stages` does).
 
-    Args:
-      loss_fn: ``(params, *args, **kwargs) -> loss``, or ``(loss, aux)`` with ``has_aux``.
-      active: names of active leaves, ``"encoder/0/kernel"``, and of active layers of leaves that
-        stack layers on axis 0, ``"blocks/kernel[3]"``; see `Slots.leaves` for those of slots.
-        Static.
-      has_aux: as in `jax.value_and_grad`.
-
-    Returns:
-      A function ``(params, *args, **kwargs) -> (value, grads)``, with ``grads`` of the structure of
-      ``params``: None in place of inactive leaves, and ``[k, ...]`` for a stacked leaf of which
-      ``k`` layers are active. The value is what ``loss_fn`` returns, ``aux`` included.
-
-    Raises:
-      TypeError: if ``loss_fn`` is no function, or ``active`` is a string.
-      ValueError: when called, if a name means no leaf.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from priorityprop_jax import partial_value_and_grad
-      >>> params = {"Dense_0": jnp.ones((2, 2)), "Dense_1": jnp.ones(2)}
-      >>> loss_fn = lambda p, x: jnp.sum(x @ p["Dense_0"] @ p["Dense_1"])
-      >>> value, grads = partial_value_and_grad(loss_fn, {"Dense_1"})(params, jnp.ones(2))
-      >>> float(value), grads["Dense_0"], grads["Dense_1"].tolist()
-      (4.0, None, [2.0, 2.0])
-    """
-    active = _checked(loss_fn, active)
-
-    def value_and_grad(params, *args, **kwargs):
-        chosen = find_active(params, active)
-
-        def of_part(part):
-            return loss_fn(chosen.replace(params, part), *args, **kwargs)
-
-        return jax.value_and_grad(of_part, has_aux=has_aux)(chosen.part(params))
-
-    return value_and_grad
-
-
-def nnx_partial_value_and_grad(
-    loss_fn: Callable[..., Any],
-    active: Iterable[str],
-    *,
-    has_aux: bool = False,
-    wrt: Any = nnx.Param,
-) -> Callable[..., tuple[Any, Any]]:
-    """`flax.nnx.value_and_grad` for the active parameters of a module only.
-
-    The twin of `partial_value_and_grad`. What else the loss changes in the module (batch
-    statistics, random number counts) is changed as `nnx.value_and_grad` would.
+    The gradients go into `update_active` or `freeze`, also through `flax.nnx.Optimizer.update` and
+    Linen's ``TrainState.apply_gradients``.
 
     Args:
-      loss_fn: ``(model, *args, **kwargs) -> loss``, or ``(loss, aux)`` with ``has_aux``.
-      active: see `partial_value_and_grad`; names are paths in the module. Static.
+      loss_fn: ``(params, *args, **kwargs) -> loss``, or ``(loss, aux)`` with ``has_aux``. The first
+        argument is a pytree of parameters or an `nnx.Module`.
+      active: names of slots, ``"encoder/0/kernel"``, or ``"blocks/kernel[3]"`` for layer 3 of a
+        stack; globs such as ``"head/*"``; or a function of a slot's name; see `choose`. Static.
       has_aux: as in `jax.value_and_grad`.
-      wrt: filter of the variables that are parameters.
+      stacked_axis: see `find_slots`.
+      group: see `find_slots`.
+      wrt: of a module, the filter of the variables that are parameters.
 
     Returns:
-      A function ``(model, *args, **kwargs) -> (value, grads)``, with ``grads`` an `nnx.State` of
-      all variables that ``wrt`` lets through, None in place of the inactive ones.
+      A function ``(params, *args, **kwargs) -> (value, grads)``. The value is what ``loss_fn``
+      returns, ``aux`` included. For a pytree, ``grads`` has its structure, with None in place of
+      inactive leaves. For a module it is the `nnx.State` that `nnx.value_and_grad` returns, without
+      the inactive variables; what else the loss changes in the module is changed. Where some layers
+      of a stacked leaf are active, its gradient is a `RowSparse` of these.
 
     Raises:
-      TypeError: if ``loss_fn`` is no function, or ``active`` is a string.
-      ValueError: when called, if a name means no parameter.
+      TypeError: if ``loss_fn`` is no function.
+      ValueError: when called, if a name or a glob means no slot.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> from priorityprop_jax import nnx_partial_value_and_grad
+      >>> from priorityprop_jax import partial
+      >>> params = {"Dense_0": jnp.ones((2, 2)), "Dense_1": jnp.ones(2)}
+      >>> loss_fn = lambda p, x: jnp.sum(x @ p["Dense_0"] @ p["Dense_1"])
+      >>> value, grads = partial.value_and_grad(loss_fn, {"Dense_1"})(params, jnp.ones(2))
+      >>> float(value), grads["Dense_0"], grads["Dense_1"].tolist()
+      (4.0, None, [2.0, 2.0])
+
       >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
-      >>> loss_fn = lambda model, x: model(x).sum()
-      >>> value, grads = nnx_partial_value_and_grad(loss_fn, {"bias"})(model, jnp.ones((3, 2)))
-      >>> grads["kernel"], grads["bias"]
-      (None, Array([3.], dtype=float32))
+      >>> grad_fn = partial.value_and_grad(lambda model, x: model(x).sum(), "bias")
+      >>> value, grads = grad_fn(model, jnp.ones((3, 2)))
+      >>> list(grads), grads["bias"][...].tolist()
+      (['bias'], [3.0])
     """
-    active = _checked(loss_fn, active)
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function, got {loss_fn!r}")
 
-    def value_and_grad(model, *args, **kwargs):
-        def of_model(model):
-            return loss_fn(model, *args, **kwargs)
+    def looked_up(params):
+        slots = find_slots(params, stacked_axis=stacked_axis, group=group)
+        return find_active(params, slots, active)
 
-        return through_module(
-            lambda loss: partial_value_and_grad(loss, active, has_aux=True),
-            of_model,
-            model,
-            has_aux=has_aux,
-            wrt=wrt,
+    def value_and_grad(params, *args, **kwargs):
+        if isinstance(params, nnx.Module):
+            return _of_module(loss_fn, looked_up, params, args, kwargs, has_aux, wrt)
+        return value_and_grad_of(loss_fn, looked_up(params), has_aux=has_aux)(
+            params, *args, **kwargs
         )
 
     return value_and_grad
 
 
-def apply_active_updates(params: Any, updates: Any, active: Iterable[str]) -> Any:
-    """`optax.apply_updates` where some updates are absent.
+def _of_module(
+    loss_fn: Callable[..., Any],
+    looked_up: Callable[[Any], ActiveLeaves],
+    model: nnx.Module,
+    args: Any,
+    kwargs: Any,
+    has_aux: bool,
+    wrt: Any,
+) -> tuple[Any, Any]:
+    state = nnx.state(model, wrt)
+    params = nnx.as_pure(state)
+    chosen = looked_up(params)
 
-    Args:
-      params: pytree of parameters.
-      updates: pytree of the same structure: None where a leaf is inactive, ``[k, ...]`` where ``k``
-        layers of a stacked leaf are active.
-      active: the names that the gradients were taken with. Static.
+    # What `flax.nnx` does for whole variables, it does here for a part put into them, so that
+    # whatever the loss changes in the module (statistics, random numbers, modes) comes out.
+    def of_part(part, model, args, kwargs):
+        before = nnx.as_pure(nnx.state(model, wrt))
+        mixed = chosen.replace(before, part)
+        nnx.update(model, mixed)
+        result = loss_fn(model, *args, **kwargs)
+        after = nnx.as_pure(nnx.state(model, wrt))
+        nnx.update(
+            model,
+            jax.tree.map(lambda old, put, new: old if new is put else new, before, mixed, after),
+        )
+        return result
 
-    Returns:
-      The new parameters; inactive leaves and layers are the very same, bit for bit.
-
-    Raises:
-      ValueError: if a name means no leaf.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from priorityprop_jax import apply_active_updates
-      >>> params = {"a": jnp.ones(2), "b": jnp.ones(2)}
-      >>> apply_active_updates(params, {"a": None, "b": -jnp.ones(2)}, {"b"})["b"].tolist()
-      [0.0, 0.0]
-    """
-
-    def moved(rows, x, update):
-        if rows is None or update is None:
-            return x
-        return put(x, rows, _moved(take(x, rows), update))
-
-    return find_active(params, active).map(moved, params, updates)
-
-
-def _moved(x: jax.Array, update: jax.Array) -> jax.Array:
-    return jnp.asarray(x + update, dtype=jnp.asarray(x).dtype)
+    value, part = nnx.value_and_grad(of_part, has_aux=has_aux)(
+        chosen.part(params), model, args, kwargs
+    )
+    is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    grads = jax.tree.map(
+        lambda variable, grad: variable.replace(grad),
+        state,
+        chosen.as_rows(params, part),
+        is_leaf=is_variable,
+    )
+    present = [(path, grad) for path, grad in nnx.to_flat_state(grads) if jax.tree.leaves(grad)]
+    return value, nnx.from_flat_state(present)

@@ -11,14 +11,14 @@ import numpy as np
 import optax
 
 from priorityprop_jax.core.slots import Bundle, find_slots
-from priorityprop_jax.partial.update import active_rows
+from priorityprop_jax.partial.grad import active_rows, check_axis, choose
+from priorityprop_jax.partial.update import ActiveUpdatesState, new_state
 from priorityprop_jax.priority.per_slot import PerSlot
-from priorityprop_jax.priority.transform import PriorityPropState, new_state
 
-BLOCK_STATES = ("keep", "reset", "offload")
+STATES = ("keep", "reset", "offload")
 
 
-class BlockState:
+class ActiveState:
     """Keeps the inner state of the active slots on the device, and no other.
 
     With ``"reset"`` a slot that becomes active starts from a fresh state, its count for bias
@@ -43,10 +43,10 @@ class BlockState:
     Example:
       >>> import jax.numpy as jnp
       >>> import optax
-      >>> from priorityprop_jax import BlockState
+      >>> from priorityprop_jax import partial
       >>> params = {"a": jnp.ones(2), "b": jnp.ones(2)}
-      >>> blocks = BlockState(optax.adam(0.1), params, mode="offload")
-      >>> state = blocks.move(blocks.empty(), {"b"}, params)
+      >>> states = partial.ActiveState(optax.adam(0.1), params, mode="offload")
+      >>> state = states.move(states.empty(), {"b"}, params)
       >>> state.inner_state[0].mu
       {'a': None, 'b': Array([0., 0.], dtype=float32)}
 
@@ -63,21 +63,17 @@ class BlockState:
         stacked_axis: Callable[[str], int | None] | None = None,
         group: Callable[[str], str | None] | None = None,
     ) -> None:
-        if mode not in BLOCK_STATES[1:]:
-            raise ValueError(f"mode must be one of {BLOCK_STATES[1:]}, got {mode!r}")
+        if mode not in STATES[1:]:
+            raise ValueError(f"mode must be one of {STATES[1:]}, got {mode!r}")
         self.mode = mode
         self.resident: frozenset[str] = frozenset()
         self.slots = find_slots(params, stacked_axis=stacked_axis, group=group)
         for bundle in self.slots.bundles:
-            if any(bundle.axes):
-                raise ValueError(
-                    f"{bundle.name!r} is stacked on axis {max(a or 0 for a in bundle.axes)}; state "
-                    "can move layer by layer where they are stacked on axis 0"
-                )
+            check_axis(bundle)
         self.per_slot = PerSlot(optax.with_extra_args_support(inner), params, self.slots)
         self._waiting: dict[str, dict[int, np.ndarray]] = {}  # slot -> state leaf -> array
 
-    def empty(self) -> PriorityPropState:
+    def empty(self) -> ActiveUpdatesState:
         """The state before the first step, with no slot's own state on the device."""
         shapes, per_slot = self.per_slot.state_shapes, self.per_slot
         flat: list[Any] = [None] * len(shapes)
@@ -92,8 +88,8 @@ class BlockState:
         return new_state(self.slots, per_slot.state_treedef.unflatten(flat))
 
     def move(
-        self, state: PriorityPropState, active: Iterable[str], params: Any
-    ) -> PriorityPropState:
+        self, state: ActiveUpdatesState, active: Iterable[str], params: Any
+    ) -> ActiveUpdatesState:
         """Makes the active slots' state, and no other, resident. Waits for the device.
 
         Args:
@@ -107,10 +103,7 @@ class BlockState:
         Raises:
           ValueError: if there is no slot of a name.
         """
-        active = frozenset(active)
-        unknown = active - set(self.slots.names)
-        if unknown:
-            raise ValueError(f"there is no slot {min(unknown)!r}")
+        active = choose(self.slots.names, active)
         if active == self.resident:
             return state
         leaves = self.per_slot.flatten(params)
@@ -167,7 +160,7 @@ class BlockState:
             else:
                 flat[i] = rows[0][i]
 
-    def complete(self, state: PriorityPropState) -> PriorityPropState:
+    def complete(self, state: ActiveUpdatesState) -> ActiveUpdatesState:
         """The state of all slots, for a checkpoint: what is absent from the device in host memory.
 
         Zeros stand for slots that start afresh when they become active.
@@ -190,8 +183,8 @@ class BlockState:
         return state._replace(inner_state=self.per_slot.state_treedef.unflatten(flat))
 
     def restore(
-        self, complete: PriorityPropState, resident: Iterable[str], waiting: Iterable[str]
-    ) -> PriorityPropState:
+        self, complete: ActiveUpdatesState, resident: Iterable[str], waiting: Iterable[str]
+    ) -> ActiveUpdatesState:
         """The inverse of `complete`.
 
         Args:

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from priorityprop_jax.core.paths import path_name
+from priorityprop_jax.core.rows import (
+    Frozen,
+    RowSparse,
+    check_transformation,
+    is_row_sparse,
+    take,
+)
 from priorityprop_jax.core.slots import Bundle, Slots, find_slots
+from priorityprop_jax.partial.grad import Names, active_rows, check_axis, choose
 from priorityprop_jax.priority.per_slot import PerSlot
 from priorityprop_jax.priority.scores import gain
-from priorityprop_jax.priority.transform import PriorityPropState, new_state
+
+
+class ActiveUpdatesState(NamedTuple):
+    """State of `update_active`. All vectors are over slots."""
+
+    step: jax.Array  # int32[], steps taken.
+    inner_state: optax.OptState  # as the inner optimizer's, its counts one a slot.
+    update_counts: jax.Array  # int32[slots], updates that each slot has had.
+    gains: jax.Array  # float32[slots], average before bias correction.
+    nonfinite_counts: jax.Array  # int32[slots], NaN or infinite gains seen.
+    # What a policy that plans cycles found and decided; zeros where there is none.
+    priorities: jax.Array  # float32[slots], of this cycle.
+    allocation: jax.Array  # int32[slots], updates planned for this cycle.
 
 
 def update_active(
@@ -35,7 +56,8 @@ def update_active(
 
     What must see all active gradients, such as `optax.clip_by_global_norm`, goes in front: absent
     gradients have no part in it. What runs on the clock of steps, such as a learning-rate schedule,
-    goes behind: inside ``inner`` it runs on the slot's own count.
+    goes behind: inside ``inner`` it runs on the slot's own count. What reads parameters, such as
+    weight decay, goes inside.
 
     Args:
       inner: any Optax optimizer.
@@ -44,34 +66,37 @@ def update_active(
       group: see `find_slots`.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` with the state `PriorityPropState`, whose
-      ``magnitudes`` are the averages of the gain before bias correction. ``update`` needs
-      ``params`` and takes the extra argument ``active``, a set of slot names (static); without it,
-      the slots whose gradients are present are active. The extra argument ``uniform=True`` (static)
-      promises that all slots are active at every step: then the update is the plain optimizer's,
-      bit for bit, and no gains are taken. Updates are None where a leaf is inactive
-      and ``[k, ...]`` where ``k`` layers of a stacked leaf are active, as the gradients are.
+      An `optax.GradientTransformationExtraArgs` with the state `ActiveUpdatesState`. ``update``
+      needs ``params``. The slots whose gradients are present are active, and the layers that a
+      `RowSparse` gradient has: those that `value_and_grad` returns, or a tree where a leaf is None
+      or left out. The extra argument ``active`` (names of slots or globs, static) leaves out all
+      others though their gradients are there. ``uniform=True`` (static) promises that all slots
+      are active at every step: then the update is the plain optimizer's, bit for bit, and no gains
+      are taken. Updates have the structure of ``params``: `Frozen` where a leaf is inactive, and
+      `RowSparse` where some layers of a stacked leaf are active. Both add themselves, so that
+      `optax.apply_updates` takes them.
 
     Raises:
       TypeError: if ``inner`` is no transformation.
       ValueError: if ``gain_decay`` is not in [0, 1); when called, if gradients of active slots are
-        absent or those of inactive slots are there.
+        absent or do not fit the parameters.
 
     Example:
       >>> import jax.numpy as jnp
       >>> import optax
-      >>> from priorityprop_jax import partial_value_and_grad, update_active
+      >>> from priorityprop_jax import partial
       >>> params = {"Dense_0": jnp.ones((2, 2)), "Dense_1": jnp.ones(2)}
-      >>> tx = update_active(optax.sgd(0.1))
+      >>> tx = partial.update_active(optax.sgd(0.1))
       >>> state = tx.init(params)
       >>> loss_fn = lambda p: jnp.sum(p["Dense_0"] @ p["Dense_1"])
-      >>> _, grads = partial_value_and_grad(loss_fn, {"Dense_1"})(params)
+      >>> _, grads = partial.value_and_grad(loss_fn, "Dense_1")(params)
       >>> updates, state = tx.update(grads, state, params)
       >>> updates["Dense_0"], state.update_counts.tolist()
-      (None, [0, 1])
+      (Frozen(), [0, 1])
+      >>> optax.apply_updates(params, updates)["Dense_1"].round(3).tolist()
+      [0.8, 0.8]
     """
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise TypeError(f"inner must be an optax.GradientTransformation, got {inner!r}")
+    check_transformation(inner)
     if not 0 <= gain_decay < 1:
         raise ValueError(f"gain_decay must be in [0, 1), got {gain_decay}")
     inner = optax.with_extra_args_support(inner)
@@ -85,8 +110,9 @@ def update_active(
             raise ValueError("update_active needs the parameters: update(grads, state, params)")
         slots = find_slots(params, stacked_axis=stacked_axis, group=group)
         per_slot = PerSlot(inner, params, slots)
-        grads, leaves = per_slot.flatten(updates), per_slot.flatten(params)
-        rows = _active_rows(slots, grads, active)
+        leaves = per_slot.flatten(params)
+        grads = beside(updates, params)
+        rows = _active_rows(slots, grads, leaves, active)
         if uniform and len(slots):
             if any(
                 len(own) < bundle.slots for own, bundle in zip(rows, slots.bundles, strict=True)
@@ -94,6 +120,7 @@ def update_active(
                 raise ValueError(
                     "uniform=True promises that all slots are active, but some are not"
                 )
+            updates = per_slot.treedef.unflatten(grads)
             return _update_all(per_slot, slots, updates, state, params, extra_args)
         inner_state = per_slot.state_treedef.flatten_up_to(state.inner_state)
         for i in per_slot.shared:
@@ -101,19 +128,21 @@ def update_active(
             # A hyperparameter that a user has set to one value holds for every slot.
             if jnp.shape(inner_state[i]) == shape:
                 inner_state[i] = jnp.broadcast_to(inner_state[i], (len(slots), *shape))
-        new_updates: list[Any] = [None] * len(leaves)
+        new_updates: list[Any] = [Frozen()] * len(leaves)
         gains: list[jax.Array] = []
         updated: list[int] = []
-        for bundle, active_rows in zip(slots.bundles, rows, strict=True):
-            if not active_rows:
+        for bundle, own in zip(slots.bundles, rows, strict=True):
+            if not own:
                 continue
             new, gained = _update_rows(
-                per_slot, bundle, active_rows, grads, leaves, inner_state, extra_args
+                per_slot, bundle, own, grads, leaves, inner_state, extra_args
             )
             for leaf, update in zip(bundle.leaves, new, strict=True):
-                new_updates[leaf] = update
+                some = len(own) < bundle.slots
+                shape = jnp.shape(leaves[leaf])
+                new_updates[leaf] = RowSparse(own, update, shape) if some else update
             gains.append(gained)
-            updated.extend(bundle.start + row for row in active_rows)
+            updated.extend(bundle.start + row for row in own)
         state = state._replace(
             step=optax.safe_increment(state.step),
             inner_state=per_slot.state_treedef.unflatten(inner_state),
@@ -125,14 +154,62 @@ def update_active(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def new_state(slots: Slots, inner_state: optax.OptState) -> ActiveUpdatesState:
+    """The state before the first step, around one of the inner optimizer."""
+    counts = jnp.zeros(len(slots), jnp.int32)
+    zeros = jnp.zeros(len(slots), jnp.float32)
+    # Arrays of their own: a step that is compiled in place donates each of them.
+    return ActiveUpdatesState(
+        step=jnp.zeros((), jnp.int32),
+        inner_state=inner_state,
+        update_counts=counts,
+        gains=zeros,
+        nonfinite_counts=jnp.zeros_like(counts),
+        priorities=jnp.zeros_like(zeros),
+        allocation=jnp.zeros_like(counts),
+    )
+
+
+def beside(grads: Any, params: Any) -> list[Any]:
+    """The gradient of every leaf of ``params``; None for those that are None or left out.
+
+    Args:
+      grads: a tree of the structure of ``params``, in which leaves may be None or left out.
+      params: pytree of parameters.
+
+    Raises:
+      ValueError: if there is a gradient without a parameter, or of another shape.
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(grads, is_leaf=is_row_sparse)
+    by_name = {path_name(path): grad for path, grad in flat}
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    found = []
+    for path, leaf in leaves:
+        name = path_name(path)
+        grad = by_name.pop(name, None)
+        if is_row_sparse(grad) and not isinstance(grad.rows, tuple):
+            grad = grad.densify()  # which rows it has is not known
+        shape = grad.shape if is_row_sparse(grad) else jnp.shape(grad)
+        if grad is not None and shape != jnp.shape(leaf):
+            raise ValueError(
+                f"the gradient of {name!r} has the shape {shape}, but the parameter has "
+                f"{jnp.shape(leaf)}; of some layers of a stack it is a RowSparse, as "
+                "partial.value_and_grad returns it"
+            )
+        found.append(grad)
+    if by_name:
+        raise ValueError(f"there is a gradient {min(by_name)!r}, but no parameter of that name")
+    return found
+
+
 def _update_all(
     per_slot: PerSlot,
     slots: Slots,
     updates: Any,
-    state: PriorityPropState,
+    state: ActiveUpdatesState,
     params: Any,
     extra_args: dict[str, Any],
-) -> tuple[Any, PriorityPropState]:
+) -> tuple[Any, ActiveUpdatesState]:
     """One inner update of all slots at once, where their counts are known to be equal."""
     flat = per_slot.state_treedef.flatten_up_to(state.inner_state)
     for i in per_slot.shared:
@@ -150,7 +227,7 @@ def _update_all(
     )
 
 
-def expected_gains(state: PriorityPropState, gain_decay: float = 0.9) -> np.ndarray:
+def expected_gains(state: ActiveUpdatesState, gain_decay: float = 0.9) -> np.ndarray:
     """The average gain of every slot, with bias correction. Waits for the device.
 
     Args:
@@ -163,8 +240,7 @@ def expected_gains(state: PriorityPropState, gain_decay: float = 0.9) -> np.ndar
     Example:
       >>> import jax.numpy as jnp
       >>> import optax
-      >>> from priorityprop_jax import update_active
-      >>> from priorityprop_jax.partial.update import expected_gains
+      >>> from priorityprop_jax.partial.update import expected_gains, update_active
       >>> params = {"a": jnp.ones(2), "b": jnp.ones(2)}
       >>> tx = update_active(optax.sgd(0.5))
       >>> state = tx.init(params)
@@ -172,55 +248,51 @@ def expected_gains(state: PriorityPropState, gain_decay: float = 0.9) -> np.ndar
       >>> expected_gains(state).round(6).tolist()
       [1.0, nan]
     """
-    mean, counts = np.asarray(state.magnitudes, np.float64), np.asarray(state.score_counts)
+    mean, counts = np.asarray(state.gains, np.float64), np.asarray(state.update_counts)
     weight = 1 - gain_decay ** counts.astype(np.float64)
     return np.where(counts > 0, mean / np.where(counts > 0, weight, 1.0), np.nan)
 
 
-def active_rows(bundle: Bundle, slots: Slots, active: Iterable[str]) -> tuple[int, ...]:
-    """The active layers of a bundle, in ascending order; ``(0,)`` for one that is not stacked."""
-    active = frozenset(active)
-    return tuple(i for i in range(bundle.slots) if slots.names[bundle.start + i] in active)
-
-
 def _active_rows(
-    slots: Slots, grads: Sequence[Any], active: Iterable[str] | None
+    slots: Slots, grads: list[Any], params: Sequence[Any], active: Names | None
 ) -> list[tuple[int, ...]]:
-    rows = []
-    if active is not None:
-        active = frozenset(active)
-        unknown = active - set(slots.names)
-        if unknown:
-            raise ValueError(f"there is no slot {min(unknown)!r}")
+    """The active layers of every bundle. Of the gradients, only theirs are left in ``grads``."""
+    wanted = None if active is None else choose(slots.names, active)
+    found = []
     for bundle in slots.bundles:
-        present = [grads[leaf] is not None for leaf in bundle.leaves]
-        if any(present) and not all(present):
+        present = {_rows_of(grads[leaf], bundle) for leaf in bundle.leaves}
+        if len(present) > 1:
             raise ValueError(
                 f"some leaves of slot {bundle.name!r} have gradients and some have none; "
                 "a slot's gradients are present or absent together"
             )
-        if active is None:
-            own = tuple(range(bundle.slots)) if all(present) else ()
-        else:
-            own = active_rows(bundle, slots, active)
-        if bool(own) != all(present):
-            state = "active, but its gradient is absent" if own else "not active, but has gradients"
-            raise ValueError(f"slot {bundle.name!r} is {state}")
-        if own and bundle.layers is not None:
-            for leaf, axis in zip(bundle.leaves, bundle.axes, strict=True):
-                if axis != 0 and len(own) < bundle.layers:
-                    raise ValueError(
-                        f"{bundle.name!r} is stacked on axis {axis}; layers can be active one by "
-                        "one where they are stacked on axis 0"
-                    )
-                found = jnp.shape(grads[leaf])[axis or 0]
-                if found != len(own):
-                    raise ValueError(
-                        f"{len(own)} layers of {bundle.name!r} are active, but its gradient has "
-                        f"{found}; give update the set of active slots that the gradients are of"
-                    )
-        rows.append(own)
-    return rows
+        (there,) = present
+        own = there if wanted is None else active_rows(bundle, slots, wanted)
+        absent = set(own) - set(there)
+        if absent:
+            name = slots.names[bundle.start + min(absent)]
+            raise ValueError(f"slot {name!r} is active, but its gradient is absent")
+        if own and len(own) < bundle.slots:
+            check_axis(bundle)
+        for leaf in bundle.leaves if own else ():
+            grad = grads[leaf]
+            values = grad.values if is_row_sparse(grad) else jnp.asarray(grad)
+            at = tuple(there.index(row) for row in own)
+            grads[leaf] = values if own == there else take(values, at)
+        found.append(own)
+    return found
+
+
+def _rows_of(grad: Any, bundle: Bundle) -> tuple[int, ...]:
+    """The layers of a bundle that a gradient of one of its leaves has."""
+    if not is_row_sparse(grad):
+        return () if grad is None else tuple(range(bundle.slots))
+    if bundle.layers is None:
+        raise ValueError(
+            f"the gradient of {bundle.name!r} has rows {grad.rows} only, but the leaf is one slot; "
+            "give update_active the stacked_axis that the gradients were taken with"
+        )
+    return grad.rows
 
 
 def _update_rows(
@@ -234,7 +306,7 @@ def _update_rows(
 ) -> tuple[list[jax.Array], jax.Array]:
     """Updates active layers of a bundle. Puts their state into ``state``; returns the gains too."""
     owned, shared = per_slot.owned(bundle), per_slot.shared
-    own_grads = [jnp.asarray(grads[i]) for i in bundle.leaves]
+    own_grads = [grads[i] for i in bundle.leaves]
     own_params = [params[i] for i in bundle.leaves]
     for i in owned:
         if state[i] is None:
@@ -254,10 +326,10 @@ def _update_rows(
     axes = list(bundle.axes)
     state_axes = {i: per_slot.state_axis[i] for i in owned}
     if not every:
-        own_params = [x[at] for x in own_params]  # [k, ...]
+        own_params = [take(x, rows) for x in own_params]  # [k, ...]
     # A state without the inactive layers has k of them already.
     whole = {i: state[i].shape[state_axes[i]] == layers for i in owned}
-    mine = {i: state[i][at] if whole[i] and not every else state[i] for i in owned}
+    mine = {i: take(state[i], rows) if whole[i] and not every else state[i] for i in owned}
     mine |= {i: state[i][bundle.start + at] for i in shared}
     in_axes = {i: state_axes.get(i, 0) for i in mine}
 
@@ -280,14 +352,13 @@ def _cast(updates: Sequence[jax.Array], grads: Sequence[jax.Array]) -> list[jax.
 
 
 def _account(
-    state: PriorityPropState, updated: np.ndarray, gains: jax.Array, decay: float
-) -> PriorityPropState:
+    state: ActiveUpdatesState, updated: np.ndarray, gains: jax.Array, decay: float
+) -> ActiveUpdatesState:
     finite = jnp.isfinite(gains)
-    before = state.magnitudes[updated]
+    before = state.gains[updated]
     mean = jnp.float32(decay) * before + jnp.float32(1 - decay) * jnp.where(finite, gains, 0.0)
     return state._replace(
         update_counts=state.update_counts.at[updated].add(1),
-        magnitudes=state.magnitudes.at[updated].set(mean),
-        score_counts=state.score_counts.at[updated].add(1),
+        gains=state.gains.at[updated].set(mean),
         nonfinite_counts=state.nonfinite_counts.at[updated].add((~finite).astype(jnp.int32)),
     )

@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from priorityprop_jax import BlockState, apply_active_updates, update_active
+from priorityprop_jax import ActiveState, apply_active_updates, update_active
 
 BLOCKS = 4
 INNER = {
@@ -66,7 +66,7 @@ def gradients(params, step, active):
 
 
 class Run:
-    """A run step by step, with `BlockState` or with the full state where ``mode`` is keep."""
+    """A run step by step, with `ActiveState` or with the full state where ``mode`` is keep."""
 
     def __init__(self, model, inner, mode):
         make, axis, self.sets = MODELS[model]
@@ -77,7 +77,7 @@ class Run:
         if mode == "keep":
             self.state = self.tx.init(self.params)
         else:
-            self.blocks = BlockState(inner, self.params, mode=mode, stacked_axis=axis)
+            self.blocks = ActiveState(inner, self.params, mode=mode, stacked_axis=axis)
             self.state = self.blocks.empty()
 
     def step(self, number):
@@ -94,7 +94,7 @@ class Run:
         other = Run.__new__(Run)
         other.__dict__.update(self.__dict__)
         saved = jax.device_get(self.blocks.complete(self.state))
-        other.blocks = BlockState(self.inner, self.params, mode=self.mode, stacked_axis=self.axis)
+        other.blocks = ActiveState(self.inner, self.params, mode=self.mode, stacked_axis=self.axis)
         other.state = other.blocks.restore(saved, self.blocks.resident, self.blocks.waiting)
         return other
 
@@ -160,7 +160,7 @@ def test_state_comes_back_to_where_its_parameter_lies():
     mesh = Mesh(np.array(jax.devices()), ("x",))
     sharding = NamedSharding(mesh, PartitionSpec("x"))
     params = {name: jax.device_put(jnp.ones((8, 2)), sharding) for name in ("a", "b")}
-    blocks = BlockState(optax.adam(0.1), params, mode="offload")
+    blocks = ActiveState(optax.adam(0.1), params, mode="offload")
     state = blocks.move(blocks.empty(), {"a"}, params)
     state = blocks.move(state, {"b"}, params)
     state = blocks.move(state, {"a"}, params)
@@ -222,7 +222,7 @@ def test_fresh_states_are_no_parameters():
 
     inner = optax.GradientTransformation(lambda params: params, update)
     params = make_params()
-    blocks = BlockState(inner, params, mode="reset")
+    blocks = ActiveState(inner, params, mode="reset")
     state = blocks.move(blocks.empty(), {"w1"}, params)
     np.testing.assert_array_equal(state.inner_state["w1"], params["w1"])
     state.inner_state["w1"].delete()
@@ -247,7 +247,7 @@ def test_bytes_on_the_device_are_those_of_the_active_blocks(mode, k, request):
     for first in (0, 3, 4):
         active = set(names[first : first + k])
         if state is None:
-            block_state = BlockState(INNER["adam"], params, mode=mode)
+            block_state = ActiveState(INNER["adam"], params, mode=mode)
             state = block_state.empty()
         state = block_state.move(state, active, params)
         updates, state = tx.update(gradients(params, 0, active), state, params, active=active)
@@ -263,7 +263,7 @@ def test_bytes_of_stacked_layers():
     params = {"stack": jnp.ones((8, 32, 32))}
     tx = update_active(INNER["adam"], stacked_axis=lambda path: 0)
     full = nbytes(tx.init(params).inner_state)
-    blocks = BlockState(INNER["adam"], params, mode="offload", stacked_axis=lambda path: 0)
+    blocks = ActiveState(INNER["adam"], params, mode="offload", stacked_axis=lambda path: 0)
     assert nbytes(blocks.empty().inner_state) < 0.01 * full
     state = blocks.move(blocks.empty(), {"stack[2]", "stack[5]"}, params)
     assert state.inner_state[0].mu["stack"].shape == (2, 32, 32)
@@ -275,7 +275,7 @@ def test_bytes_of_stacked_layers():
 
 def test_only_shapes_of_parameters_are_read():
     shapes = {f"w{i}": jax.ShapeDtypeStruct((100_000, 100_000), jnp.float32) for i in range(3)}
-    blocks = BlockState(INNER["adam"], shapes, mode="reset")
+    blocks = ActiveState(INNER["adam"], shapes, mode="reset")
     assert blocks.slots.names == ("w0", "w1", "w2")
 
 
@@ -320,7 +320,7 @@ def test_a_complete_state_has_the_shapes_of_the_full_one():
 def test_leaves_of_a_group_move_together():
     params = {"a": {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}, "z": jnp.ones(3)}
     options = {"group": lambda path: "a" if path.startswith("a/") else None}
-    blocks = BlockState(INNER["adam"], params, mode="offload", **options)
+    blocks = ActiveState(INNER["adam"], params, mode="offload", **options)
     state = blocks.move(blocks.empty(), {"a"}, params)
     assert state.inner_state[0].nu["z"] is None
     assert state.inner_state[0].nu["a"]["w"].shape == (2, 2)
@@ -330,7 +330,7 @@ def test_leaves_of_a_group_move_together():
 
 
 def test_an_optimizer_without_state():
-    blocks = BlockState(optax.sgd(0.1), make_params(), mode="offload")
+    blocks = ActiveState(optax.sgd(0.1), make_params(), mode="offload")
     state = blocks.move(blocks.empty(), {"w1"}, make_params())
     assert jax.tree.leaves(state.inner_state) == []
 
@@ -339,8 +339,8 @@ def test_errors():
     params = make_params()
     for mode in ("keep", "drop", None):
         with pytest.raises(ValueError, match="mode must be one of"):
-            BlockState(INNER["adam"], params, mode=mode)
-    blocks = BlockState(INNER["adam"], params, mode="reset")
+            ActiveState(INNER["adam"], params, mode=mode)
+    blocks = ActiveState(INNER["adam"], params, mode="reset")
     with pytest.raises(ValueError, match="no slot 'v'"):
         blocks.move(blocks.empty(), {"w1", "v"}, params)
     tx = update_active(INNER["adam"])
@@ -351,6 +351,6 @@ def test_errors():
 
 def test_stacks_on_another_axis_are_refused():
     with pytest.raises(ValueError, match="axis 1"):
-        BlockState(
+        ActiveState(
             INNER["adam"], {"w": jnp.ones((3, 3))}, mode="offload", stacked_axis=lambda path: 1
         )
