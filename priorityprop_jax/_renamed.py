@@ -8,7 +8,7 @@ from typing import Any
 
 # What has moved: the old name, and its room and name there.
 MOVED = {
-    "BlockState": "partial.offload.BlockState",
+    "BlockState": "partial.ActiveState",
     "Compute": "partial.step.Compute",
     "Costs": "partial.costs.Costs",
     "HighwayReport": "highway.HighwayReport",
@@ -27,7 +27,6 @@ MOVED = {
     "Variants": "partial.variants.Variants",
     "WorkerLostError": "training.WorkerLostError",
     "active_sets": "partial.policies.active_sets",
-    "apply_active_updates": "partial.grad.apply_active_updates",
     "apply_further_mask": "sparse.apply_further_mask",
     "chain": "partial.stages.chain",
     "choose_active": "partial.policies.choose_active",
@@ -51,9 +50,9 @@ MOVED = {
     "meprop_dot_general": "meprop.meprop_dot_general",
     "meprop_value_and_grad": "meprop.value_and_grad",
     "merge_upward": "partial.variants.merge_upward",
-    "nnx_partial_value_and_grad": "partial.grad.nnx_partial_value_and_grad",
+    "nnx_partial_value_and_grad": "partial.value_and_grad",
     "nnx_stages": "partial.stages.nnx_stages",
-    "partial_value_and_grad": "partial.grad.partial_value_and_grad",
+    "partial_value_and_grad": "partial.value_and_grad",
     "plot_quality": "highway.plot_quality",
     "prune": "sparse.prune",
     "repeats": "priority.schedule.repeats",
@@ -69,13 +68,14 @@ MOVED = {
     "sparsify": "sparse.sparsify",
     "stack_params": "partial.stages.stack_params",
     "top_k_updates": "priority.top_k.top_k_updates",
-    "update_active": "partial.update.update_active",
+    "update_active": "partial.update_active",
 }
 
 # What is gone: the old name, and what to use instead.
 GONE: dict[str, str] = {
     "DynamicSparsity": "use Trainer(step=priorityprop_jax.sparse.dynamic(end))",
     "TopKCompute": "use Trainer(step=priorityprop_jax.meprop.step(share))",
+    "apply_active_updates": "optax.apply_updates takes the updates of update_active",
     "apply_row_updates": "optax.apply_updates takes row-sparse updates",
     "communication": "read the text of the compiled program",
     "highway_stages": "split the batch and run an exact pipeline",

@@ -32,7 +32,6 @@ EXCEPTIONS: dict[str, set[str]] = {
     "circles": set(),
     "doors": {
         "models",
-        "partial",
     },
     "files": {
         "priorityprop_jax.models.bert",

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
@@ -72,7 +71,11 @@ class RowSparse:
     def tree_unflatten(cls, static: Any, children: Any) -> RowSparse:
         """For JAX: the inverse of `tree_flatten_with_keys`."""
         rows, shape = static
-        return cls(*children, shape) if rows is None else cls(rows, *children, shape)
+        if rows is None:
+            rows, values = children
+        else:
+            (values,) = children
+        return cls(rows, values, shape)
 
     def __radd__(self, whole: Any) -> jax.Array:
         check_rows(self)
@@ -141,16 +144,23 @@ def take(x: Any, rows: tuple[int, ...]) -> Any:
     """Static rows of axis 0 of an array or a `jax.ShapeDtypeStruct`, ``[k, ...]``."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((len(rows), *x.shape[1:]), x.dtype)
-    if rows == tuple(range(rows[0], rows[0] + len(rows))):
+    if len(runs := _runs(rows)) == 1:
         return x[rows[0] : rows[0] + len(rows)]  # a slice is cheaper than a gather
-    return x[np.asarray(rows)]
+    return jnp.concatenate([x[rows[i] : rows[i] + n] for i, n in runs]) if runs else x[:0]
 
 
 def put(x: Any, rows: tuple[int, ...], new: jax.Array) -> jax.Array:
-    """The inverse of `take`: the array with these rows replaced."""
-    if rows == tuple(range(rows[0], rows[0] + len(rows))):
-        return lax.dynamic_update_slice_in_dim(jnp.asarray(x), new, rows[0], 0)
-    return jnp.asarray(x).at[np.asarray(rows)].set(new, **SCATTER)
+    """The inverse of `take`: the array with these rows replaced, in place where it is donated."""
+    x = jnp.asarray(x)
+    for i, n in _runs(rows):
+        x = lax.dynamic_update_slice_in_dim(x, new[i : i + n], rows[i], 0)
+    return x
+
+
+def _runs(rows: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Where runs of rows that follow one another begin, and how long they are."""
+    starts = [i for i, row in enumerate(rows) if i == 0 or row != rows[i - 1] + 1]
+    return [(i, j - i) for i, j in zip(starts, [*starts[1:], len(rows)], strict=True)]
 
 
 def is_row_sparse(x: Any) -> bool:

@@ -76,7 +76,7 @@ class Slots:
           active: names of slots.
 
         Returns:
-          What `partial_value_and_grad` calls them: the same names but for groups.
+          Their paths, ``[3]`` behind those of layer 3 of a stack.
 
         Raises:
           ValueError: if there is no slot of a name, or a leaf is stacked on another axis than 0.

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +15,8 @@ import numpy as np
 import optax
 
 from priorityprop_jax.core.program import abstract, analysis, has_shape
-from priorityprop_jax.partial.grad import (
-    apply_active_updates,
-    find_active,
-    partial_value_and_grad,
-)
-
-
-class _Slots(Protocol):
-    @property
-    def names(self) -> tuple[str, ...]: ...
-    @property
-    def depths(self) -> tuple[int, ...]: ...
-    def leaves(self, active: Any) -> frozenset[str]: ...
+from priorityprop_jax.core.slots import Slots
+from priorityprop_jax.partial.grad import ActiveLeaves, find_active
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +79,7 @@ def measure_costs(
     loss_fn: Callable[[Any, Any], Any],
     params: Any,
     batch: Any,
-    slots: _Slots,
+    slots: Slots,
     *,
     has_aux: bool = False,
     optimizer: optax.GradientTransformation | None = None,
@@ -141,7 +130,8 @@ def measure_costs(
     without = [suffixes[at] - {name} for at, name in zip(within, slots.names, strict=True)]
 
     def compile_step(active: frozenset[str]) -> Any:
-        return _compile(loss_fn, params, batch, slots.leaves(active), has_aux, optimizer)
+        chosen = find_active(params, slots, active)
+        return _compile(loss_fn, params, batch, chosen, has_aux, optimizer)
 
     wanted = list(dict.fromkeys([*suffixes, *without]))
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -179,21 +169,23 @@ def _compile(
     loss_fn: Any,
     params: Any,
     batch: Any,
-    leaves: frozenset[str],
+    chosen: ActiveLeaves,
     has_aux: bool,
     optimizer: optax.GradientTransformation | None,
 ) -> Any:
-    chosen = find_active(params, leaves)
     active, frozen = chosen.split(params)
     state = () if optimizer is None else jax.eval_shape(optimizer.init, chosen.part(params))
 
     def step(active, state, frozen, batch):
         params = chosen.join(active, frozen)
-        value, grads = partial_value_and_grad(loss_fn, leaves, has_aux=has_aux)(params, batch)
+        part = chosen.part(params)
+        value, grads = jax.value_and_grad(
+            lambda part: loss_fn(chosen.replace(params, part), batch), has_aux=has_aux
+        )(part)
         if optimizer is None:
             return grads, value
-        updates, state = optimizer.update(grads, state, chosen.part(params))
-        new, _ = chosen.split(apply_active_updates(params, updates, leaves))
+        updates, state = optimizer.update(grads, state, part)
+        new, _ = chosen.split(chosen.replace(params, optax.apply_updates(part, updates)))
         return new, state, value
 
     lowered = jax.jit(step, donate_argnums=(0, 1) if optimizer else ()).lower(

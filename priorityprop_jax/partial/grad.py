@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.core.rows import RowSparse, put, take
 from priorityprop_jax.core.slots import Bundle, Slots, find_slots
 
@@ -149,8 +150,8 @@ def find_active(params: Any, slots: Slots, active: Names) -> ActiveLeaves:
       What is active.
 
     Raises:
-      ValueError: if there is no slot of a name, or single layers of a leaf are meant that is
-        stacked on another axis than 0.
+      ValueError: if there is no slot of a name, if the slots are of other parameters, or if single
+        layers of a leaf are meant that is stacked on another axis than 0.
 
     Example:
       >>> import jax.numpy as jnp
@@ -162,7 +163,15 @@ def find_active(params: Any, slots: Slots, active: Names) -> ActiveLeaves:
       ((1, 3), None, True)
     """
     active = choose(slots.names, active)
-    treedef = jax.tree.structure(params)
+    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+    for bundle in slots.bundles:
+        mark = "" if bundle.layers is None else "[0]"
+        for leaf, name in zip(bundle.leaves, slots.leaf_names[bundle.start], strict=False):
+            if leaf >= len(paths) or path_name(paths[leaf][0]) + mark != name:
+                raise ValueError(
+                    f"the slots have a leaf {name!r}, but the parameters have none of that name in "
+                    "its place; give the slots that find_slots finds in them"
+                )
     rows: list[bool | tuple[int, ...] | None] = [None] * treedef.num_leaves
     for bundle in slots.bundles:
         own = active_rows(bundle, slots, active)

@@ -19,19 +19,17 @@ from priorityprop_jax.core.slots import Slots, by_layer, find_slots
 from priorityprop_jax.partial.costs import Costs, StepCosts, measure_costs
 from priorityprop_jax.partial.grad import (
     ActiveLeaves,
-    apply_active_updates,
     find_active,
-    partial_value_and_grad,
+    value_and_grad_of,
 )
-from priorityprop_jax.partial.offload import BLOCK_STATES, BlockState
+from priorityprop_jax.partial.offload import STATES, ActiveState
 from priorityprop_jax.partial.policies import Policy, Situation, make_policy, step_cost
 from priorityprop_jax.partial.prefix_cache import PrefixCache, fingerprint, rounded
 from priorityprop_jax.partial.stages import Stages
-from priorityprop_jax.partial.update import expected_gains, update_active
+from priorityprop_jax.partial.update import ActiveUpdatesState, expected_gains, update_active
 from priorityprop_jax.partial.variants import Variants
 from priorityprop_jax.priority.per_slot import PerSlot
 from priorityprop_jax.priority.scores import priority
-from priorityprop_jax.priority.transform import PriorityPropState
 
 # (params, rest, batch, x, start) -> (loss, (metrics, rest)); x enters stage `start`.
 Loss = Callable[..., tuple[jax.Array, tuple[dict[str, jax.Array], Any]]]
@@ -79,8 +77,8 @@ class Compute:
         if self.costs is not None and not isinstance(self.costs, Costs | StepCosts):
             raise TypeError(f"costs must come from measure_costs, got {self.costs!r}")
         Variants(frozenset(), self.max_variants)
-        if self.block_state not in BLOCK_STATES:
-            raise ValueError(f"block_state must be one of {BLOCK_STATES}, got {self.block_state!r}")
+        if self.block_state not in STATES:
+            raise ValueError(f"block_state must be one of {STATES}, got {self.block_state!r}")
         if self.cache is not None and not isinstance(self.cache, PrefixCache):
             raise TypeError(f"cache must be a PrefixCache or None, got {self.cache!r}")
         check_updates(self.schedule, self.clip_norm)
@@ -184,7 +182,7 @@ class BudgetedStep:
         self.transformation = update_active(optimizer, gain_decay=compute.gain_decay, **where)
         self._blocks = None
         if compute.block_state != "keep":
-            self._blocks = BlockState(optimizer, params, mode=compute.block_state, **where)
+            self._blocks = ActiveState(optimizer, params, mode=compute.block_state, **where)
         self._shapes = jax.tree.map(abstract, params)
         self._per_slot = PerSlot(optax.with_extra_args_support(optimizer), self._shapes, self.slots)
         self._everything = frozenset(self.slots.names)
@@ -212,7 +210,7 @@ class BudgetedStep:
 
     # What a user can look at.
 
-    def init(self, params: Any) -> PriorityPropState:
+    def init(self, params: Any) -> ActiveUpdatesState:
         """The optimizer state before the first step."""
         if self._blocks is None:
             state: Any = self.transformation.init(params)
@@ -225,7 +223,7 @@ class BudgetedStep:
         full = self._full_flops * self._step
         return 1 - sum(spent.flops for spent in self._spent.values()) / full if full else 0.0
 
-    def report(self, state: PriorityPropState, seconds: float = 0.0) -> dict[str, Any]:
+    def report(self, state: ActiveUpdatesState, seconds: float = 0.0) -> dict[str, Any]:
         """What was spent, in all and by layer, against a training of everything.
 
         Args:
@@ -260,7 +258,7 @@ class BudgetedStep:
         }
 
     def _layers(
-        self, state: PriorityPropState, flops: float, seconds: float
+        self, state: ActiveUpdatesState, flops: float, seconds: float
     ) -> list[dict[str, Any]]:
         """By layer from the input: updates, and FLOPs as the chain back and the slots' own."""
         counts = np.asarray(state.update_counts)
@@ -287,7 +285,7 @@ class BudgetedStep:
             )
         return rows
 
-    def _state_bytes(self, state: PriorityPropState, members: list[int]) -> int:
+    def _state_bytes(self, state: ActiveUpdatesState, members: list[int]) -> int:
         """Bytes of optimizer state that these slots have on the device."""
         leaves = self._per_slot.state_treedef.flatten_up_to(state.inner_state)
         total = 0.0
@@ -303,8 +301,8 @@ class BudgetedStep:
     # Running.
 
     def __call__(
-        self, params: Any, rest: Any, state: PriorityPropState, batch: Any
-    ) -> tuple[Any, Any, PriorityPropState, dict[str, Any]]:
+        self, params: Any, rest: Any, state: ActiveUpdatesState, batch: Any
+    ) -> tuple[Any, Any, ActiveUpdatesState, dict[str, Any]]:
         """Runs one step. The arrays given are donated.
 
         Args:
@@ -343,14 +341,14 @@ class BudgetedStep:
 
     def _program(self, active: frozenset[str], start: int) -> Callable[..., Any]:
         """The step of one active set, as a pure function."""
-        leaves, compute = self.slots.leaves(active), self._compute
+        compute = self._compute
 
         def step(part, frozen, rest, state, batch, x):
             chosen = self._chosen(active)
             params = chosen.join(part, frozen)
-            (loss, (metrics, rest)), grads = partial_value_and_grad(
-                self._loss, leaves, has_aux=True
-            )(params, rest, batch, x, start)
+            (loss, (metrics, rest)), grads = value_and_grad_of(self._loss, chosen, has_aux=True)(
+                params, rest, batch, x, start
+            )
             # Descent goes along the conjugate of what JAX gives for complex parameters.
             grads = jax.tree.map(jnp.conj, grads)
             if compute.clip_norm is not None:
@@ -363,7 +361,7 @@ class BudgetedStep:
             if compute.schedule is not None:
                 scale = compute.schedule(now)
                 updates = jax.tree.map(lambda u: (u * scale).astype(u.dtype), updates)
-            params = apply_active_updates(params, updates, leaves)
+            params = optax.apply_updates(params, updates)
             return chosen.split(params)[0], rest, state, {"loss": loss, **metrics}
 
         return step
@@ -555,7 +553,7 @@ class BudgetedStep:
             forward.append(program_flops(lowered.compile()) if stop else 0.0)
         return forward
 
-    def _new_cycle(self, state: PriorityPropState) -> PriorityPropState:
+    def _new_cycle(self, state: ActiveUpdatesState) -> ActiveUpdatesState:
         assert self._planning is not None and self.costs is not None
         cycle, steps = self._step // self._cycle_steps, self._cycle_steps
         allowed = self._allowance() * (self._step + steps) - self._charged
@@ -612,7 +610,7 @@ class BudgetedStep:
     def _chosen(self, active: frozenset[str]) -> ActiveLeaves:
         """The leaves of an active set, looked up once rather than at every step."""
         if active not in self._leaves:
-            self._leaves[active] = find_active(self._shapes, self.slots.leaves(active))
+            self._leaves[active] = find_active(self._shapes, self.slots, active)
         return self._leaves[active]
 
     def _deepest(self, active: frozenset[str]) -> int:
@@ -627,7 +625,7 @@ class BudgetedStep:
 
     # Checkpoints.
 
-    def complete(self, state: PriorityPropState) -> PriorityPropState:
+    def complete(self, state: ActiveUpdatesState) -> ActiveUpdatesState:
         """The optimizer state with that of all slots, for a checkpoint."""
         return state if self._blocks is None else self._blocks.complete(state)
 
@@ -650,7 +648,7 @@ class BudgetedStep:
             "waiting": sorted(self._blocks.waiting) if self._blocks else [],
         }
 
-    def restore(self, record: Mapping[str, Any], state: PriorityPropState) -> PriorityPropState:
+    def restore(self, record: Mapping[str, Any], state: ActiveUpdatesState) -> ActiveUpdatesState:
         """The inverse of `record` and `complete`.
 
         Args:

@@ -396,10 +396,10 @@ def test_the_schedule_warms_up_and_ends_at_zero():
 
 
 def test_choices_are_the_libraries():
-    from priorityprop_jax.partial.offload import BLOCK_STATES
+    from priorityprop_jax.partial.offload import STATES
     from priorityprop_jax.partial.prefix_cache import _DTYPES
 
-    assert finetune.BLOCK_STATES == BLOCK_STATES and finetune.CACHE_DTYPES == _DTYPES
+    assert finetune.BLOCK_STATES == STATES and finetune.CACHE_DTYPES == _DTYPES
     assert runs.RUNS == Path("runs")
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from priorityprop_jax import StepCosts, find_slots, measure_costs, partial_value_and_grad
+from priorityprop_jax import find_slots
 from priorityprop_jax.core.program import product_flops, program_flops
+from priorityprop_jax.partial import StepCosts, measure_costs, value_and_grad
 from priorityprop_jax.partial.costs import Costs
 from priorityprop_jax.partial.policies import step_cost
 
@@ -50,7 +51,7 @@ def by_layer(path):
 
 
 def compiled(slots, active):
-    step = partial_value_and_grad(loss_fn, slots.leaves(active))
+    step = value_and_grad(loss_fn, active)
     return jax.jit(step).lower(PARAMS, X).compile()
 
 
@@ -146,10 +147,11 @@ def test_stacked_layers():
             x = jnp.tanh(x @ params["stack"]["kernel"][i])
         return jnp.sum(x @ params["head"]["kernel"])
 
-    slots = find_slots(params, stacked_axis=lambda path: 0 if "stack" in path else None)
+    axis = lambda path: 0 if "stack" in path else None  # noqa: E731
+    slots = find_slots(params, stacked_axis=axis)
     costs = measure_costs(loss, params, array(8, 16), slots)
     for active in ({"stack/kernel[2]"}, {"stack/kernel[0]", "stack/kernel[2]", "head/kernel"}):
-        step = partial_value_and_grad(loss, slots.leaves(active))
+        step = value_and_grad(loss, active, stacked_axis=axis)
         found = program_flops(jax.jit(step).lower(params, array(8, 16)).compile())
         # Moving layers in and out of their stack counts here, where layers are tiny.
         np.testing.assert_allclose(step_cost(slots, costs.flops, active), found, rtol=0.1)
@@ -255,7 +257,7 @@ def test_errors():
 
     with pytest.raises(ValueError, match="no slots"):
         measure_costs(loss, {}, array(2, 2), find_slots({}))
-    with pytest.raises(ValueError, match="no leaf is called"):
+    with pytest.raises(ValueError, match="none of that name"):
         measure_costs(loss, params, array(2, 2), find_slots({"v": array(2, 2)}))
 
 

@@ -2,21 +2,21 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.training.train_state import TrainState
 
-from priorityprop_jax import (
-    apply_active_updates,
-    find_slots,
-    nnx_partial_value_and_grad,
-    partial_value_and_grad,
-    update_active,
-)
-from priorityprop_jax.partial.update import active_rows, expected_gains
+from priorityprop_jax import find_slots, partial
+from priorityprop_jax.core.rows import Frozen, RowSparse
+from priorityprop_jax.partial import update_active
+from priorityprop_jax.partial.grad import active_rows, choose
+from priorityprop_jax.partial.update import ActiveUpdatesState, expected_gains
+from priorityprop_jax.priority.ledger import Ledger
 
 SHAPES = {
     "Dense_0": {"kernel": (3, 4), "bias": (4,)},
@@ -87,7 +87,7 @@ def train(tx, params, sets):
     state = tx.init(params)
     for step, active in enumerate(sets):
         updates, state = tx.update(gradients(params, step, active), state, params)
-        params = apply_active_updates(params, updates, active)
+        params = optax.apply_updates(params, updates)
     return params, state
 
 
@@ -111,8 +111,7 @@ def test_every_slot_is_trained_as_if_alone(name):
             assert a.dtype == b.dtype
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
     np.testing.assert_array_equal(state.update_counts, counts)
-    np.testing.assert_array_equal(state.score_counts, counts)
-    np.testing.assert_allclose(state.magnitudes, means, rtol=1e-5)
+    np.testing.assert_allclose(state.gains, means, rtol=1e-5)
     assert state.step == len(sets) and not state.nonfinite_counts.any()
 
 
@@ -133,7 +132,7 @@ def test_inactive_slots_do_not_change_by_a_bit(name):
     params, state = train(tx, params, [set(NAMES)] * 2)
     active = {"Dense_0/kernel"}
     updates, after = jax.jit(tx.update)(gradients(params, 2, active), state, params)
-    new = apply_active_updates(params, updates, active)
+    new = optax.apply_updates(params, updates)
     treedef = jax.tree.structure(params)
     for slot, slot_name in enumerate(NAMES):
         before = slot_state(state.inner_state, slot, treedef)
@@ -143,7 +142,7 @@ def test_inactive_slots_do_not_change_by_a_bit(name):
             continue
         assert_same(before, now)
         assert_same(jax.tree.leaves(params)[slot], jax.tree.leaves(new)[slot])
-        for field in ("update_counts", "magnitudes", "score_counts", "nonfinite_counts"):
+        for field in ("update_counts", "gains", "nonfinite_counts"):
             assert getattr(after, field)[slot] == getattr(state, field)[slot]
 
 
@@ -154,7 +153,7 @@ def test_with_every_slot_active_it_is_the_plain_optimizer(name):
     update, plain_update = jax.jit(tx.update), jax.jit(INNER[name].update)
     for step in range(4):
         updates, state = update(gradients(params, step, NAMES), state, params)
-        params = apply_active_updates(params, updates, NAMES)
+        params = optax.apply_updates(params, updates)
         updates, plain_state = plain_update(
             gradients(plain_params, step, NAMES), plain_state, plain_params
         )
@@ -218,17 +217,23 @@ def test_stacked_layers_are_trained_as_layers_apart():
         full = jnp.sin(3 * stacked["stack"] + step)
         grads = {
             "head": jnp.cos(stacked["head"] + step) if "head" in active else None,
-            "stack": full[np.array(rows)] if rows else None,
+            "stack": RowSparse(tuple(rows), full[np.array(rows)], full.shape) if rows else None,
         }
-        updates, state = tx.update(grads, state, stacked, active=active)
-        assert updates["stack"] is None if not rows else updates["stack"].shape == (len(rows), 2, 3)
-        stacked = apply_active_updates(stacked, updates, active)
+        if len(rows) == LAYERS:
+            grads["stack"] = full
+        updates, state = tx.update(grads, state, stacked)
+        update = updates["stack"]
+        if 0 < len(rows) < LAYERS:
+            assert update.rows == tuple(rows) and update.values.shape == (len(rows), 2, 3)
+        else:
+            assert isinstance(update, jax.Array if rows else Frozen)
+        stacked = optax.apply_updates(stacked, updates)
         grads = {k: None for k in apart} | {
             **({"head": grads["head"]} if "head" in active else {}),
             **{f"stack[{i}]": full[i] for i in rows},
         }
         updates, plain_state = plain.update(grads, plain_state, apart)
-        apart = apply_active_updates(apart, updates, active)
+        apart = optax.apply_updates(apart, updates)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
     jax.tree.map(close, unstack(stacked), apart)
     treedef, plain_treedef = jax.tree.structure(stacked), jax.tree.structure(apart)
@@ -255,7 +260,7 @@ def test_layers_on_another_axis_are_active_together():
     np.testing.assert_allclose(updates["w"], -0.1 * np.ones((2, 3)), rtol=1e-5)
     np.testing.assert_array_equal(state.update_counts, [1, 1, 1])
     with pytest.raises(ValueError, match="stacked on axis 1"):
-        tx.update({"w": jnp.ones((2, 2))}, state, params, active={"w[0]", "w[1]"})
+        tx.update({"w": jnp.ones((2, 3))}, state, params, active={"w[0]", "w[1]"})
 
 
 def test_active_rows():
@@ -279,9 +284,9 @@ def test_the_average_gain_and_values_that_are_not_finite():
         gain = rate * g * g
         mean = decay * mean + (1 - decay) * (gain if np.isfinite(gain) else 0.0)
         count += 1
-        np.testing.assert_allclose(state.magnitudes, [0.0, mean], rtol=1e-6)
+        np.testing.assert_allclose(state.gains, [0.0, mean], rtol=1e-6)
     np.testing.assert_array_equal(state.nonfinite_counts, [0, 2])
-    np.testing.assert_array_equal(state.score_counts, [0, count])
+    np.testing.assert_array_equal(state.update_counts, [0, count])
     expected = mean / (1 - decay**count)
     np.testing.assert_allclose(expected_gains(state, decay), [np.nan, expected], rtol=1e-6)
     assert expected_gains(state, decay).dtype == np.float64
@@ -305,7 +310,7 @@ def test_a_clip_in_front_sees_active_gradients_only():
     params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
     tx = optax.chain(optax.clip_by_global_norm(1.0), update_active(optax.sgd(1.0)))
     updates, _ = tx.update({"a": None, "b": jnp.array([3.0, 4.0])}, tx.init(params), params)
-    assert updates["a"] is None
+    assert isinstance(updates["a"], Frozen)
     np.testing.assert_allclose(updates["b"], [-0.6, -0.8], rtol=1e-6)
     both = {"a": jnp.array([0.0, 12.0]), "b": jnp.array([3.0, 4.0])}
     updates, _ = tx.update(both, tx.init(params), params)
@@ -358,23 +363,6 @@ def test_updates_have_the_dtype_of_gradients():
     assert [x.dtype for x in jax.tree.leaves(state)] == [x.dtype for x in jax.tree.leaves(after)]
 
 
-def test_nnx_modules():
-    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
-    x = jnp.ones((4, 3))
-    tx = update_active(optax.adam(1e-2))
-    params = nnx.as_pure(nnx.state(model, nnx.Param))
-    state = tx.init(params)
-    kernel = np.asarray(model.kernel[...])
-    for _ in range(2):
-        _, grads = nnx_partial_value_and_grad(lambda m: jnp.mean(m(x) ** 2), {"bias"})(model)
-        params = nnx.as_pure(nnx.state(model, nnx.Param))
-        updates, state = tx.update(grads, state, params)
-        nnx.update(model, apply_active_updates(params, updates, {"bias"}))
-    np.testing.assert_array_equal(model.kernel[...], kernel)
-    np.testing.assert_allclose(np.abs(model.bias[...]), 0.02, rtol=0.02)
-    np.testing.assert_array_equal(state.update_counts, [2, 0])
-
-
 def test_one_program_for_each_active_set():
     params = make_stack()
     tx = update_active(optax.adam(1e-2), stacked_axis=stacked_axis)
@@ -384,9 +372,9 @@ def test_one_program_for_each_active_set():
 
     @functools.partial(jax.jit, static_argnames="active")
     def step(params, state, active):
-        _, grads = partial_value_and_grad(loss, active)(params)
-        updates, state = tx.update(grads, state, params, active=active)
-        return apply_active_updates(params, updates, active), state
+        _, grads = partial.value_and_grad(loss, active, stacked_axis=stacked_axis)(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
 
     state = tx.init(params)
     one, other = frozenset({"head", "stack[1]"}), frozenset({"head"})
@@ -410,24 +398,313 @@ def test_errors():
     state, grads = tx.init(params), {"a": None, "b": jnp.ones(2)}
     with pytest.raises(ValueError, match="needs the parameters"):
         tx.update(grads, state)
-    with pytest.raises(ValueError, match="no slot 'c'"):
+    with pytest.raises(ValueError, match="no slot is called 'c'"):
         tx.update(grads, state, params, active={"b", "c"})
     with pytest.raises(ValueError, match="'a' is active, but its gradient is absent"):
         tx.update(grads, state, params, active={"a", "b"})
-    with pytest.raises(ValueError, match="'b' is not active, but has gradients"):
-        tx.update(grads, state, params, active=set())
+    with pytest.raises(ValueError, match="a gradient 'c', but no parameter"):
+        tx.update(grads | {"c": jnp.ones(2)}, state, params)
+    with pytest.raises(ValueError, match=r"'b' has the shape \(3,\), but the parameter has \(2,\)"):
+        tx.update({"b": jnp.ones(3)}, state, params)
+    rows = RowSparse((1,), jnp.ones(1), (2,))
+    with pytest.raises(ValueError, match="give update_active the stacked_axis"):
+        tx.update({"b": rows}, state, params)
     absent = jax.tree.map(lambda x: x, state)
     absent.inner_state[0].trace["b"] = None
     with pytest.raises(ValueError, match="optimizer state is absent"):
         tx.update(grads, absent, params)
 
 
-def test_stacked_gradients_must_be_those_of_the_active_set():
+def test_stacked_gradients_must_fit():
     params = make_stack()
     tx = update_active(optax.sgd(0.1), stacked_axis=stacked_axis)
-    grads = {"head": None, "stack": jnp.ones((2, 2, 3))}
     state = tx.init(params)
-    with pytest.raises(ValueError, match="4 layers of 'stack' are active, but its gradient has 2"):
-        tx.update(grads, state, params)
-    with pytest.raises(ValueError, match="1 layers of 'stack' are active"):
-        tx.update(grads, state, params, active={"stack[0]"})
+    for k in (1, 2):  # what broadcasts and what does not
+        with pytest.raises(ValueError, match="of some layers of a stack it is a RowSparse"):
+            tx.update({"stack": jnp.ones((k, 2, 3))}, state, params)
+    some = RowSparse((1, 2), jnp.ones((2, 2, 3)), (LAYERS, 2, 3))
+    with pytest.raises(ValueError, match=r"'stack\[0\]' is active, but its gradient is absent"):
+        tx.update({"stack": some}, state, params, active={"stack[0]"})
+
+
+# Updates that add themselves.
+
+
+def as_tree(tree):
+    return jax.tree.map(np.asarray, tree)
+
+
+def test_frozen_parameters_are_the_very_same_and_negative_zeros_stay():
+    params = {
+        "a": jnp.array([-0.0, 1.0]),
+        "b": np.array([-0.0, 1.0], np.float32),
+        "c": jnp.bfloat16(-0.0),
+    }
+    for apply in (optax.apply_updates, jax.jit(optax.apply_updates)):
+        new = apply(params, dict.fromkeys(params, Frozen()))
+        assert jax.tree.map(lambda x: x.dtype, new) == {k: x.dtype for k, x in params.items()}
+        assert np.signbit(new["a"][0]) and np.signbit(new["b"][0]) and np.signbit(new["c"])
+    stack = jnp.full((4, 2), -0.0)
+    for rows in ((1,), (1, 2), (0, 3)):
+        new = jax.jit(optax.apply_updates)(stack, RowSparse(rows, jnp.ones((len(rows), 2)), (4, 2)))
+        np.testing.assert_array_equal(new, np.isin(np.arange(4), rows)[:, None] * np.ones(2))
+        np.testing.assert_array_equal(
+            np.signbit(new), ~np.isin(np.arange(4), rows)[:, None] * [True, True]
+        )
+
+
+def test_updates_of_rows_are_rounded_as_whole_ones_are():
+    rng = np.random.default_rng(0)
+    whole = jnp.asarray(rng.normal(size=(4, 8)), jnp.bfloat16)
+    update = jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)
+    expected = optax.apply_updates(whole, update)
+    for rows in ((1, 2), (0, 3)):
+        at = np.array(rows)
+        new = optax.apply_updates(whole, RowSparse(rows, update[at], whole.shape))
+        np.testing.assert_array_equal(new[at], expected[at])
+        assert new.dtype == whole.dtype
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_chain_behind_sees_what_is_active_only(jit):
+    params = make_stack() | {"frozen": jnp.array([-0.0, 2.0])}
+    schedule = lambda count: 2.0 * (count + 1)  # noqa: E731
+    tx = optax.chain(
+        update_active(optax.identity(), stacked_axis=stacked_axis),
+        optax.scale(-1),
+        optax.scale_by_schedule(schedule),
+    )
+    update = jax.jit(tx.update) if jit else tx.update
+    grads = {"head": jnp.ones(3), "stack": RowSparse((1, 3), jnp.ones((2, 2, 3)), (4, 2, 3))}
+    state, new = tx.init(params), params
+    for _ in range(2):
+        updates, state = update(grads, state, new)
+        new = optax.apply_updates(new, updates)
+    assert updates["stack"].rows == (1, 3) and isinstance(updates["frozen"], Frozen)
+    moved = np.zeros((4, 1, 1))
+    moved[[1, 3]] = -6
+    np.testing.assert_allclose(new["stack"], params["stack"] + moved, rtol=1e-6)
+    np.testing.assert_allclose(new["head"], params["head"] - 6, rtol=1e-6)
+    np.testing.assert_array_equal(new["stack"][::2], params["stack"][::2])
+    assert np.signbit(new["frozen"][0])
+
+
+@pytest.mark.parametrize(
+    "behind", [optax.add_decayed_weights(0.1), optax.trace(0.9), optax.scale_by_trust_ratio()]
+)
+@pytest.mark.parametrize("active", ["head", "stack[1]"])
+def test_what_reads_parameters_behind_raises_and_never_broadcasts(behind, active):
+    params = make_stack()
+    tx = optax.chain(update_active(optax.sgd(0.1), stacked_axis=stacked_axis), behind)
+    loss = lambda p: jnp.sum(p["stack"] ** 2) + jnp.sum(p["head"] ** 2)  # noqa: E731
+    _, grads = partial.value_and_grad(loss, active, stacked_axis=stacked_axis)(params)
+    with pytest.raises(ValueError, match=r"core\.rows\.(Frozen|RowSparse)"):
+        tx.update(grads, tx.init(params), params)
+
+
+def test_weight_decay_inside_sees_what_is_active_only():
+    params = make_stack()
+    tx = update_active(optax.adamw(0.1, weight_decay=0.5), stacked_axis=stacked_axis)
+    grads = {"stack": RowSparse((2,), jnp.ones((1, 2, 3)), (4, 2, 3))}
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    new = optax.apply_updates(params, updates)
+    for layer in (0, 1, 3):
+        np.testing.assert_array_equal(new["stack"][layer], params["stack"][layer])
+    expected = params["stack"][2] - 0.1 * (1 + 0.5 * params["stack"][2])
+    np.testing.assert_allclose(new["stack"][2], expected, rtol=1e-5)
+    np.testing.assert_array_equal(new["head"], params["head"])
+
+
+def test_bytes_touched_are_those_of_what_is_active():
+    params = {name: jnp.ones((2000, 2000)) for name in ("frozen", "stack")}  # 32 MB
+    tx = update_active(optax.sgd(0.1), stacked_axis=lambda path: 0 if path == "stack" else None)
+    shapes = jax.eval_shape(lambda: params)
+    for rows in ((3,), (3, 4), (3, 1000)):
+        grads = {"stack": RowSparse(rows, jnp.ones((len(rows), 2000)), (2000, 2000))}
+
+        def step(params, grads, state):
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        program = jax.jit(step, donate_argnums=(0, 2)).lower(
+            shapes, grads, jax.eval_shape(tx.init, params)
+        )
+        program = program.compile()
+        assert program.cost_analysis()["bytes accessed"] < 250_000  # of 32,000,000
+        assert program.memory_analysis().temp_size_in_bytes < 250_000
+        assert program.memory_analysis().alias_size_in_bytes >= 32_000_000
+
+
+# In other people's loops.
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(3, 3, rngs=rngs) for _ in range(3)])
+        self.head = nnx.Linear(3, 2, rngs=rngs)
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = nnx.relu(layer(x))
+        return self.head(x)
+
+
+def nnx_loss(model, x):
+    return jnp.mean((model(x) - 1) ** 2)
+
+
+@pytest.mark.parametrize("active", ["*", ["head", "layers/2"], lambda path: "bias" in path])
+def test_nnx_optimizer_takes_gradients_and_updates_as_they_are(active):
+    model, plain = Net(nnx.Rngs(0)), Net(nnx.Rngs(0))
+    before = as_tree(nnx.as_pure(nnx.state(model, nnx.Param)))
+    optimizer = nnx.Optimizer(model, update_active(optax.adamw(1e-2)), wrt=nnx.Param)
+    names = find_slots(before).names
+    x, traces = jnp.ones((4, 3)), []
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        traces.append(1)
+        loss, grads = partial.value_and_grad(nnx_loss, active)(model, x)
+        optimizer.update(model, grads)
+        return loss
+
+    # The plain optimizer on what is active alone, by an `nnx` filter.
+    trained = choose(names, active)
+    wrt = lambda path, x: "/".join(map(str, path)) in trained  # noqa: E731
+    reference = nnx.Optimizer(plain, optax.adamw(1e-2), wrt=wrt)
+    for _ in range(3):
+        loss = step(model, optimizer, x)
+        expected, grads = nnx.value_and_grad(nnx_loss, argnums=nnx.DiffState(0, wrt))(plain, x)
+        reference.update(plain, grads)
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert len(traces) == 1
+    after = as_tree(nnx.as_pure(nnx.state(model, nnx.Param)))
+    wanted = as_tree(nnx.as_pure(nnx.state(plain, nnx.Param)))
+    rows = zip(names, *map(jax.tree.leaves, (before, after, wanted)), strict=True)
+    for name, old, new, expected in rows:
+        np.testing.assert_allclose(new, expected, rtol=1e-5, atol=1e-7)
+        if name not in trained:
+            np.testing.assert_array_equal(new, old)
+    ledger = Ledger(find_slots(before))
+    ledger.record(optimizer.opt_state)
+    assert {row["slot"] for row in ledger.rows() if row["updates"] == 3} == trained
+    assert ledger.total == 3 * len(trained)
+
+
+def test_nnx_optimizer_takes_rows_of_a_stack_and_active():
+    class Stack(nnx.Module):
+        def __init__(self):
+            self.stack = nnx.Param(jnp.arange(1.0, 13.0).reshape(4, 3) / 9)
+            self.head = nnx.Param(jnp.ones(3))
+
+        def __call__(self, x):
+            for i in range(4):
+                x = jnp.tanh(x * self.stack[i])
+            return x * self.head[...]
+
+    model = Stack()
+    before = as_tree(nnx.as_pure(nnx.state(model)))
+    optimizer = nnx.Optimizer(
+        model, update_active(optax.adam(0.1), stacked_axis=stacked_axis), wrt=nnx.Param
+    )
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        grad_fn = partial.value_and_grad(nnx_loss, "stack[2]", stacked_axis=stacked_axis)
+        optimizer.update(model, grad_fn(model, x)[1])
+
+    step(model, optimizer, jnp.ones((2, 3)))
+    moved = np.any(np.asarray(model.stack[...]) != before["stack"], 1)
+    np.testing.assert_array_equal(moved, [False, False, True, False])
+    _, grads = nnx.value_and_grad(nnx_loss)(model, jnp.ones((2, 3)))
+    optimizer.update(model, grads, active=frozenset({"stack[0]"}))
+    moved = np.any(np.asarray(model.stack[...]) != before["stack"], 1)
+    np.testing.assert_array_equal(moved, [True, False, True, False])
+    np.testing.assert_array_equal(model.head[...], before["head"])
+
+
+def test_linens_train_state_and_its_chain():
+    class Mlp(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2)(nn.tanh(nn.Dense(4)(x)))
+
+    model, x = Mlp(), jnp.ones((4, 3))
+    tx = optax.chain(
+        optax.clip_by_global_norm(0.1),
+        update_active(optax.adamw(1.0)),
+        optax.scale_by_schedule(lambda count: 1e-2),
+    )
+    params = model.init(jax.random.key(0), x)["params"]
+    first = state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+    first = state = state.replace(step=jnp.int32(0))  # a number would compile once more
+
+    @jax.jit
+    def step(state, x):
+        loss = lambda params: jnp.mean((state.apply_fn({"params": params}, x) - 1) ** 2)  # noqa: E731
+        _, grads = partial.value_and_grad(loss, "Dense_1")(state.params)
+        return state.apply_gradients(grads=grads)
+
+    for _ in range(3):
+        state = step(state, x)
+    assert step._cache_size() == 1
+    assert_same(as_tree(first.params["Dense_0"]), as_tree(state.params["Dense_0"]))
+    for leaf in ("bias", "kernel"):
+        moved = np.abs(state.params["Dense_1"][leaf] - first.params["Dense_1"][leaf])
+        np.testing.assert_allclose(moved, 0.03, rtol=0.05)
+
+
+# Optax's contract.
+
+
+def test_state_is_of_one_structure_from_shapes_to_the_second_step():
+    params = make_params() | {"nothing": None, "half": jnp.ones(2, jnp.bfloat16)}
+    tx = update_active(optax.adam(1e-2))
+    state = tx.init(params)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    for other in (tx.init(shapes), jax.eval_shape(tx.init, params)):
+        assert jax.tree.structure(other) == jax.tree.structure(state)
+        for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(state), strict=True):
+            assert a.shape == b.shape and a.dtype == b.dtype
+    assert isinstance(state, ActiveUpdatesState)
+    update = jax.jit(tx.update)
+    grads = {"Dense_1": params["Dense_1"], "half": jnp.ones(2, jnp.bfloat16)}
+    for _ in range(3):
+        updates, state = update(grads, state, params)
+        new = optax.apply_updates(params, updates)
+    assert update._cache_size() == 1
+    assert updates["half"].dtype == new["half"].dtype == jnp.bfloat16
+    assert new["nothing"] is None and updates["nothing"] is None
+    assert new["Dense_0"]["kernel"] is params["Dense_0"]["kernel"]
+
+
+def test_multi_steps_around_with_the_active_slots_told():
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    tx = optax.MultiSteps(update_active(optax.sgd(0.5)), 2)
+    state, new = tx.init(params), params
+    update = jax.jit(functools.partial(tx.update, active=("b",)))
+    for scale in (1.0, 3.0, 1.0):
+        grads = {name: jnp.full(2, scale) for name in params}
+        updates, state = update(grads, state, new)
+        new = optax.apply_updates(new, updates)
+    np.testing.assert_array_equal(new["a"], params["a"])
+    np.testing.assert_array_equal(new["b"], 1 - 0.5 * 2)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_masked_and_multi_transform_around(whole):
+    params = {"a": jnp.ones(2), "b": jnp.ones(2), "c": jnp.ones(2)}
+    grads = {"a": jnp.ones(2), "b": jnp.ones(2), "c": jnp.ones(2) if whole else None}
+    tx = optax.masked(update_active(optax.sgd(0.5)), {"a": True, "b": False, "c": True})
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    np.testing.assert_array_equal(updates["a"], [-0.5, -0.5])
+    np.testing.assert_array_equal(updates["b"], grads["b"])  # as `optax.masked` has it
+    np.testing.assert_array_equal(state.inner_state.update_counts, [1, int(whole)])
+    tx = optax.multi_transform(
+        {"x": update_active(optax.sgd(0.5)), "y": optax.sgd(1.0)}, {"a": "x", "b": "y", "c": "x"}
+    )
+    updates, _ = tx.update(grads, tx.init(params), params)
+    new = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(new["a"], [0.5, 0.5])
+    np.testing.assert_array_equal(new["b"], [0.0, 0.0])
+    np.testing.assert_array_equal(new["c"], [0.5, 0.5] if whole else params["c"])
