@@ -171,8 +171,6 @@ class Trainer:
         """What the steps have cost so far, ready for JSON; see the `report` of the step."""
         return self.step.report(self._opt_state, math.fsum(self.history.seconds))
 
-    # Training.
-
     def train(
         self,
         loader: Iterable[Any],
@@ -366,8 +364,6 @@ class Trainer:
         finally:
             held, self._held = self._held, None
             self._model.join(*held)
-
-    # Checkpoints.
 
     def _arrays(self) -> tuple[Any, Any, Any]:
         return *self._current(), self.step.complete(self._opt_state)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -18,10 +17,11 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from priorityprop_jax import WorkerLostError, priorityprop
+from priorityprop_jax import priorityprop
 from priorityprop_jax.cli.tasks import cross_entropy
 from priorityprop_jax.core.slots import by_layer
-from priorityprop_jax.training.processes import raise_if_lost
+from priorityprop_jax.training import checkpoints
+from priorityprop_jax.training.processes import WorkerLostError, raise_if_lost
 from tests.training import worker
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -105,8 +105,8 @@ def test_checkpoints_pass_between_a_mesh_and_one_device(trained, tmp_path):
             np.testing.assert_array_equal(old, new)
         assert trainer.history.loss == source.history.loss
         if mesh is None:
-            with contextlib.ExitStack() as stack:
-                trainer._save(trainer._open_manager(stack, None))
+            with checkpoints.open_folder(tmp_path, ()) as manager:
+                trainer._save(manager)
             folder = tmp_path
 
 

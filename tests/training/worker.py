@@ -18,9 +18,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.tasks.char import CharTransformer
-from priorityprop_jax import PriorityPropTrainer, WorkerLostError
+from priorityprop_jax import PriorityPropTrainer
 from priorityprop_jax.cli.tasks import cross_entropy
 from priorityprop_jax.core.slots import by_layer
+from priorityprop_jax.training import WorkerLostError
 
 STEPS = 6  # in an epoch
 ROWS = 8  # in a batch
