@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 from jax.extend import core
@@ -16,9 +15,6 @@ from jax.extend import core
 from priorityprop_jax.rnn.rounds import HighwayReport, associative_affine, iterate, wide_type
 
 Block = Callable[[Any, Any], Any]
-Residual = str | float | jax.Array | np.ndarray | Callable[[Any, Any], Any]
-
-_MEASURED = {"measured": False, "measured_diagonal": True}
 
 
 def highway_report() -> HighwayReport:
@@ -49,7 +45,7 @@ def highway_scan(
     x: Any,
     *,
     iterations: int | None,
-    residual: Residual = "identity",
+    residual: Block | None = None,
     tol: float | None = None,
     guard: bool = True,
     collect: bool = False,
@@ -94,20 +90,10 @@ def highway_scan(
       iterations: rounds, :math:`k \ge 0`, at most if ``tol`` or ``guard`` end them sooner. None, or
         :math:`k \ge L - 1` without ``tol``, means the exact gradient by plain autodiff of the
         scan, which is less work than as many rounds.
-      residual: the :math:`K_i` that paths go along.
-
-        - ``"identity"``: 1.
-        - a number, or an array ``[layers]`` (one number a layer) or ``[layers, channels]`` (a
-          diagonal, over the last axis of ``x``). Taken as constant.
-        - ``"measured"``: one number a layer and array of ``x``, :math:`w^\top J_i^\top w /
-          w^\top w` along :math:`w = w^{(0)}` of the identity, kept within 0 and 1.5: what makes
-          the block's remainder smallest there. Costs as much as a round, and changes little where
-          a block's residual is the identity anyway.
-        - ``"measured_diagonal"``: the same by channel (the last axis of ``x``).
-        - a function ``(params_i, x) -> diagonal``, with a diagonal that broadcasts against ``x``,
-          such as the carry gate of a gated layer.
-
-        Any choice leads to the same exact gradient; a better one leads there in fewer rounds.
+      residual: the :math:`K_i` that paths go along: by default 1, or a function
+        ``(params_i, x) -> diagonal``, taken as constant, with a diagonal that broadcasts against
+        ``x``, such as the carry gate of a gated layer. Any choice leads to the same exact gradient;
+        a better one leads there in fewer rounds.
       tol: stop once a round's relative correction is not above it.
       guard: stop before a round whose correction is larger than the last one's, as the rounds
         after it would mostly lead further away; the first round is compared to the cotangents
@@ -142,39 +128,36 @@ def highway_scan(
       Fagnou et al., `Accelerated Training through Iterative Gradient Propagation Along the Residual
       Path <https://arxiv.org/abs/2501.17086>`_, 2025
     """
-    layers = check(block, params, x, iterations, residual, tol)
+    layers = _check(block, params, x, iterations, residual, tol)
     rounds = layers if iterations is None else iterations
-    given = None
-    if not callable(residual) and not isinstance(residual, str):
-        given = _given_residual(residual, layers, x)
 
     def layer(p: Any, x: Any) -> Any:
         y, aux = block(p, x) if has_aux else (block(p, x), None)
-        check_same(x, y)
+        _check_same(x, y)
         # A number is of the rest, so that what is differentiated is the floating-point alone.
-        differentiated, others = split(jax.tree.leaves(aux))
-        diagonal = _diagonal(residual(p, x), x) if callable(residual) else None
+        differentiated, others = _split(jax.tree.leaves(aux))
+        diagonal = None if residual is None else _diagonal(residual(p, x), x)
         structure.append(jax.tree.structure(aux))
         return (y, differentiated), (others, diagonal)
 
     structure: list[Any] = []
     first = jax.tree.map(lambda p: p[0], params)
-    hoisted, consts = hoist(layer, first, x)
+    hoisted, consts = _hoist(layer, first, x)
     tree = jax.tree.structure(params)
-    trained, fixed = split(jax.tree.leaves(params))  # [layers, ...]
-    shared, others = split(consts)
+    trained, fixed = _split(jax.tree.leaves(params))  # [layers, ...]
+    shared, others = _split(consts)
 
     def apply(trained: list, shared: list, x: Any, fixed: list, others: list) -> Any:
-        return hoisted(join(shared, others), jax.tree.unflatten(tree, join(trained, fixed)), x)
+        return hoisted(_join(shared, others), jax.tree.unflatten(tree, _join(trained, fixed)), x)
 
-    def scan(trained, shared, x, fixed, others, given, probe):
+    def scan(trained, shared, x, fixed, others, probe):
         def body(x, p):
             (y, aux), (rest, _) = apply(p[0], shared, x, p[1], others)
             return y, (y if collect else None, aux, rest)
 
         return lax.scan(body, x, (trained, fixed), length=layers)
 
-    def forward(trained, shared, x, fixed, others, given, probe):
+    def forward(trained, shared, x, fixed, others, probe):
         def body(x, p):
             run = functools.partial(apply, fixed=p[1], others=others)
             (y, aux), pullback, (rest, diagonal) = jax.vjp(run, p[0], shared, x, has_aux=True)
@@ -182,32 +165,24 @@ def highway_scan(
             return y, ((y if collect else None, aux, rest), pullback, diagonal)
 
         y, (outputs, pullbacks, diagonal) = lax.scan(body, x, (trained, fixed), length=layers)
-        return (y, outputs), (pullbacks, given if diagonal is None else diagonal)
+        return (y, outputs), (pullbacks, diagonal)
 
     def backward(residuals, bars):
         pullbacks, diagonal = residuals
         y_bar, (ys_bar, aux_bar, _) = bars
-        dtypes = jax.tree.map(lambda y: y.dtype, y_bar)
+        narrow = lambda w: jax.tree.map(lambda w, y: w.astype(y.dtype), w, y_bar)  # noqa: E731
 
-        def pull(w: Any, aux_bar: Any) -> Any:
+        def pull(w: Any) -> Any:
             return jax.vmap(lambda pullback, *bars: pullback(bars))(pullbacks, w, aux_bar)
-
-        def pull_wide(w: Any, aux_bar: Any) -> Any:
-            """``w`` as the blocks see it, and the cotangents of their inputs."""
-            w = jax.tree.map(lambda w, dtype: w.astype(dtype), w, dtypes)
-            return wide(w), wide(pull(w, aux_bar)[2])
 
         b = jax.tree.map(lambda y: jnp.zeros((layers, *y.shape), wide_type(y)), y_bar)
         b = jax.tree.map(lambda b, y: b.at[-1].set(y.astype(b.dtype)), b, y_bar)
         if collect:
-            b = jax.tree.map(jnp.add, b, wide(ys_bar))
-        if isinstance(residual, str) and residual in _MEASURED:
-            pulled = pull_wide(_accumulate(b, None), jax.tree.map(jnp.zeros_like, aux_bar))
-            by_channel = _MEASURED[residual]
-            diagonal = jax.tree.map(functools.partial(_measure, by_channel=by_channel), *pulled)
+            b = jax.tree.map(jnp.add, b, _wide(ys_bar))
 
         def step(w: Any) -> Any:
-            w, u = pull_wide(w, aux_bar)
+            w = narrow(w)  # as the blocks see it
+            w, u = _wide(w), _wide(pull(w)[2])
             if diagonal is None:
                 u = jax.tree.map(jnp.subtract, u, w)
             else:
@@ -215,20 +190,19 @@ def highway_scan(
             return _accumulate(jax.tree.map(lambda b, u: b.at[:-1].add(u[1:]), b, u), diagonal)
 
         w, report = iterate(step, _accumulate(b, diagonal), rounds, tol, guard)
-        w = jax.tree.map(lambda w, dtype: w.astype(dtype), w, dtypes)
-        trained_bar, shared_bar, x_bar = pull(w, aux_bar)
+        trained_bar, shared_bar, x_bar = pull(narrow(w))
         add = lambda g: jnp.sum(g, 0, dtype=wide_type(g)).astype(g.dtype)  # noqa: E731
         shared_bar = jax.tree.map(add, shared_bar)
         x_bar = jax.tree.map(lambda g: g[0], x_bar)
         probe_bar = None if probe is None else report
-        return trained_bar, shared_bar, x_bar, None, None, None, probe_bar
+        return trained_bar, shared_bar, x_bar, None, None, probe_bar
 
     run = scan
     if rounds < layers - 1 or tol is not None and iterations is not None:
         run = jax.custom_vjp(scan)
         run.defvjp(forward, backward)
-    y, (ys, aux, rest) = run(trained, shared, x, fixed, others, given, probe)
-    aux = jax.tree.unflatten(structure[0], join(aux, rest))
+    y, (ys, aux, rest) = run(trained, shared, x, fixed, others, probe)
+    aux = jax.tree.unflatten(structure[0], _join(aux, rest))
     out = (y, *((ys,) if collect else ()), *((aux,) if has_aux else ()))
     return out if len(out) > 1 else y
 
@@ -290,7 +264,7 @@ def highway_nnx(
         states = [split[1:] for split in splits]
         params, state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     has_aux = options.pop("has_aux", False)
-    residual = options.pop("residual", "identity")
+    residual = options.pop("residual", None)
     if callable(residual):
         function, residual = residual, lambda p, x: function(nnx.merge(graphdef, *p), x)
 
@@ -317,21 +291,12 @@ def _accumulate(c: Any, diagonal: Any) -> Any:
     return jax.tree.map(lambda c, k: associative_affine(k, c, reverse=True), c, diagonal)
 
 
-def _measure(w: jax.Array, pulled: jax.Array, by_channel: bool) -> jax.Array:
-    axes = tuple(range(1, w.ndim - (by_channel and w.ndim > 1)))
-    along, square = (jnp.sum(a * w, axes, keepdims=True) for a in (pulled, w))
-    return jnp.clip(jnp.where(square == 0, 1, along / jnp.where(square == 0, 1, square)), 0, 1.5)
-
-
-def wide(tree: Any) -> Any:
+def _wide(tree: Any) -> Any:
     """In float32 at least."""
     return jax.tree.map(lambda x: x.astype(wide_type(x)), tree)
 
 
-# The blocks.
-
-
-def hoist(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], list]:
+def _hoist(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], list]:
     """``function`` with the arrays that it closes over as a first argument, and those arrays.
 
     A custom VJP must not close over anything that is traced.
@@ -346,24 +311,19 @@ def hoist(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any],
     return converted, list(closed.consts)
 
 
-def split(leaves: Sequence[Any]) -> tuple[list, list]:
+def _split(leaves: Sequence[Any]) -> tuple[list, list]:
     """What can be differentiated, and what can not; None in the place of the other kind."""
     inexact = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
     pairs = list(zip(leaves, inexact, strict=True))
     return [a if yes else None for a, yes in pairs], [None if yes else a for a, yes in pairs]
 
 
-def join(some: Sequence[Any], others: Sequence[Any]) -> list:
-    """What `split` took apart."""
+def _join(some: Sequence[Any], others: Sequence[Any]) -> list:
+    """What `_split` took apart."""
     return [b if a is None else a for a, b in zip(some, others, strict=True)]
 
 
-# What is wrong.
-
-
-def check(
-    block: Any, params: Any, x: Any, iterations: Any, residual: Any = "identity", tol: Any = None
-) -> int:
+def _check(block: Any, params: Any, x: Any, iterations: Any, residual: Any, tol: Any) -> int:
     """Refuses what is no stack of layers, or else says how many layers it has."""
     if not callable(block):
         raise TypeError(f"block must be a function (params_i, x) -> x, got {block!r}")
@@ -374,10 +334,9 @@ def check(
         raise ValueError(f"iterations must be at least 0, got {iterations}")
     if tol is not None and not tol >= 0:
         raise ValueError(f"tol must be at least 0 or None, got {tol!r}")
-    if isinstance(residual, str) and residual not in ("identity", *_MEASURED):
-        raise ValueError(
-            f"residual must be 'identity', 'measured', 'measured_diagonal', a number, an array or "
-            f"a function (params_i, x) -> diagonal, got {residual!r}"
+    if residual is not None and not callable(residual):
+        raise TypeError(
+            f"residual must be None or a function (params_i, x) -> diagonal, got {residual!r}"
         )
     leaves = jax.tree.leaves(x)
     if not leaves or not all(jnp.issubdtype(jnp.result_type(a), jnp.floating) for a in leaves):
@@ -394,7 +353,7 @@ def check(
     return sizes.pop()[0]
 
 
-def check_same(x: Any, y: Any) -> None:
+def _check_same(x: Any, y: Any) -> None:
     """Refuses a layer's output ``y`` that is not like its input."""
     kinds = [
         (jax.tree.structure(tree), [(a.shape, a.dtype) for a in map(jnp.asarray, leaves)])
@@ -406,29 +365,6 @@ def check_same(x: Any, y: Any) -> None:
             f"block must return the like of x, {jax.tree.map(jax.typeof, x)}, got "
             f"{jax.tree.map(jax.typeof, y)}; is has_aux missing or too much?"
         )
-
-
-def _given_residual(residual: Any, layers: int, x: Any) -> Any:
-    residual = jnp.asarray(residual)
-    if residual.ndim > 2 or residual.ndim and residual.shape[0] != layers:
-        raise ValueError(
-            f"residual must be a number or of shape [{layers}] or [{layers}, channels], got "
-            f"{list(residual.shape)}"
-        )
-
-    def fit(x: jax.Array) -> jax.Array:
-        if residual.ndim == 2 and (not x.ndim or residual.shape[1] not in (1, x.shape[-1])):
-            raise ValueError(
-                f"residual has {residual.shape[1]} channels, but the last axis of x is of "
-                f"{list(x.shape)}"
-            )
-        channels = residual.shape[1:] if x.ndim else ()
-        shape = (layers, *[1] * (x.ndim - len(channels)), *channels)
-        if residual.ndim == 0:
-            return jnp.full(shape, residual, wide_type(x))
-        return residual.reshape(shape).astype(wide_type(x))
-
-    return jax.tree.map(fit, x)
 
 
 def _diagonal(diagonal: Any, x: Any) -> Any:

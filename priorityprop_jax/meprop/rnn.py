@@ -4,10 +4,72 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+
 from priorityprop_jax.core.selection import check_k, resolve_k
 from priorityprop_jax.meprop.frame import LayerUse, enter
 from priorityprop_jax.rnn.fused import FusedRNN, LinenFusedRNN, is_fusible, swap
-from priorityprop_jax.rnn.recurrent import GRUParams, gru, lstm
+from priorityprop_jax.rnn.recurrent import GRUParams, LSTMParams, run_cell
+
+
+def meprop_rnn(
+    params: LSTMParams | GRUParams,
+    carry: Any,
+    xs: jax.Array,
+    *,
+    k: int | float,
+    all_carries: bool = False,
+    unroll: int = 1,
+    per_gate: bool = False,
+) -> tuple[Any, ...]:
+    r"""An LSTM or GRU over a sequence, of whose gradients few columns flow back at each step.
+
+    The forward pass is exact, see `highway_rnn` for the formulas. Backward, the gradient of what
+    enters each gate keeps the ``k`` columns of its ``hidden`` whose magnitudes, summed over the
+    batch, are largest. Only these reach :math:`x_t`, :math:`h_{t-1}` and the kernels: the products
+    have ``k`` rows of the kernels for each gate in place of ``hidden``. The gradients of biases are
+    cheap, and kept exact, as is the path through c of an LSTM. In the gate n of a GRU the gradients
+    that enter W and U differ by the factor r, and each keeps its own ``k`` columns.
+
+    With ``k`` = hidden the gradient is exact, the weight gradients being one product after the
+    scan. Weight gradients are summed in float32 at least. NaN is never dropped. Forward-mode
+    derivatives are not defined.
+
+    Args:
+      params: kernels ``(out, in)``, whose rows are cheap to pick. Inputs and h enter a product in
+        the dtype of its kernel.
+      carry: h, ``[*batch, hidden]``; of an LSTM ``(c, h)``.
+      xs: ``[time, *batch, inputs]``.
+      k: columns kept of each gate: a number, or a fraction of hidden. Static.
+      all_carries: whether to return the carries of all steps too.
+      unroll: steps a turn of both loops, as in `jax.lax.scan`.
+      per_gate: whether the forward pass has a product for each gate, as cells with a layer for each
+        gate do. Rounds as they do.
+
+    Returns:
+      The last carry, and h of all steps ``[time, *batch, hidden]``; with ``all_carries`` also the
+      carries of all steps.
+
+    Raises:
+      TypeError: if ``params`` are of another type.
+      ValueError: if ``k`` is impossible, or shapes do not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from priorityprop_jax.meprop.rnn import meprop_rnn
+      >>> from priorityprop_jax.rnn import GRUParams
+      >>> params = GRUParams(jnp.ones((12, 3)), jnp.ones((12, 4)))
+      >>> h, xs = jnp.ones((2, 4)), jnp.ones((1, 2, 3)) / 3
+      >>> loss_fn = lambda params: jnp.sum(meprop_rnn(params, h, xs, k=1)[1])
+      >>> grads = jax.grad(loss_fn)(params)
+      >>> int(jnp.sum(jnp.any(grads.input_kernel != 0, axis=1)))
+      3
+
+    References:
+      Sun et al., `meProp <https://arxiv.org/abs/1706.06197>`_, 2017
+    """
+    options = {"all_carries": all_carries, "unroll": unroll, "per_gate": per_gate}
+    return run_cell(params, carry, xs, k=k, **options)
 
 
 class MePropRNN(FusedRNN):
@@ -46,7 +108,8 @@ class MePropRNN(FusedRNN):
         kept = outputs // hidden * resolve_k(self.meprop_k, hidden, self.meprop_name)
         rows, features = xs.size // xs.shape[-1], hidden + xs.shape[-1]
         enter(self.meprop_name, LayerUse(rows, features, outputs, (kept,), by_rows=False))
-        return _run(self, self.meprop_k, params, carry, xs, all_carries, per_gate)
+        options = {"all_carries": all_carries, "unroll": self.unroll, "per_gate": per_gate}
+        return meprop_rnn(params, carry, xs, k=self.meprop_k, **options)
 
 
 def swap_rnn(rnn: Any, k: int | float, name: str = "") -> bool:
@@ -106,10 +169,5 @@ class LinenMePropRNN(LinenFusedRNN, kw_only=True):
 
     def run(self, params, carry, xs, all_carries, per_gate):
         """See `FusedRNN.run`."""
-        return _run(self, self.k, params, carry, xs, all_carries, per_gate)
-
-
-def _run(rnn, k, params, carry, xs, all_carries, per_gate):
-    function: Any = gru if isinstance(params, GRUParams) else lstm
-    options = {"all_carries": all_carries, "unroll": rnn.unroll, "per_gate": per_gate}
-    return function(params, carry, xs, k=k, **options)
+        options = {"all_carries": all_carries, "unroll": self.unroll, "per_gate": per_gate}
+        return meprop_rnn(params, carry, xs, k=self.k, **options)

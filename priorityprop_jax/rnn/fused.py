@@ -91,7 +91,7 @@ def _transposed(layer: Any) -> bool:
 
 
 def _nnx_runs(rnn: nnx.RNN) -> bool:
-    """Whether the cell is one that `lstm` or `gru` can stand in for."""
+    """Whether the cell is one that `run_cell` can stand in for."""
     cell = rnn.cell
     if not _standard(cell, _NNX_LAYERS):
         return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -26,79 +26,19 @@ from priorityprop_jax.rnn.rounds import associative_affine, iterate
 HOIST_ROWS = 4
 
 
-class MinGRUParams(NamedTuple):
-    """Parameters of a minimal GRU; gates in the order update, new."""
+def _along_residual(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``y_t = b_t + a_{t+1} y_{t+1}`` over axis 0 of ``[time, ...]``."""
+    if jax.default_backend() != "cpu":
+        return associative_affine(a, b, reverse=True)
 
-    kernel: jax.Array  # [2 * hidden, inputs]
-    bias: jax.Array | None = None  # [2 * hidden]
+    # Sooner on a CPU at all sizes measured, 256 to 2048 steps of 8 to 4096 elements.
+    def step(y, at):
+        a, b = at
+        y = y + b
+        return a * y, y
 
-
-def affine_scan(
-    a: jax.Array, b: jax.Array, *, reverse: bool = False, sequential: bool | None = None
-) -> jax.Array:
-    r"""An elementwise linear recurrence over axis 0.
-
-    .. math::
-        y_t = a_t y_{t-1} + b_t, \quad y_{-1} = 0
-
-    or its transpose, :math:`y_t = a_{t+1} y_{t+1} + b_t`.
-
-    Args:
-      a: ``[time, ...]``.
-      b: as ``a``.
-      reverse: whether it is the transpose, which runs from the last step to the first.
-      sequential: one step after the other, or `jax.lax.associative_scan`, which has about twice the
-        work in a logarithm of the steps. By default the former on a CPU: there it was faster at
-        all sizes measured, 256 to 2048 steps of 8 to 4096 elements.
-
-    Returns:
-      y, as ``b``.
-
-    Raises:
-      ValueError: if the shapes differ.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from priorityprop_jax.rnn.highway import affine_scan
-      >>> affine_scan(jnp.array([9.0, 2.0, 2.0]), jnp.ones(3)).tolist()
-      [1.0, 3.0, 7.0]
-    """
-    if a.shape != b.shape:
-        raise ValueError(f"a and b must have one shape, got {a.shape} and {b.shape}")
-    if sequential is None:
-        sequential = jax.default_backend() == "cpu"
-    return _affine(reverse, sequential, a, b)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _affine(reverse, sequential, a, b):
-    if sequential:
-
-        def step(y, at):
-            a, b = at
-            y = y + b if reverse else a * y + b
-            return (a * y if reverse else y), y
-
-        zeros = jnp.zeros(b.shape[1:], jnp.result_type(a, b))
-        return lax.scan(step, zeros, (a, b), reverse=reverse, unroll=min(8, max(1, len(b))))[1]
-
-    return associative_affine(a, b, reverse=reverse)
-
-
-def _affine_fwd(reverse, sequential, a, b):
-    y: Any = _affine(reverse, sequential, a, b)
-    return y, (a, b, y)
-
-
-def _affine_bwd(reverse, sequential, residuals, dy):
-    a, b, y = residuals
-    db: Any = _affine(not reverse, sequential, a, dy)
-    earlier, later = (db, y) if reverse else (y, db)
-    da = jnp.concatenate([jnp.zeros_like(a[:1]), (earlier[:-1] * later[1:]).astype(a.dtype)])
-    return da[: len(a)], db.astype(b.dtype)
-
-
-_affine.defvjp(_affine_fwd, _affine_bwd)
+    zeros = jnp.zeros(b.shape[1:], jnp.result_type(a, b))
+    return lax.scan(step, zeros, (a, b), reverse=True, unroll=min(8, len(b)))[1]
 
 
 class _Highway(NamedTuple):
@@ -119,7 +59,7 @@ class _Highway(NamedTuple):
         def along(products):
             """Adds up along the residual path what comes in at each step."""
             dcarry = absorb(diagonals, (*given[:-1], given[-1] + products))
-            return (affine_scan(diagonals.direct, dcarry[0], reverse=True), *dcarry[1:])
+            return (_along_residual(diagonals.direct, dcarry[0]), *dcarry[1:])
 
         def improved(absorbed):
             through = product(to_state(diagonals, absorbed))[1:].astype(dh.dtype)
@@ -136,7 +76,7 @@ class _Highway(NamedTuple):
 
 
 def highway_rnn(
-    params: LSTMParams | GRUParams | MinGRUParams,
+    params: LSTMParams | GRUParams,
     carry: Any,
     xs: jax.Array,
     *,
@@ -148,10 +88,21 @@ def highway_rnn(
 ) -> tuple[Any, ...]:
     r"""A recurrent network over a sequence, with a backward pass over all of its steps at once.
 
-    The cells are those of `lstm` and `gru`, chosen by the type of ``params``. Each carry splits
-    into a residual path and the rest: :math:`s_t = a_t s_{t-1} + g(h_{t-1}, x_t)`, where a is the
-    forget gate of an LSTM, on c, and the update gate z of a GRU. Backward, with b the gradients of
-    the losses at each step,
+    The cell is chosen by the type of ``params``: an LSTM,
+
+    .. math::
+        y_t = W x_t + U h_{t-1} + b, \quad
+        c_t = \sigma(f) c_{t-1} + \sigma(i) \tanh(g), \quad h_t = \sigma(o) \tanh(c_t)
+
+    with i, f, g, o the four parts of y, or a GRU,
+
+    .. math::
+        r = \sigma(W_r x + b_r + U_r h), \quad z = \sigma(W_z x + b_z + U_z h), \
+        n = \tanh(W_n x + b_n + r (U_n h + b_{hn})), \quad h' = (1 - z) n + z h.
+
+    Each carry splits into a residual path and the rest,
+    :math:`s_t = a_t s_{t-1} + g(h_{t-1}, x_t)`, where a is the forget gate of an LSTM, on c, and
+    the update gate z of a GRU. Backward, with b the gradients of the losses at each step,
 
     .. math::
         w^{(0)} = S(b), \quad w^{(j+1)} = S(b + U^T D w^{(j)})
@@ -166,15 +117,11 @@ def highway_rnn(
     gradient of a kernel in it: these are products over all steps. It beats automatic derivatives
     of a scan, and is the default.
 
-    A minimal GRU, :math:`h_t = (1 - z) h_{t-1} + z n` with :math:`z = \sigma(W_z x_t + b_z)` and
-    :math:`n = W_n x_t + b_n`, has no U. It runs by `affine_scan` in both directions; all rounds are
-    exact there.
-
     A guard ends rounds that diverge as in `highway_scan`: one whose correction is larger than the
     last one's, or the first if it is larger than w itself, is taken back.
 
     Args:
-      params: `LSTMParams`, `GRUParams` or `MinGRUParams`; kernels ``(out, in)``.
+      params: `LSTMParams` or `GRUParams`; kernels ``(out, in)``.
       carry: h, ``[*batch, hidden]``; of an LSTM ``(c, h)``.
       xs: ``[time, *batch, inputs]``.
       iterations: rounds at most, or None for the exact gradient. Static.
@@ -218,21 +165,10 @@ def highway_rnn(
         probe = jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(probe)])
         if probe.shape != (3,):
             raise ValueError(f"probe must be three zeros, got {probe.size} numbers")
-    if isinstance(params, MinGRUParams):
-        hs = _min_gru(params, carry, xs)
-        final = jnp.concatenate([carry[None], hs])[-1]
-        return (final, hs, hs) if all_carries else (final, hs)
-    if not isinstance(params, LSTMParams | GRUParams):
-        raise TypeError(
-            "params must be LSTMParams, GRUParams or MinGRUParams, which choose the cell, got "
-            f"{type(params).__name__}"
-        )
-    is_gru = isinstance(params, GRUParams)
-    state = (carry,) if is_gru else tuple(carry)
-    rows = state[-1].size // state[-1].shape[-1]
-    final, hs, others = run_cell(
+    rows = math.prod(xs.shape[1:-1])
+    return run_cell(
         params,
-        state,
+        carry,
         xs,
         all_carries=all_carries,
         unroll=unroll,
@@ -240,8 +176,6 @@ def highway_rnn(
         adjoint=None if iterations is None else _Highway(iterations, tol),
         probe=probe,
     )
-    final, carries = (final[0], hs) if is_gru else (final, (*others, hs))
-    return (final, hs, carries) if all_carries else (final, hs)
 
 
 def check_iterations(iterations: Any, tol: Any) -> None:
@@ -256,26 +190,3 @@ def check_iterations(iterations: Any, tol: Any) -> None:
         raise ValueError(f"tol must be 0 or more, got {tol}")
     if tol is not None and iterations is None:
         raise ValueError("tol ends rounds, and without iterations there are none: give both")
-
-
-def _min_gru(params: MinGRUParams, h: jax.Array, xs: jax.Array) -> jax.Array:
-    outputs, inputs = params.kernel.shape
-    if xs.shape[-1] != inputs or outputs % 2:
-        raise ValueError(
-            f"the kernel of a minimal GRU has shape {params.kernel.shape}, expected "
-            f"(2 * hidden, {xs.shape[-1]})"
-        )
-    if h.shape != (*xs.shape[1:-1], outputs // 2):
-        raise ValueError(
-            f"the carry of a minimal GRU has shape {h.shape}, expected "
-            f"{(*xs.shape[1:-1], outputs // 2)} for inputs of shape {xs.shape}: time first, "
-            "features last"
-        )
-    y = jnp.dot(xs.astype(params.kernel.dtype), params.kernel.T)
-    if params.bias is not None:
-        y = y + params.bias
-    z, n = jnp.split(y, 2, axis=-1)
-    z = jax.nn.sigmoid(z)
-    kept, added = 1 - z, z * n
-    first = added[:1] + kept[:1] * h
-    return affine_scan(kept, jnp.concatenate([first.astype(added.dtype), added[1:]]))

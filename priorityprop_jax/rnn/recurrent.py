@@ -1,7 +1,8 @@
-"""meProp for LSTM and GRU: at every time step few columns of each gate's gradient flow back.
+"""LSTM and GRU over a sequence with one backward pass of our own over the scan.
 
-Both run one custom backward pass over the scan. The forward pass keeps each step's Jacobian
-diagonal, a product of gates, so that the backward pass has no transcendental function in it.
+The forward pass keeps each step's Jacobian diagonal, a product of gates, so that the backward pass
+has no transcendental function in it. Backward, either all columns of each gate's gradient flow, one
+step after the other or by an ``adjoint`` of all steps at once, or few of them, as in meProp.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _ROWS: dict[str, Any] = {
 
 
 class LSTMParams(NamedTuple):
-    """Parameters of `lstm`; gates in the order input, forget, cell, output."""
+    """Parameters of an LSTM; gates in the order input, forget, cell, output."""
 
     input_kernel: jax.Array  # [4 * hidden, inputs]
     recurrent_kernel: jax.Array  # [4 * hidden, hidden]
@@ -34,7 +35,7 @@ class LSTMParams(NamedTuple):
 
 
 class GRUParams(NamedTuple):
-    """Parameters of `gru`; gates in the order reset, update, new."""
+    """Parameters of a GRU; gates in the order reset, update, new."""
 
     input_kernel: jax.Array  # [3 * hidden, inputs]
     recurrent_kernel: jax.Array  # [3 * hidden, hidden]
@@ -301,7 +302,7 @@ def _outer(d: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
 
 def run_cell(
     params: LSTMParams | GRUParams,
-    carry: tuple[jax.Array, ...],
+    carry: Any,
     xs: jax.Array,
     *,
     k: int | float = 1.0,
@@ -311,13 +312,23 @@ def run_cell(
     hoist: bool = False,
     adjoint: Callable[..., Any] | None = None,
     probe: jax.Array | None = None,
-) -> Any:
-    """Checks shapes, flattens the batch dimensions and runs the scan.
+) -> tuple[Any, ...]:
+    """Runs the cell that the type of ``params`` chooses; any batch dimensions.
 
-    With ``hoist`` the product with the input is one over all steps, and rounds otherwise. Where
-    all columns are kept, ``adjoint`` may stand in for the exact recursion backward.
+    With ``hoist`` the product with the input is one over all steps, and rounds otherwise; with
+    ``per_gate`` there is a product for each gate. Where all columns are kept, ``adjoint`` may stand
+    in for the exact recursion backward, which writes its report into the gradient of ``probe``.
+
+    Returns:
+      The last carry, h of all steps and, with ``all_carries``, the carries of all steps.
     """
+    if type(params) not in _CELLS:
+        raise TypeError(
+            "params must be LSTMParams or GRUParams, which choose the cell, got "
+            f"{type(params).__name__}"
+        )
     cell = _CELLS[type(params)]
+    state = tuple(carry) if cell.name == "lstm" else (carry,)
     name, gates, width = cell.name, cell.gates, params.recurrent_kernel.shape[-1]
     expected = (gates * width, xs.shape[-1]), (gates * width, width)
     given = params.input_kernel.shape, params.recurrent_kernel.shape
@@ -327,135 +338,22 @@ def run_cell(
             "stacked on axis 0"
         )
     steps, *batch = xs.shape[:-1]
-    state = (*batch, width)
-    if any(x.shape != state for x in carry):
+    shape = (*batch, width)
+    if any(x.shape != shape for x in state):
         raise ValueError(
-            f"the carry of {name} has shapes {[x.shape for x in carry]}, expected {state} for "
+            f"the carry of {name} has shapes {[x.shape for x in state]}, expected {shape} for "
             f"inputs of shape {xs.shape}: time first, features last"
         )
     k = resolve_k(k, width, name)
     options = _Options(cell, k, all_carries, unroll, per_gate, hoist, adjoint)
     rows = math.prod(batch)
-    flat = tuple(x.reshape(rows, width) for x in carry)
+    flat = tuple(x.reshape(rows, width) for x in state)
     probe = jnp.zeros(3) if probe is None else probe
     out: Any = _run(options, params, flat, xs.reshape(steps, rows, xs.shape[-1]), probe)
     final, hs, others = out
-    final = tuple(x.reshape(state) for x in final)
-    others = tuple(x.reshape(steps, *state) for x in others)
-    return final, hs.reshape(steps, *state), others
-
-
-def lstm(
-    params: LSTMParams,
-    carry: tuple[jax.Array, jax.Array],
-    xs: jax.Array,
-    *,
-    k: int | float,
-    all_carries: bool = False,
-    unroll: int = 1,
-    per_gate: bool = False,
-) -> tuple[Any, ...]:
-    r"""An LSTM over a sequence, of whose gradients few columns flow back at each step.
-
-    The forward pass is exact,
-
-    .. math::
-        y_t = W x_t + U h_{t-1} + b, \quad
-        c_t = \sigma(f) c_{t-1} + \sigma(i) \tanh(g), \quad h_t = \sigma(o) \tanh(c_t)
-
-    with i, f, g, o the four parts of y. Backward, the gradient of each part of :math:`y_t`
-    keeps the ``k`` columns of its ``hidden`` whose magnitudes, summed over the batch, are largest.
-    Only these reach :math:`x_t`, :math:`h_{t-1}` and the kernels: the products have ``4 * k`` rows
-    of the kernels in place of ``4 * hidden``. The gradient of the bias is cheap, and kept
-    exact, as is the path through c.
-
-    With ``k`` = hidden the gradient is exact, the weight gradients being one product after the
-    scan. Weight gradients are summed in float32 at least. NaN is never dropped. Forward-mode
-    derivatives are not defined.
-
-    Args:
-      params: kernels ``(out, in)``, whose rows are cheap to pick. Inputs and h enter a product in
-        the dtype of its kernel.
-      carry: ``(c, h)``, each ``[*batch, hidden]``.
-      xs: ``[time, *batch, inputs]``.
-      k: columns kept of each gate: a number, or a fraction of hidden. Static.
-      all_carries: whether to return the carries of all steps too.
-      unroll: steps a turn of both loops, as in `jax.lax.scan`.
-      per_gate: whether the forward pass has a product for each gate, as cells with a layer for each
-        gate do. Rounds as they do.
-
-    Returns:
-      The last carry, and h of all steps ``[time, *batch, hidden]``; with ``all_carries`` also
-      ``(c, h)`` of all steps.
-
-    Raises:
-      ValueError: if ``k`` is impossible, or shapes do not fit.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from priorityprop_jax.rnn.recurrent import LSTMParams, lstm
-      >>> params = LSTMParams(jnp.ones((16, 3)), jnp.ones((16, 4)), jnp.zeros(16))
-      >>> carry, xs = (jnp.ones((2, 4)), jnp.ones((2, 4))), jnp.ones((1, 2, 3)) / 3
-      >>> loss_fn = lambda params: jnp.sum(lstm(params, carry, xs, k=1)[1])
-      >>> grads = jax.grad(loss_fn)(params)
-      >>> int(jnp.sum(jnp.any(grads.input_kernel != 0, axis=1)))
-      4
-
-    References:
-      Sun et al., `meProp <https://arxiv.org/abs/1706.06197>`_, 2017
-    """
-    options = {"all_carries": all_carries, "unroll": unroll, "per_gate": per_gate}
-    final, hs, cs = run_cell(params, carry, xs, k=k, **options)
-    return (final, hs, (*cs, hs)) if all_carries else (final, hs)
-
-
-def gru(
-    params: GRUParams,
-    carry: jax.Array,
-    xs: jax.Array,
-    *,
-    k: int | float,
-    all_carries: bool = False,
-    unroll: int = 1,
-    per_gate: bool = False,
-) -> tuple[Any, ...]:
-    r"""A GRU over a sequence, of whose gradients few columns flow back at each step.
-
-    The forward pass is exact,
-
-    .. math::
-        r = \sigma(W_r x + b_r + U_r h), \quad z = \sigma(W_z x + b_z + U_z h), \
-        n = \tanh(W_n x + b_n + r (U_n h + b_{hn})), \quad h' = (1 - z) n + z h.
-
-    Backward as in `lstm`. In the gate n the gradients that enter W and U differ by the factor r,
-    and each keeps its own ``k`` columns.
-
-    Args:
-      params: kernels ``(out, in)``; either bias may be None.
-      carry: ``[*batch, hidden]``.
-      xs: ``[time, *batch, inputs]``.
-      k: columns kept of each gate: a number, or a fraction of hidden. Static.
-      all_carries: whether to return the carries of all steps too.
-      unroll: see `lstm`.
-      per_gate: see `lstm`.
-
-    Returns:
-      The last h, and h of all steps ``[time, *batch, hidden]``; with ``all_carries`` the latter
-      again, as the carries.
-
-    Raises:
-      ValueError: if ``k`` is impossible, or shapes do not fit.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from priorityprop_jax.rnn.recurrent import GRUParams, gru
-      >>> params = GRUParams(jnp.ones((12, 3)), jnp.ones((12, 4)))
-      >>> h, xs = jnp.ones((2, 4)), jnp.ones((1, 2, 3)) / 3
-      >>> loss_fn = lambda params: jnp.sum(gru(params, h, xs, k=1)[1])
-      >>> grads = jax.grad(loss_fn)(params)
-      >>> int(jnp.sum(jnp.any(grads.input_kernel != 0, axis=1)))
-      3
-    """
-    options = {"all_carries": all_carries, "unroll": unroll, "per_gate": per_gate}
-    (final,), hs, _ = run_cell(params, (carry,), xs, k=k, **options)
-    return (final, hs, hs) if all_carries else (final, hs)
+    final = tuple(x.reshape(shape) for x in final)
+    carries = tuple(x.reshape(steps, *shape) for x in (*others, hs))
+    if cell.name != "lstm":
+        (final,), (carries,) = final, carries
+    hs = hs.reshape(steps, *shape)
+    return (final, hs, carries) if all_carries else (final, hs)

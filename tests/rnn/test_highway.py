@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from priorityprop_jax.rnn.highway import MinGRUParams, affine_scan, highway_rnn
+from priorityprop_jax.rnn.highway import _along_residual, highway_rnn
 from priorityprop_jax.rnn.recurrent import GRUParams, LSTMParams
 from priorityprop_jax.rnn.rounds import HighwayReport
 
 INPUTS, HIDDEN, STEPS, BATCH = 3, 4, 5, 2
-CELLS = ("gru", "gru without biases", "lstm", "mingru")
+CELLS = ("gru", "gru without biases", "lstm")
 
 
 def draw(rng, *shape, scale=1.0, dtype=jnp.float32):
@@ -23,7 +23,7 @@ def draw(rng, *shape, scale=1.0, dtype=jnp.float32):
 
 def make(name, *, steps=STEPS, batch=(BATCH,), seed=0, scale=0.3, **kwargs):
     rng = np.random.default_rng(seed)
-    gates = {"lstm": 4, "mingru": 2}.get(name, 3)
+    gates = 4 if name == "lstm" else 3
     kernel = draw(rng, gates * HIDDEN, INPUTS, **kwargs)
     recurrent = draw(rng, gates * HIDDEN, HIDDEN, scale=scale, **kwargs)
     bias, small = (draw(rng, n * HIDDEN, **kwargs) for n in (gates, 1))
@@ -31,8 +31,6 @@ def make(name, *, steps=STEPS, batch=(BATCH,), seed=0, scale=0.3, **kwargs):
     xs = draw(rng, steps, *batch, INPUTS, **kwargs)
     if name == "lstm":
         return LSTMParams(kernel, recurrent, bias), (c, h), xs
-    if name == "mingru":
-        return MinGRUParams(kernel, bias), h, xs
     biases = (bias, small) if name == "gru" else (None, None)
     return GRUParams(kernel, recurrent, *biases), h, xs
 
@@ -44,9 +42,6 @@ def step(params, direct, through, x):
         i, f, g, o = jnp.split(y, 4)
         c = jax.nn.sigmoid(f) * direct[0] + jax.nn.sigmoid(i) * jnp.tanh(g)
         return c, jax.nn.sigmoid(o) * jnp.tanh(c)
-    if isinstance(params, MinGRUParams):
-        z, n = jnp.split(params.kernel @ x + params.bias, 2)
-        return (1 - jax.nn.sigmoid(z)) * direct + jax.nn.sigmoid(z) * n
     of_x, of_h = params.input_kernel @ x, params.recurrent_kernel @ through
     if params.input_bias is not None:
         of_x = of_x + params.input_bias
@@ -279,8 +274,6 @@ def test_few_steps():
     args = make("gru", steps=0)
     grad = jax.jit(jax.grad(lambda *args: jnp.sum(own(2)(*args)[0]), 1))
     assert_close(grad(*args), np.ones((BATCH, HIDDEN)))
-    last, hs = highway_rnn(*make("mingru", steps=0))
-    assert hs.shape == (0, BATCH, HIDDEN) and np.any(last)
     one = make("gru", steps=1)
     report = jax.jit(lambda args: report_of(args, iterations=3)[1])(one)
     assert not np.any(report)  # exact without a round
@@ -299,33 +292,15 @@ def test_batch_sharded_over_a_mesh():
     assert_close(run(*sharded), run(*args), 1e-5)
 
 
-def test_affine_scan():
+def test_the_residual_path_is_the_same_one_step_after_the_other_and_all_at_once(monkeypatch):
     rng = np.random.default_rng(0)
-    a, b, dy = (rng.normal(size=(6, 3)).astype(np.float32) for _ in range(3))
-    matrix = np.zeros((3, 6, 6), np.float32)  # of b on y, for each column
-    for s, t in itertools.combinations_with_replacement(range(6), 2):
-        matrix[:, t, s] = np.prod(a[s + 1 : t + 1], axis=0)
-    times = lambda m, x: np.einsum("nts,sn->tn", m, x)  # noqa: E731
-    for sequential in (True, False):
-
-        @jax.jit
-        def run(a, b, dy, sequential=sequential):
-            results = []
-            for reverse in (False, True):
-                options = {"reverse": reverse, "sequential": sequential}
-                y, pull = jax.vjp(lambda a, b: affine_scan(a, b, **options), a, b)  # noqa: B023
-                results.append((y, *pull(dy)))
-            return results
-
-        (y, da, db), (z, dta, dtb) = run(a, b, dy)
-        turned = np.swapaxes(matrix, 1, 2)
-        assert_close((y, db), (times(matrix, b), times(turned, dy)), 1e-5)
-        assert_close((z, dtb), (times(turned, b), times(matrix, dy)), 1e-5)
-        np.testing.assert_allclose(da[1:], (db * 1)[1:] * y[:-1], rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(dta[1:], dtb[:-1] * z[1:], rtol=1e-5, atol=1e-5)
-        assert not np.any(da[0]) and not np.any(dta[0])
-    with pytest.raises(ValueError, match="one shape"):
-        affine_scan(jnp.ones(3), jnp.ones((3, 2)))
+    a, b = (rng.normal(size=(6, 3)).astype(np.float32) for _ in range(2))
+    expected = np.zeros_like(b)
+    for t in range(6):
+        expected[t] = sum(np.prod(a[t + 1 : s + 1], axis=0) * b[s] for s in range(t, 6))
+    for backend in ("cpu", "tpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert_close(_along_residual(a, b), expected, 1e-5)
 
 
 def test_wrong_input():
@@ -347,8 +322,3 @@ def test_wrong_input():
         highway_rnn(params, carry[:1], xs)
     with pytest.raises(ValueError, match="probe"):
         run(probe=jnp.zeros(2))
-    params, carry, xs = make("mingru")
-    with pytest.raises(ValueError, match="kernel of a minimal GRU"):
-        highway_rnn(params, carry, xs[..., :2])
-    with pytest.raises(ValueError, match="carry of a minimal GRU"):
-        highway_rnn(params, carry[:1], xs)
