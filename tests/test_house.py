@@ -31,10 +31,8 @@ EXCEPTIONS: dict[str, set[str]] = {
     "imports": set(),
     "circles": set(),
     "doors": {
-        "models",
     },
     "files": {
-        "priorityprop_jax.models.bert",
         "priorityprop_jax.partial.prefix_cache",
         "priorityprop_jax.partial.stages",
         "priorityprop_jax.partial.step",

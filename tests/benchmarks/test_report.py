@@ -259,7 +259,7 @@ def test_what_is_missing_is_said(text, tmp_path):
     lone = one("lone", "adamw", 0, 0.5, failed="diverged", flops=None, peak_bytes=None, where=None)
     file(tmp_path / "suite/small-gpu/runs.jsonl", lone | {"evals": []})
     alone = report.report_text(tmp_path, tmp_path, describe)
-    assert "(its file is missing)" in alone and "no target yet" in alone
+    assert "(its file is missing)" in alone and "No target is frozen yet" in alone
 
 
 def test_base_is_charged_its_budget(tree, tmp_path):
