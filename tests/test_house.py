@@ -30,8 +30,7 @@ BELOW = {
 EXCEPTIONS: dict[str, set[str]] = {
     "imports": set(),
     "circles": set(),
-    "doors": {
-    },
+    "doors": set(),
     "files": {
         "priorityprop_jax.partial.prefix_cache",
         "priorityprop_jax.partial.stages",
