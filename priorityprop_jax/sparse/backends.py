@@ -25,7 +25,7 @@ class Kernel(Protocol):
     def forward(
         self, values: Any, pattern: SparsePattern, x: Any, geometry: ConvGeometry | None = None
     ) -> Any:
-        """``y = x W^T``, ``[batch, out]``, or the convolution of a geometry, images with ``out`` last.
+        """``y = x W^T``, ``[batch, out]``, or the convolution of a geometry, with ``out`` last.
 
         Args:
           values: float ``[capacity]``; those at places that are not used may be anything.
