@@ -3,66 +3,134 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core as jex_core
+
+# What moves numbers, makes them, or tells of them, and computes none.
+_FREE = frozenset(
+    "broadcast_in_dim reshape transpose squeeze expand_dims slice dynamic_slice concatenate pad "
+    "dynamic_update_slice gather iota copy copy_p convert_element_type bitcast_convert_type rev "
+    "stop_gradient device_put sharding_constraint mesh_cast pvary pcast optimization_barrier split "
+    "random_wrap random_unwrap random_bits random_fold_in random_split random_seed threefry2x32 "
+    "shift_right_logical shift_left empty create_token ffi_call".split()
+)
+_REDUCE = ("reduce_", "argmax", "argmin", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
 
 
-def program_flops(compiled: Any) -> float:
-    """The FLOPs of a compiled program, by the compiler's own account.
+def program_flops(program: Any) -> float:
+    """The FLOPs of a program.
+
+    Of a traced one every operation that computes numbers counts one for each of its results, a
+    product of matrices and a convolution two for each product of two numbers, padding included.
+    What nothing reads counts nothing. A `jax.lax.scan` counts its body times its length, a branch
+    as its dearest, a kernel as often as its grid says, and a loop of unknown length once.
 
     Args:
-      compiled: what ``jax.jit(f).lower(...).compile()`` returns.
+      program: what ``jax.make_jaxpr(f)(...)`` returns; or what ``jax.jit(f).lower(...).compile()``
+        does, for the compiler's own account, in which every loop counts once.
 
     Returns:
       Floating-point operations of one run.
-    """
-    return analysis(compiled)["flops"]
-
-
-def product_flops(jaxpr: Any) -> float:
-    """The FLOPs of all products and convolutions of a traced program, loops as often as they run.
-
-    A compiler counts the body of a loop once, and not what a custom derivative will come to. Here a
-    `jax.lax.scan` counts its body times its length, a branch as its dearest, and a loop of unknown
-    length once. A convolution counts every tap of its window, those on padding too.
-
-    Args:
-      jaxpr: what ``jax.make_jaxpr(f)(...)`` returns.
-
-    Returns:
-      Floating-point operations of one run: two for every product of two numbers.
 
     Example:
       >>> import jax
       >>> import jax.numpy as jnp
-      >>> from priorityprop_jax.core.program import product_flops
+      >>> from priorityprop_jax.core.program import program_flops
       >>> def f(x, w):
       ...     return jax.lax.scan(lambda x, _: (x @ w, None), x, length=3)[0]
-      >>> product_flops(jax.make_jaxpr(f)(jnp.ones((4, 8)), jnp.ones((8, 8))))
+      >>> program_flops(jax.make_jaxpr(f)(jnp.ones((4, 8)), jnp.ones((8, 8))))
       1536.0
     """
+    if hasattr(program, "cost_analysis"):
+        return analysis(program)["flops"]
+    return _count(program, None, products_only=False)[0]
+
+
+def product_flops(jaxpr: Any) -> float:
+    """`program_flops` of all products and convolutions of a traced program, and of nothing else."""
+    return _count(jaxpr, None, products_only=True)[0]
+
+
+def _count(jaxpr: Any, live: Any, products_only: bool) -> tuple[float, list[bool]]:
+    """The FLOPs of what the outputs that are ``live`` need, and which inputs that reads."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    needed = {
+        var
+        for var, used in zip(jaxpr.outvars, live or [True] * len(jaxpr.outvars), strict=True)
+        if used and isinstance(var, jex_core.Var)
+    }
     total = 0.0
-    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        name, params = eqn.primitive.name, eqn.params
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            shape = eqn.invars[0].aval.shape
-            total += 2.0 * eqn.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
-        elif name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval
-            features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-            total += 2.0 * eqn.outvars[0].aval.size * kernel.size / features
+    for eqn in reversed(jaxpr.eqns):
+        used = [var in needed for var in eqn.outvars]
+        if not (any(used) or eqn.effects):
+            continue
+        name, inner = eqn.primitive.name, _parts(list(eqn.params.values()))
+        read = [True] * len(eqn.invars)
+        if inner and name != "scan" and not name.startswith(("reduce", "scatter", "custom_lin")):
+            counts = []
+            for part in inner:
+                # Where a part has the results of the whole, what nothing reads of them is not run.
+                body = getattr(part, "jaxpr", part)
+                same = len(body.outvars) == len(used) and name not in ("while", "pallas_call")
+                count, inputs = _count(part, used if same else None, products_only)
+                counts.append(count)
+                if same and len(inner) == 1 and len(inputs) == len(read):
+                    read = inputs
+            total += max(counts) if name == "cond" else _times(eqn) * sum(counts)
+        elif name == "scan":
+            total += _times(eqn) * _count(inner[0], _scanned(eqn, used), products_only)[0]
         else:
-            inner = [product_flops(part) for part in _parts(list(params.values()))]
-            if name == "cond":
-                total += max(inner)
-            else:
-                total += sum(inner) * (params["length"] if name == "scan" else 1)
-    return total
+            total += _flops(eqn, name, products_only)
+        needed.update(
+            var
+            for var, reads in zip(eqn.invars, read, strict=True)
+            if reads and isinstance(var, jex_core.Var)
+        )
+    return total, [var in needed for var in jaxpr.invars]
+
+
+def _flops(eqn: Any, name: str, products_only: bool) -> float:
+    """The FLOPs of an operation that has none in it."""
+    result, params = eqn.outvars[0].aval, eqn.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        shape = eqn.invars[0].aval.shape
+        return 2.0 * result.size * math.prod(shape[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        kernel = eqn.invars[1].aval
+        return (
+            2.0 * result.size * kernel.size / kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+        )
+    if products_only or name in _FREE or not hasattr(result, "size"):
+        return 0.0
+    if name.startswith(_REDUCE):
+        return float(eqn.invars[0].aval.size)
+    return float(eqn.invars[-1].aval.size if name.startswith("scatter") else result.size)
+
+
+def _times(eqn: Any) -> float:
+    """How often an operation runs what is in it."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "scan":
+        return params["length"]
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid)
+    if name == "shard_map":  # what is in it, is of one device
+        manual = params.get("manual_axes", params["mesh"].axis_names)
+        return math.prod(params["mesh"].shape[axis] for axis in manual)
+    return 1
+
+
+def _scanned(eqn: Any, used: list[bool]) -> list[bool]:
+    """Which results of a loop's body count: all that it carries, and the rows that are read."""
+    carried = eqn.params["num_carry"]
+    return [True] * carried + used[carried:]
 
 
 def _parts(values: Any) -> list[Any]:
@@ -74,6 +142,45 @@ def _parts(values: Any) -> list[Any]:
         elif isinstance(value, list | tuple):
             found += _parts(value)
     return found
+
+
+def constants(jaxpr: Any) -> Iterator[Any]:
+    """The arrays that a traced program closes over, those of all its parts included."""
+    yield from getattr(jaxpr, "consts", ())
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        for part in _parts(list(eqn.params.values())):
+            yield from constants(part)
+
+
+class Program(NamedTuple):
+    """A compiled program.
+
+    Attributes:
+      run: calls it.
+      flops: of one run, see `program_flops`, on all devices together.
+      seconds: of wall time that tracing and compiling took.
+    """
+
+    run: Callable[..., Any]
+    flops: float
+    seconds: float
+
+
+def build(
+    function: Callable[..., Any], arguments: Any, out: Any, donate: tuple[int, ...] = ()
+) -> Program:
+    """Compiles a function for arguments like these.
+
+    Args:
+      function: pure.
+      arguments: its positional arguments.
+      out: shardings of its results, see `layout_of`.
+      donate: which arguments it may write over.
+    """
+    start = time.perf_counter()
+    traced = jax.jit(function, donate_argnums=donate, out_shardings=out).trace(*arguments)
+    program = traced.lower().compile()
+    return Program(program, program_flops(traced.jaxpr), time.perf_counter() - start)
 
 
 def abstract(x: Any) -> jax.ShapeDtypeStruct:

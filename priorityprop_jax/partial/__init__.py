@@ -1,10 +1,11 @@
 """Gradients, optimizer state and forward passes of what is trained, only."""
 
+from priorityprop_jax.partial.choose import choose_active
 from priorityprop_jax.partial.costs import StepCosts, measure_costs
 from priorityprop_jax.partial.freeze import freeze
 from priorityprop_jax.partial.grad import value_and_grad
 from priorityprop_jax.partial.offload import ActiveState
-from priorityprop_jax.partial.policies import Situation, active_sets, choose_active, make_policy
+from priorityprop_jax.partial.policies import Situation, active_sets, make_policy
 from priorityprop_jax.partial.prefix_cache import PrefixCache
 from priorityprop_jax.partial.stages import (
     Stages,
@@ -14,6 +15,7 @@ from priorityprop_jax.partial.stages import (
     scanned_stages,
     stack_params,
 )
+from priorityprop_jax.partial.step import step
 from priorityprop_jax.partial.update import ActiveUpdatesState, update_active
 from priorityprop_jax.partial.variants import Variants, merge_upward
 
@@ -36,6 +38,7 @@ __all__ = [
     "nnx_stages",
     "scanned_stages",
     "stack_params",
+    "step",
     "update_active",
     "value_and_grad",
 ]

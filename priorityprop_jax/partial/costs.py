@@ -1,12 +1,10 @@
-"""What a step costs, by which slots are active: read off compiled programs."""
+"""What a step costs, by which slots are active."""
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -14,65 +12,59 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from priorityprop_jax.core.program import abstract, analysis, has_shape
+from priorityprop_jax.core.program import abstract, analysis, program_flops
 from priorityprop_jax.core.slots import Slots
-from priorityprop_jax.partial.grad import ActiveLeaves, find_active
+from priorityprop_jax.partial.grad import find_active
+
+UNITS = ("flops", "bytes", "milliseconds")
 
 
 @dataclasses.dataclass(frozen=True)
 class StepCosts:
-    """What a step costs in one unit: a floor by the deepest active slot, and each slot's own.
+    """What a step costs in one unit: ``floors[depth of the deepest active slot] + sum(own)``.
+
+    The chain back to a layer is paid once, whoever uses it.
 
     Attributes:
       own: ``[slots]``, what a slot adds to a step whose chain reaches it anyway: its weight
         gradients and, where the optimizer was measured too, its update.
-      floors: ``[depths]``, forward pass and chain back to each depth.
-      totals: ``[depths]``, a step with all slots up to each depth, as measured. The last is a full
-        step.
+      floors: ``[depths]``, forward pass and chain back to each depth, not decreasing.
+      unit: ``"flops"``, ``"bytes"`` (read and written) or ``"milliseconds"``.
+
+    Example:
+      >>> from priorityprop_jax import find_slots
+      >>> from priorityprop_jax.partial.costs import StepCosts
+      >>> costs = StepCosts(own=(2.0, 1.0), floors=(3.0, 5.0))
+      >>> slots = find_slots({"Dense_0": 1.0, "Dense_1": 1.0})
+      >>> costs.of(slots, ["Dense_1"]), costs.of(slots, ["Dense_0"]), costs.full
+      (4.0, 7.0, 8.0)
     """
 
     own: tuple[float, ...]
     floors: tuple[float, ...]
-    totals: tuple[float, ...]
+    unit: str = "flops"
 
     @property
     def full(self) -> float:
         """A step with all slots."""
-        return self.totals[-1]
+        return float(self.floors[-1] + sum(self.own))
+
+    def of(self, slots: Slots, active: Iterable[str]) -> float:
+        """A step with these active slots; with none, the cheapest floor."""
+        active = frozenset(active)
+        chosen = [i for i, name in enumerate(slots.names) if name in active]
+        deepest = max((slots.depths[i] for i in chosen), default=0)
+        return float(self.floors[deepest] + sum(self.own[i] for i in chosen))
 
     def without_prefix(self, forward: Sequence[float]) -> StepCosts:
         """The costs where the outputs of the frozen prefix are cached.
 
         Args:
           forward: ``[depths]``, the forward pass of everything deeper than each depth.
-
-        Returns:
-          The costs with those forward passes left out of floors and totals.
         """
-        if len(forward) != len(self.floors):
-            raise ValueError(f"{len(forward)} forward costs for {len(self.floors)} depths")
         less = [max(a - b, 0.0) for a, b in zip(self.floors, forward, strict=True)]
         # Not decreasing, as the choice of an active set expects.
-        floors = tuple(np.maximum.accumulate(less).tolist())
-        totals = [max(a - b, 0.0) for a, b in zip(self.totals, forward, strict=True)]
-        return StepCosts(self.own, floors, tuple(totals))
-
-
-@dataclasses.dataclass(frozen=True)
-class Costs:
-    """What steps cost: FLOPs, bytes moved, and milliseconds where they were timed.
-
-    Attributes:
-      names: the slots, in the order of the vectors over slots.
-      flops: floating-point operations.
-      bytes: bytes that the compiled program reads and writes.
-      milliseconds: wall time on this machine, or None.
-    """
-
-    names: tuple[str, ...]
-    flops: StepCosts
-    bytes: StepCosts
-    milliseconds: StepCosts | None = None
+        return dataclasses.replace(self, floors=tuple(np.maximum.accumulate(less).tolist()))
 
 
 def measure_costs(
@@ -81,98 +73,95 @@ def measure_costs(
     batch: Any,
     slots: Slots,
     *,
+    unit: str = "flops",
     has_aux: bool = False,
     optimizer: optax.GradientTransformation | None = None,
-    timed: int = 0,
-) -> Costs:
+    repeats: int = 5,
+) -> StepCosts:
     r"""Measures what a step costs by which slots are active.
 
-    For every depth, the step with all slots up to there is compiled, and for every slot the step
-    that reaches one layer further without it: the difference is the slot's own cost, and what is
-    left of a step without the slots' own costs is the floor that all slots of that depth share.
-    Costs are the compiler's own account of the compiled programs (``compiled.costanalysis()``).
-    Only shapes are used: no array is allocated, unless steps are timed.
+    For every depth there is the step with all slots up to there, and for every slot the step that
+    reaches one layer further without it: the difference is the slot's own cost, and what is left
+    of a step without the slots' own costs is the floor that all slots of that depth share.
+    FLOPs are counted in the traced program (see `program_flops`), and nothing is compiled; bytes
+    are the compiler's account; milliseconds are the median of runs on this machine, and slots share
+    the time between two depths as they share its FLOPs. Only shapes are used, unless steps are
+    timed.
 
     Args:
       loss_fn: ``(params, batch) -> loss``, or ``(loss, aux)`` with ``has_aux``.
       params: pytree of arrays or `jax.ShapeDtypeStruct`.
       batch: pytree of arrays or `jax.ShapeDtypeStruct`.
       slots: the slots of ``params``, see `find_slots`.
+      unit: ``"flops"``, ``"bytes"`` or ``"milliseconds"``.
       has_aux: as in `jax.value_and_grad`.
       optimizer: an optimizer whose update of the active slots is a part of the step.
-      timed: how often to run each depth's step to take its median time; 0 for not at all. Slots
-        share the time between two depths as they share its FLOPs.
+      repeats: how often to run a step to time it.
 
     Returns:
       The costs.
 
     Raises:
-      ValueError: if ``slots`` has none, or is not of ``params``.
+      ValueError: if ``unit`` is another one, or ``slots`` has none, or is not of ``params``.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from priorityprop_jax import find_slots, measure_costs
+      >>> import jax.numpy as jnp
+      >>> from priorityprop_jax import find_slots
+      >>> from priorityprop_jax.partial.costs import measure_costs
       >>> params = {"Dense_0": jnp.ones((64, 64)), "Dense_1": jnp.ones((64, 64))}
       >>> loss_fn = lambda p, x: jnp.sum(jnp.tanh(x @ p["Dense_0"]) @ p["Dense_1"])
       >>> costs = measure_costs(loss_fn, params, jnp.ones((8, 64)), find_slots(params))
-      >>> costs.flops.totals[0] < costs.flops.full
+      >>> costs.floors[0] < costs.floors[1] < costs.full
       True
     """
+    if unit not in UNITS:
+        raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}")
     if not slots.names:
         raise ValueError("there are no slots to measure")
     params, batch = jax.tree.map(abstract, params), jax.tree.map(abstract, batch)
-    depths = np.asarray(slots.depths)
-    count = int(depths.max()) + 1
-    pairs = list(zip(slots.names, depths, strict=True))
-    suffixes = [frozenset(name for name, d in pairs if d <= depth) for depth in range(count)]
+    pairs = list(zip(slots.names, slots.depths, strict=True))
+    count = max(slots.depths) + 1
+    upto = [frozenset(name for name, d in pairs if d <= depth) for depth in range(count)]
+
+    def traced(active: frozenset[str]) -> Any:
+        return _trace(loss_fn, params, batch, slots, active, has_aux, optimizer)
+
+    def measure(active: frozenset[str]) -> float:
+        if unit == "bytes":
+            return analysis(traced(active).lower().compile())["bytes accessed"]
+        return program_flops(traced(active).jaxpr)
+
+    totals = [measure(active) for active in upto]
     # One layer deeper, so that the chain is as long without the slot as with it.
-    within = [min(depth + 1, count - 1) for depth in depths]
-    without = [suffixes[at] - {name} for at, name in zip(within, slots.names, strict=True)]
-
-    def compile_step(active: frozenset[str]) -> Any:
-        chosen = find_active(params, slots, active)
-        return _compile(loss_fn, params, batch, chosen, has_aux, optimizer)
-
-    wanted = list(dict.fromkeys([*suffixes, *without]))
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        programs = dict(zip(wanted, pool.map(compile_step, wanted), strict=True))
-    analyses = {active: analysis(program) for active, program in programs.items()}
-
-    def costs(key: str) -> StepCosts:
-        totals = [analyses[active][key] for active in suffixes]
-        own = [
-            max(totals[at] - analyses[active][key], 0.0)
-            for at, active in zip(within, without, strict=True)
-        ]
-        return _step_costs(own, totals, depths)
-
-    flops = costs("flops")
-    milliseconds = None
-    if timed:
-        milliseconds = _timed([programs[active] for active in suffixes], flops, depths, timed)
-    return Costs(tuple(slots.names), flops, costs("bytes accessed"), milliseconds)
-
-
-def _step_costs(own: Sequence[float], totals: Sequence[float], depths: np.ndarray) -> StepCosts:
+    within = [min(depth + 1, count - 1) for depth in slots.depths]
+    own = [
+        max(totals[at] - measure(upto[at] - {name}), 0.0)
+        for at, name in zip(within, slots.names, strict=True)
+    ]
+    if unit == "milliseconds":
+        programs = [traced(active).lower().compile() for active in upto]
+        times = np.maximum.accumulate(_timed(programs, repeats))
+        share = np.diff(times, prepend=0.0) / np.maximum(np.diff(totals, prepend=0.0), 1.0)
+        own = [cost * share[depth] for cost, depth in zip(own, slots.depths, strict=True)]
+        totals = times.tolist()
     floors = [
-        max(total - sum(o for o, d in zip(own, depths, strict=True) if d <= depth), 0.0)
+        max(total - sum(o for o, d in zip(own, slots.depths, strict=True) if d <= depth), 0.0)
         for depth, total in enumerate(totals)
     ]
-    return StepCosts(
-        tuple(map(float, own)),
-        tuple(np.maximum.accumulate(floors).tolist()),
-        tuple(map(float, totals)),
-    )
+    floors = np.maximum.accumulate(floors).tolist()
+    return StepCosts(tuple(map(float, own)), tuple(floors), unit)
 
 
-def _compile(
+def _trace(
     loss_fn: Any,
     params: Any,
     batch: Any,
-    chosen: ActiveLeaves,
+    slots: Slots,
+    names: frozenset[str],
     has_aux: bool,
     optimizer: optax.GradientTransformation | None,
 ) -> Any:
+    chosen = find_active(params, slots, names)
     active, frozen = chosen.split(params)
     state = () if optimizer is None else jax.eval_shape(optimizer.init, chosen.part(params))
 
@@ -188,33 +177,24 @@ def _compile(
         new, _ = chosen.split(chosen.replace(params, optax.apply_updates(part, updates)))
         return new, state, value
 
-    lowered = jax.jit(step, donate_argnums=(0, 1) if optimizer else ()).lower(
-        active, state, frozen, batch
-    )
-    return lowered.compile()
+    donate = (0, 1) if optimizer else ()
+    return jax.jit(step, donate_argnums=donate).trace(active, state, frozen, batch)
 
 
-def _timed(
-    programs: Sequence[Any],
-    flops: StepCosts,
-    depths: np.ndarray,
-    repeats: int,
-) -> StepCosts:
+def _timed(programs: Sequence[Any], repeats: int) -> list[float]:
+    """Milliseconds of each program: the median, in turns, so that a drift is shared."""
     samples: list[list[float]] = [[] for _ in programs]
     for _ in range(repeats + 1):  # the first round warms up
         for program, times in zip(programs, samples, strict=True):
-            arguments = jax.tree.map(
-                lambda x: jnp.ones(x.shape, x.dtype), program.args_info[0], is_leaf=has_shape
-            )
+            arguments = jax.tree.map(_ones, program.args_info[0])
             jax.block_until_ready(arguments)
             start = time.perf_counter()
             jax.block_until_ready(program(*arguments))
             times.append(1e3 * (time.perf_counter() - start))
-    totals = np.maximum.accumulate([float(np.median(times[1:])) for times in samples])
-    steps = np.diff(totals, prepend=0.0)
-    flop_steps = np.diff(np.asarray(flops.totals), prepend=0.0)
-    own = [
-        float(o * steps[depth] / flop_steps[depth]) if flop_steps[depth] > 0 else 0.0
-        for o, depth in zip(flops.own, depths, strict=True)
-    ]
-    return _step_costs(own, totals.tolist(), depths)
+    return [float(np.median(times[1:])) for times in samples]
+
+
+def _ones(x: Any) -> jax.Array:
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jnp.broadcast_to(jax.random.key(0), x.shape)
+    return jnp.ones(x.shape, x.dtype)

@@ -1,4 +1,4 @@
-"""Which slots are active in the coming cycle: policies, and the exact choice under a budget."""
+"""Which slots are active in the coming cycle."""
 
 from __future__ import annotations
 
@@ -6,31 +6,15 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from priorityprop_jax.core.slots import Slots
+from priorityprop_jax.partial.choose import choose_active
+from priorityprop_jax.partial.costs import StepCosts
 from priorityprop_jax.priority.schedule import repeats
 from priorityprop_jax.priority.scores import priority
-
-
-class StepCosts(Protocol):
-    """What a step costs, in any unit. `measure_costs` measures them.
-
-    A step costs ``floors[depth]``, with ``depth`` that of the deepest active slot, and ``own[i]``
-    more for every active slot ``i``: the chain back to a layer is paid once, whoever uses it.
-    """
-
-    @property
-    def own(self) -> Sequence[float]:
-        """Marginal cost of each slot, ``[slots]``."""
-        ...
-
-    @property
-    def floors(self) -> Sequence[float]:
-        """Forward pass and chain back to each depth, ``[depths]``, not decreasing."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +24,8 @@ class Situation:
     Attributes:
       slots: the slots.
       costs: what steps cost, or None where it has not been measured.
-      budget: what a step of this cycle may cost on average, in the unit of ``costs``.
+      budget: what a step of this cycle may cost on average, in the unit of ``costs``; infinite
+        where there is no budget.
       full: what a step with all slots costs.
       cycle: number of the cycle, from 0.
       steps: steps in the cycle.
@@ -77,121 +62,14 @@ class Situation:
     def cost(self, active: Iterable[str]) -> float:
         """What a step with these active slots is expected to cost."""
         if self.costs is None:
-            raise ValueError("this policy needs costs: give it those that measure_costs measures")
-        return step_cost(self.slots, self.costs, active)
+            raise ValueError(
+                "this policy needs costs, which are measured where a budget is given: a share, "
+                "flops or milliseconds; or give it costs from measure_costs"
+            )
+        return self.costs.of(self.slots, active)
 
 
 Policy = Callable[[Situation], Sequence[frozenset[str]]]
-
-
-def step_cost(slots: Slots, costs: StepCosts, active: Iterable[str]) -> float:
-    """What a step with these active slots is expected to cost, in the unit of ``costs``.
-
-    Args:
-      slots: the slots.
-      costs: what steps cost.
-      active: names of slots; for none, the forward pass alone is counted as the cheapest floor.
-
-    Returns:
-      ``floors[depth of the deepest] + sum(own)``.
-    """
-    active = frozenset(active)
-    chosen = [i for i, name in enumerate(slots.names) if name in active]
-    deepest = max((slots.depths[i] for i in chosen), default=0)
-    return float(costs.floors[deepest] + sum(costs.own[i] for i in chosen))
-
-
-def choose_active(
-    values: Any,
-    depths: Sequence[int],
-    costs: StepCosts,
-    budget: float,
-    *,
-    always: Iterable[int] = (),
-    resolution: int = 4096,
-) -> np.ndarray:
-    r"""The set of slots worth most among those that a budget can pay, by dynamic programming.
-
-    .. math::
-        \max_A \sum_{i \in A} v_i \quad \text{subject to} \quad
-        f_{\max_{i \in A} \text{depth}_i} + \sum_{i \in A} c_i \le B
-
-    with ``v`` the values, ``f`` the floors and ``c`` the own costs. For every depth that the
-    backward pass may reach, what is left after its floor is a knapsack over the slots up to there;
-    one table from the output inwards solves them all. Exact for costs that are multiples of
-    ``budget / resolution``; others are rounded up to it, so the budget is never exceeded.
-
-    Args:
-      values: ``float[slots]``; NaN, infinite and negative ones count as 0.
-      depths: ``int[slots]``, 0 at the output.
-      costs: what steps cost.
-      budget: what the step may cost.
-      always: indices of slots that are active whatever they are worth.
-      resolution: units that the budget is cut into.
-
-    Returns:
-      ``bool[slots]``. Only ``always`` where the budget does not even pay for those.
-
-    Raises:
-      ValueError: if lengths differ, the budget is not above 0 and finite, or a cost is negative.
-
-    Example:
-      >>> import types
-      >>> from priorityprop_jax import choose_active
-      >>> costs = types.SimpleNamespace(own=[1, 1, 1], floors=[2, 4, 6])
-      >>> choose_active([5.0, 2.0, 9.0], [0, 1, 2], costs, budget=7).tolist()
-      [True, True, False]
-      >>> choose_active([5.0, 2.0, 9.0], [0, 1, 2], costs, budget=8).tolist()
-      [True, False, True]
-
-    References:
-      GreenTrainer (Huang et al., 2023, https://arxiv.org/abs/2309.13192) chooses tensors by their
-      importance and backward cost with the same kind of table.
-    """
-    values = np.nan_to_num(np.asarray(values, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    values = np.maximum(values, 0.0)
-    own = np.asarray(costs.own, np.float64)
-    floors = np.asarray(costs.floors, np.float64)
-    order: list[int] = np.argsort(np.asarray(depths, int), kind="stable").tolist()
-    if not len(values) == len(depths) == len(own):
-        raise ValueError(f"{len(values)} values, {len(depths)} depths and {len(own)} own costs")
-    if len(floors) <= max(depths, default=-1):
-        raise ValueError(f"there are slots at depth {max(depths)}, but {len(floors)} floors")
-    if not 0 < budget < math.inf:
-        raise ValueError(f"budget must be finite and above 0, got {budget}")
-    if (own < 0).any() or (floors < 0).any():
-        raise ValueError("costs must not be negative")
-    forced = np.zeros(len(values), bool)
-    forced[list(always)] = True
-
-    unit = budget / resolution
-    units = np.ceil(own / unit - 1e-9).astype(int)
-    chosen = forced.copy()
-    deepest_forced = max((depths[int(i)] for i in np.flatnonzero(forced)), default=0)
-    # best[c]: the most that the slots so far are worth for at most c units.
-    best = np.zeros(resolution + 1)
-    taken = np.zeros((len(values), resolution + 1), bool)
-    top, place = -1.0, (0, 0)  # the best value, and after how many slots, at which capacity
-    for n, i in enumerate(order):
-        with_slot = np.full(resolution + 1, -np.inf)
-        if units[i] <= resolution:
-            with_slot[units[i] :] = best[: resolution + 1 - units[i]] + values[i]
-        taken[n] = forced[i] | (with_slot > best)
-        best = np.where(taken[n], with_slot, best)
-        last_of_depth = n + 1 == len(order) or depths[order[n + 1]] > depths[i]
-        if last_of_depth and depths[i] >= deepest_forced:
-            room = int(np.floor((budget - floors[depths[i]]) / unit + 1e-9))
-            if room >= 0 and best[room] > top:
-                top, place = best[room], (n + 1, room)
-    n, room = place
-    if top < 0:
-        return chosen
-    while n:
-        n -= 1
-        if taken[n, room]:
-            chosen[order[n]] = True
-            room -= units[order[n]]
-    return chosen
 
 
 def by_priority(*, scoring_share: float = 0.1, always: Iterable[int] = (0,)) -> Policy:
@@ -219,8 +97,7 @@ def by_priority(*, scoring_share: float = 0.1, always: Iterable[int] = (0,)) -> 
     always = tuple(always)
 
     def policy(at: Situation) -> list[frozenset[str]]:
-        if at.costs is None:
-            raise ValueError("the policy priority needs costs, such as measure_costs measures")
+        at.cost(())  # raises where there are none
         spare = scoring_share * at.budget / at.full * at.steps
         scoring = at.cycle == 0 or math.floor(spare * (at.cycle + 1)) > math.floor(spare * at.cycle)
         budget = at.budget
@@ -233,6 +110,7 @@ def by_priority(*, scoring_share: float = 0.1, always: Iterable[int] = (0,)) -> 
         else:
             chosen = choose_active(worth, at.slots.depths, at.costs, budget, always=must)
         active = frozenset(name for name, on in zip(at.slots.names, chosen, strict=True) if on)
+        active = active or at.at_depths([0])  # the cheapest that trains anything
         if not scoring:
             return [active] * at.steps
         return [at.everything] + [active] * (at.steps - 1)
@@ -258,7 +136,7 @@ def at_random(*, always: Iterable[int] = (0,)) -> Policy:
             larger = active | at.at_depths([depth])
             if at.cost(larger) <= at.budget:
                 active = larger
-        return [active] * at.steps
+        return [active or at.at_depths([0])] * at.steps
 
     return policy
 
@@ -300,16 +178,16 @@ def lisa(k: int) -> Policy:
 
 
 def badam(k: int = 1) -> Policy:
-    """BAdam: blocks of ``k`` layers, one block a cycle, from the output to the input and again.
+    """BAdam: ``k`` layers a cycle in turn, from the output to the input and again.
 
-    The output layer is active all along, as a new classifier has to be learned whichever block has
-    its turn; the input layer (embeddings) has no turn, as in the paper.
+    The output layer is active all along, as a new classifier has to be learned whoever has the
+    turn; the input layer (embeddings) has no turn, as in the paper.
 
     Args:
-      k: layers in a block, at least 1.
+      k: layers that have their turn together, at least 1.
 
     Returns:
-      The policy. Use it with ``block_state="reset"``, as the paper does.
+      The policy. Use it with ``state="reset"``, as the paper does.
 
     References:
       BAdam (Luo, Yu, Li, 2024), https://arxiv.org/abs/2404.02827
@@ -319,8 +197,8 @@ def badam(k: int = 1) -> Policy:
     def policy(at: Situation) -> list[frozenset[str]]:
         deepest = max(at.slots.depths, default=0)
         middle = list(range(1, max(deepest, 2)))
-        blocks = [middle[i : i + k] for i in range(0, len(middle), k)]
-        return [at.at_depths([0, *blocks[at.cycle % len(blocks)]])] * at.steps
+        turns = [middle[i : i + k] for i in range(0, len(middle), k)]
+        return [at.at_depths([0, *turns[at.cycle % len(turns)]])] * at.steps
 
     return policy
 
@@ -334,6 +212,7 @@ def full() -> Policy:
     return lambda at: [at.everything] * at.steps
 
 
+# By name: what makes the policy, and whether it is told of how many layers.
 _POLICIES: dict[str, tuple[Callable[..., Policy], bool]] = {
     "priority": (by_priority, False),
     "random": (at_random, False),
@@ -342,6 +221,7 @@ _POLICIES: dict[str, tuple[Callable[..., Policy], bool]] = {
     "badam": (badam, True),
     "full": (full, False),
 }
+SPENDING = ("priority", "random")  # what they run is what a budget pays
 
 
 def make_policy(policy: str | Policy) -> Policy:
@@ -361,7 +241,8 @@ def make_policy(policy: str | Policy) -> Policy:
 
     Example:
       >>> import numpy as np
-      >>> from priorityprop_jax import Situation, find_slots, make_policy
+      >>> from priorityprop_jax import find_slots
+      >>> from priorityprop_jax.partial.policies import Situation, make_policy
       >>> slots = find_slots({"layer_0": 1.0, "layer_1": 1.0, "layer_2": 1.0})
       >>> at = Situation(slots, None, 1.0, 1.0, 0, 2, np.zeros(3), np.zeros(3, int))
       >>> [sorted(active) for active in make_policy("suffix(1)")(at)]
@@ -402,7 +283,8 @@ def active_sets(
       ``recalc_every`` sets of slot names.
 
     Example:
-      >>> from priorityprop_jax import active_sets, find_slots
+      >>> from priorityprop_jax import find_slots
+      >>> from priorityprop_jax.partial.policies import active_sets
       >>> slots = find_slots({"a": 1.0, "b": 1.0})
       >>> [sorted(names) for names in active_sets(slots, [3, 1], 3)]
       [['a', 'b'], ['a'], ['a']]

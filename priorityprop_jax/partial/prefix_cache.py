@@ -8,10 +8,11 @@ import json
 import os
 import sys
 import warnings
+import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,26 +25,20 @@ try:
 except ImportError:  # Windows, which has no such lock.
     fcntl = None
 
-_VERSION = 1
 _DTYPES = ("bfloat16", "float32")
-_HEADER, _RECORDS, _LOCK = "prefix.json", "prefix.bin", "prefix.lock"
-_HEAD = 8  # Bytes in front of the payload: the checksums of the record and of its inputs.
 
 
 class PrefixCache:
     """The outputs of a frozen prefix by example id, in a file or in memory.
 
-    An example's record is found by its id, is of a fixed size, and counts only if its checksum fits
-    its content, its id and the key of the cache: whenever a process is killed, no entry is read
-    wrongly later. Each record is verified the first time it is read after `open`.
-
-    The cache never stops a training: if the disk is full or fails, it warns once, switches itself
-    off, and everything is a miss. It is for one thread of one process; with several processes give
-    each its own directory.
+    A record counts only if its checksum fits its content, its id and the key of the cache, so that
+    none is read wrongly after a kill. If the disk is full or fails, the cache warns once, switches
+    itself off, and everything is a miss. It is for one thread of one process, and locks its
+    directory until it is closed or dropped.
 
     Args:
       directory: the folder of the cache, made if need be; None keeps the cache in memory.
-      examples: how many examples there are, ids being below; None if unknown.
+      examples: how many examples there are, ids being below.
       dtype: what floating arrays of more bits are stored as: ``"bfloat16"``, or ``"float32"``,
         which is exact for arrays of up to 32 bits. See `rounded`.
       max_bytes: the most that the cache may hold. If not all examples fit, the first ids are
@@ -51,12 +46,12 @@ class PrefixCache:
 
     Attributes:
       dtype: as given.
+      key: of the prefix that the cache is open for; None if it is not open.
       hits: examples served so far.
       misses: examples in batches that were not served.
 
     Raises:
-      TypeError: an argument is of the wrong kind.
-      ValueError: `dtype` is another one, or `examples` or `max_bytes` is below 1.
+      TypeError, ValueError: an argument is of the wrong kind, or makes no sense.
 
     Example:
       >>> import jax
@@ -77,181 +72,133 @@ class PrefixCache:
         self,
         directory: str | os.PathLike[str] | None,
         *,
-        examples: int | None,
+        examples: int,
         dtype: str = "bfloat16",
         max_bytes: int = 4 * 2**30,
     ):
         if directory is not None and not isinstance(directory, str | os.PathLike):
             raise TypeError(f"directory must be a path or None, got {directory!r}")
         for name, value in (("examples", examples), ("max_bytes", max_bytes)):
-            if name == "examples" and value is None:
-                continue
             if isinstance(value, bool) or not isinstance(value, int | np.integer):
                 raise TypeError(f"{name} must be a whole number, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         _check_dtype(dtype)
         self._directory = None if directory is None else Path(directory).expanduser()
-        self._examples = examples
+        self._examples, self._max_bytes = int(examples), int(max_bytes)
         self.dtype = dtype
-        self._max_bytes = int(max_bytes)
-        self.hits = 0
-        self.misses = 0
-        self._off = False
-        self._layout: _Layout | None = None
-        self._header = b""
-        self._seed = 0
-        self._limit = 0  # Ids below are cached.
-        # The checksum of the inputs of every record that was verified since `open`; None for a
-        # record that is not there.
-        self._known: dict[int, int | None] = {}
-        self._memory: dict[int, np.ndarray] = {}  # Records, where there is no directory.
+        self.key: str | None = None
+        self.hits = self.misses = 0
+        self._off, self._header, self._like = False, b"", None
+        self._record, self._limit = np.dtype("u4"), 0  # ids below the limit are cached
+        self._verified: set[int] = set()
+        self._memory: dict[int, bytes] = {}  # records, where there is no directory
         self._file: Any = None
-        self._lock: int | None = None
+        self._release: Any = None  # closes the file and the lock
 
     def open(self, key: str, like: Any) -> None:
         """Makes the cache that of a prefix; what was cached for another one is dropped.
 
         Args:
-          key: a fingerprint of everything that the outputs depend on: the parameters and the state
-            of the prefix, its stages, its mode. See `fingerprint`.
-          like: the outputs of one example: a pytree of `jax.ShapeDtypeStruct` without the batch
-            axis.
+          key: tells everything that the outputs depend on, see `fingerprint`.
+          like: the outputs of one example, a pytree of `jax.ShapeDtypeStruct`.
 
         Raises:
-          TypeError: `key` is no string, or `like` has something else in it.
+          TypeError: `like` has something else in it than arrays that can be stored.
           ValueError: another process (or another `PrefixCache`) has the directory open.
         """
-        if not isinstance(key, str):
-            raise TypeError(f"key must be a string, such as fingerprint(params), got {key!r}")
-        layout = _make_layout(like, self.dtype)
-        header = {
-            "version": _VERSION,
-            "key": key,
-            "byteorder": sys.byteorder,
-            "leaves": [
-                [leaf.name, list(leaf.shape), str(leaf.dtype), str(leaf.stored)]
-                for leaf in layout.leaves
-            ],
-        }
-        content = json.dumps(header, sort_keys=True).encode()
-        if self._layout is not None and content == self._header:
-            return
-        self._layout, self._header, self._seed = layout, content, zlib.crc32(content)
-        self._known, self._memory = {}, {}
-        self._limit = self._max_bytes // layout.bytes
-        if self._examples is not None:
-            if self._limit < self._examples and not self._off:
-                warnings.warn(
-                    f"the prefix cache holds {self._limit} of {self._examples} examples, and a "
-                    "batch with any other example in it is a miss; raise max_bytes to "
-                    f"{self._examples * layout.bytes}",
-                    stacklevel=2,
-                )
-            self._limit = min(self._limit, self._examples)
-        if self._directory is not None and not self._off:
+        fields: list[Any] = [("check", "u4"), ("inputs", "u4")]
+        leaves, _ = jax.tree_util.tree_flatten_with_path(like)
+        for i, (path, leaf) in enumerate(leaves):
             try:
-                self._open_files()
-            except OSError as error:
-                self._switch_off(error)
+                fields.append((str(i), _stored(leaf.dtype, self.dtype), leaf.shape))
+            except (AttributeError, TypeError) as error:
+                raise TypeError(f"outputs {path_name(path)} cannot be cached: {leaf!r}") from error
+        record = np.dtype(fields)
+        described = [[path_name(path), str(leaf)] for path, leaf in leaves]
+        header = json.dumps([2, key, self.dtype, sys.byteorder, described]).encode()
+        if self.key is not None and header == self._header:
+            return
+        limit = min(self._max_bytes // record.itemsize, self._examples)
+        if limit < self._examples and not self._off:
+            warnings.warn(
+                f"the prefix cache holds {limit} of {self._examples} examples, and a batch with "
+                "any other example in it is a miss; raise max_bytes to "
+                f"{self._examples * record.itemsize}",
+                stacklevel=2,
+            )
+        self.close()
+        self._like, self._record, self._limit, self._header = like, record, limit, header
+        if self._directory is not None and not self._off:
+            with self._guarded():
+                self._open_files(self._directory)
+        self.key = key
 
     def lookup(self, ids: Any, inputs: Any) -> Any:
         """The outputs of a batch, if all of its examples are cached.
 
         Args:
           ids: whole numbers from 0, one an example, `[batch]`.
-          inputs: what the prefix is given: a pytree of arrays `[batch, ...]`. Their checksum is
-            compared with that of the inputs that the outputs were stored with.
+          inputs: what the prefix is given, a pytree of arrays `[batch, ...]`: its checksum must be
+            that of what the outputs were stored with.
 
         Returns:
           A pytree of NumPy arrays `[batch, ...]` of the dtypes of `like`, rounded as `rounded`
           does; None if the outputs of any example are not there.
 
         Raises:
-          ValueError: the ids are no whole numbers from 0, or not below `examples`; the inputs do
-            not fit them; an example came with other inputs than it was stored with; or the cache
-            is not open.
+          ValueError: the ids are no whole numbers below `examples`, the inputs do not fit them, an
+            example has other inputs than before, or the cache is not open.
         """
-        layout = self._opened()
         ids, checksums = self._check(ids, inputs)
-        if self._off:
-            self.misses += len(ids)
-            return None
-        block = np.empty((len(ids), layout.bytes), np.uint8)  # [batch, record]
-        try:
-            complete = self._find(ids, checksums, block)
-        except OSError as error:
-            self._switch_off(error)
-            complete = False
-        if not complete:
+        records, raw = self._empty(len(ids))
+        found = not self._off
+        with self._guarded():
+            for i, checksum, record, row in zip(ids, checksums, records, raw, strict=True):
+                there = not self._off and self._read(i, row)
+                if there and record["inputs"] != checksum:
+                    raise ValueError(_CHANGED.format(i))
+                found = found and there
+        if self._off or not found:
             self.misses += len(ids)
             return None
         self.hits += len(ids)
-        return layout.unpack(block)
+        leaves, structure = jax.tree.flatten(self._like)
+        arrays = [records[str(i)].astype(leaf.dtype) for i, leaf in enumerate(leaves)]
+        return structure.unflatten(arrays)
 
     def store(self, ids: Any, inputs: Any, outputs: Any) -> None:
-        """Caches the outputs of a batch; examples that do not fit `max_bytes` are left out.
+        """Caches the outputs of a batch that was looked up and not found.
 
         Args:
-          ids: whole numbers from 0, one an example, `[batch]`.
-          inputs: what the prefix was given, a pytree of arrays `[batch, ...]`.
-          outputs: what it returned, a pytree of arrays `[batch, ...]` like `like`.
+          ids: as for `lookup`.
+          inputs: as for `lookup`.
+          outputs: what the prefix made of them, a pytree of arrays `[batch, ...]`.
 
         Raises:
-          ValueError: as for `lookup`, or the outputs are not like `like`.
+          ValueError: as for `lookup`, or the outputs are not as `open` was told.
         """
-        layout = self._opened()
         ids, checksums = self._check(ids, inputs)
-        if self._off:
-            return
-        block = layout.pack(outputs, len(ids))  # [batch, record]
-        try:
-            self._find(ids, checksums)
-            batch: dict[int, int] = {}
-            for i, checksum in zip(ids, checksums, strict=True):
-                if batch.setdefault(i, checksum) != checksum:
-                    raise ValueError(_CHANGED.format(i))
-            for i, checksum, row in zip(ids, checksums, block, strict=True):
-                if i < self._limit:
-                    row[:_HEAD].view(np.uint32)[:] = 0, checksum
-                    row[:4].view(np.uint32)[0] = self._checksum(i, row)
-                    # Until it is written whole it is not there.
-                    self._known[i] = None
+        records, raw = self._empty(len(ids))
+        expected = jax.tree.map(lambda x: f"{x.dtype}{[len(ids), *x.shape]}", self._like)
+        given = jax.tree.map(lambda x: f"{x.dtype}{[*x.shape]}", outputs)
+        if given != expected:
+            raise ValueError(f"outputs must be {expected}, got {given}")
+        for number, leaf in enumerate(jax.tree.leaves(outputs)):
+            records[str(number)] = leaf
+        with self._guarded():
+            for i, checksum, record, row in zip(ids, checksums, records, raw, strict=True):
+                if i < self._limit and not self._off:
+                    record["inputs"] = checksum
+                    row[:4] = np.frombuffer(self._checksum(i, row), np.uint8)
+                    self._verified.discard(i)
                     self._write(i, row)
-                    self._known[i] = checksum
-        except OSError as error:
-            self._switch_off(error)
-
-    def invalidate(self) -> None:
-        """Drops everything that is cached; the cache stays open."""
-        self._known, self._memory = {}, {}
-        if self._file is not None:
-            try:
-                self._file.truncate(0)
-            except OSError as error:
-                self._switch_off(error)
 
     def close(self) -> None:
         """Lets go of the files and of the memory; `open` opens the cache again."""
-        self._known, self._memory, self._layout, self._header = {}, {}, None, b""
-        self._close_files()
-
-    @property
-    def key(self) -> str | None:
-        """The key of the prefix that the cache is open for; None if it is not open."""
-        return json.loads(self._header)["key"] if self._layout is not None else None
-
-    @property
-    def bytes(self) -> int:
-        """What the records take on disk or in memory."""
-        if self._file is not None:
-            try:
-                status = os.fstat(self._file.fileno())
-            except OSError:
-                return 0
-            # Records that were never written are holes, which take no space.
-            return getattr(status, "st_blocks", -(-status.st_size // 512)) * 512
-        return sum(row.nbytes for row in self._memory.values())
+        self.key, self._verified, self._memory, self._file = None, set(), {}, None
+        if self._release is not None:
+            self._release()
 
     def __enter__(self) -> PrefixCache:
         return self
@@ -259,13 +206,10 @@ class PrefixCache:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _opened(self) -> _Layout:
-        if self._layout is None:
-            raise ValueError("the cache is not open; call open(key, like) first")
-        return self._layout
-
     def _check(self, ids: Any, inputs: Any) -> tuple[list[int], list[int]]:
         """The ids, and the checksum of the inputs of each."""
+        if self.key is None:
+            raise ValueError("the cache is not open; call open(key, like) first")
         array = np.asarray(ids)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             raise ValueError(
@@ -273,12 +217,10 @@ class PrefixCache:
                 f"{array.shape} and dtype {array.dtype}"
             )
         numbers = [int(i) for i in array.tolist()]
-        if numbers and min(numbers) < 0:
-            raise ValueError(f"ids must be 0 or more, got {min(numbers)}")
-        if numbers and self._examples is not None and max(numbers) >= self._examples:
+        if not all(0 <= i < self._examples for i in numbers):
             raise ValueError(
-                f"ids must be below the {self._examples} examples that the cache was made for, got "
-                f"{max(numbers)}; correct the ids, or raise examples"
+                f"ids must be from 0 on and below the {self._examples} examples that the cache was "
+                f"made for, got {min(numbers)} to {max(numbers)}; correct them, or raise examples"
             )
         checksums = [0] * len(numbers)
         for leaf in jax.tree.leaves(inputs):
@@ -289,146 +231,121 @@ class PrefixCache:
                     f"{len(numbers)} ids"
                 )
             kind = f"{leaf.dtype}{leaf.shape[1:]}".encode()
-            rows = _as_bytes(leaf)
             checksums = [
-                zlib.crc32(row.data, zlib.crc32(kind, checksum))
-                for row, checksum in zip(rows, checksums, strict=True)
+                zlib.crc32(row.tobytes(), zlib.crc32(kind, checksum))
+                for row, checksum in zip(leaf, checksums, strict=True)
             ]
+        seen: dict[int, int] = {}
+        for i, checksum in zip(numbers, checksums, strict=True):
+            if seen.setdefault(i, checksum) != checksum:
+                raise ValueError(_CHANGED.format(i))
         return numbers, checksums
 
-    def _find(
-        self, ids: Sequence[int], checksums: Sequence[int], block: np.ndarray | None = None
-    ) -> bool:
-        """Whether all records are there; they are read into `block`, if it is given.
+    def _empty(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Records, and the bytes of each."""
+        records = np.zeros(count, self._record)
+        return records, records.view(np.uint8).reshape(count, self._record.itemsize)
 
-        Raises `ValueError` for a record that was stored with other inputs.
-        """
-        spare = np.empty(self._opened().bytes, np.uint8)
-        complete, read = True, set()
-        for place, (i, checksum) in enumerate(zip(ids, checksums, strict=True)):
-            if i not in self._known and i < self._limit:
-                row = spare if block is None else block[place]
-                self._known[i] = None
-                if self._read(i, row):
-                    head = row[:_HEAD].view(np.uint32)
-                    if head[0] and head[0] == self._checksum(i, row):
-                        self._known[i] = int(head[1])
-                        read.add(place)
-            known = self._known.get(i)
-            if known is None:
-                complete = False
-            elif known != checksum:
-                raise ValueError(_CHANGED.format(i))
-        if complete and block is not None:
-            for place, i in enumerate(ids):
-                if place not in read and not self._read(i, block[place]):
-                    self._known[i] = None  # Someone cut the file short.
-                    return False
-        return complete
-
-    def _checksum(self, i: int, row: np.ndarray) -> int:
-        # Starts from that of the header, so that records of another key never fit. Zero is what
+    def _checksum(self, i: int, row: np.ndarray) -> bytes:
+        # With the header, so that records of another key never fit, and with the id. Zero is what
         # a hole in the file reads as.
-        start = zlib.crc32(i.to_bytes(8, "little"), self._seed)
-        return zlib.crc32(row[4:].data, start) or 1
+        start = zlib.crc32(i.to_bytes(8, "little"), zlib.crc32(self._header))
+        return (zlib.crc32(row[4:].data, start) or 1).to_bytes(4, "little")
 
-    # Records are written and read by plain calls, not through a memory map: where a disk is full or
+    # Records are read and written by plain calls, not through a memory map: where a disk is full or
     # a file is cut short, these raise an error, and a map kills the process.
 
     def _read(self, i: int, row: np.ndarray) -> bool:
         if self._file is None:
-            record = self._memory.get(i)
-            if record is not None:
-                row[:] = record
-            return record is not None
+            record = self._memory.get(i, b"")
+            row[: len(record)] = np.frombuffer(record, np.uint8)
+            return bool(record)
         self._file.seek(i * len(row))
-        return self._file.readinto(row) == len(row)
+        if self._file.readinto(row) != len(row):
+            return False
+        if i not in self._verified and row[:4].tobytes() != self._checksum(i, row):
+            return False
+        self._verified.add(i)
+        return True
 
     def _write(self, i: int, row: np.ndarray) -> None:
         if self._file is None:
-            self._memory[i] = row.copy()
+            self._memory[i] = row.tobytes()
             return
         self._file.seek(i * len(row))
         view = row.data
         while view:
             view = view[self._file.write(view) :]
 
-    def _open_files(self) -> None:
-        assert self._directory is not None
-        self._directory.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        header, records = self._directory / _HEADER, self._directory / _RECORDS
+    def _open_files(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        header, records = directory / "prefix.json", directory / "prefix.bin"
+        lock = os.open(directory / "prefix.lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            same = header.read_bytes() == self._header
-        except FileNotFoundError:
-            same = False
-        if not same:
-            # Whatever is killed here leaves records that do not fit the header, which their
-            # checksums tell.
-            with contextlib.suppress(FileNotFoundError):
-                records.unlink()
-            temporary = self._directory / (_HEADER + ".tmp")
-            temporary.write_bytes(self._header)
-            temporary.replace(header)
-        self._file = open(os.open(records, os.O_RDWR | os.O_CREAT | _BINARY, 0o666), "r+b", 0)
+            _take(lock, directory)
+            if not header.exists() or header.read_bytes() != self._header:
+                # Whatever is killed here leaves records that do not fit the header, which their
+                # checksums tell.
+                records.unlink(missing_ok=True)
+                temporary = directory / "prefix.json.tmp"
+                temporary.write_bytes(self._header)
+                temporary.replace(header)
+            binary = getattr(os, "O_BINARY", 0)  # Windows would translate line ends.
+            number = os.open(records, os.O_RDWR | os.O_CREAT | binary, 0o666)
+            self._file = open(number, "r+b", 0)  # noqa: SIM115
+        except BaseException:
+            os.close(lock)
+            raise
+        # Also where a cache is dropped without being closed.
+        self._release = weakref.finalize(self, _let_go, self._file, lock)
 
-    def _take_lock(self) -> None:
-        if self._lock is not None or fcntl is None:
-            return
-        assert self._directory is not None
-        lock = os.open(self._directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Switches the cache off where a disk fails."""
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            self._layout, self._header = None, b""
-            raise ValueError(
-                f"the prefix cache in {str(self._directory)!r} is open already, maybe in another "
-                "process; close it there, or give each its own directory"
-            ) from None
-        except OSError:
-            pass  # Some network file systems have no locks.
-        self._lock = lock
+            yield
+        except OSError as error:
+            key, self._off = self.key, True
+            self.close()
+            self.key = key
+            warnings.warn(
+                f"the prefix cache is switched off, and training goes on without it: {error}; make "
+                "room or choose another directory",
+                stacklevel=4,
+            )
 
-    def _close_files(self) -> None:
-        file, lock = self._file, self._lock
-        self._file = self._lock = None
-        with contextlib.suppress(OSError):
-            if file is not None:
-                file.close()
-        if lock is not None:
-            os.close(lock)
 
-    def _switch_off(self, error: OSError) -> None:
-        self._off = True
-        self._known, self._memory = {}, {}
-        self._close_files()
-        warnings.warn(
-            f"the prefix cache is switched off, and training goes on without it: {error}; make "
-            "room or choose another directory",
-            stacklevel=3,
-        )
+def _take(lock: int, directory: Path) -> None:
+    """Locks a file, or raises if another process has."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"the prefix cache in {str(directory)!r} is open already, maybe in another process; "
+            "close it there, or give each its own directory"
+        ) from None
+    except OSError:
+        pass  # Some network file systems have no locks.
+
+
+def _let_go(file: Any, lock: int) -> None:
+    with contextlib.suppress(OSError):
+        file.close()
+    os.close(lock)
 
 
 def rounded(outputs: Any, dtype: str = "bfloat16") -> Any:
     """What the cache gives back for `outputs`: rounded to `dtype`, in the dtypes they had.
 
-    Train on the rounded outputs where they are computed, too, so that a step does not depend on
-    whether the cache was hit. It can be compiled, unlike a mere pair of casts, which XLA may drop.
+    Train on rounded outputs where they are computed, too: then a step does not depend on whether
+    the cache was hit. It can be compiled, unlike a pair of casts, which XLA may drop.
 
     Args:
-      outputs: a pytree of arrays.
+      outputs: a pytree of arrays; floating ones of more bits than `dtype` are rounded to the
+        nearest value, ties to even.
       dtype: that of the cache, ``"bfloat16"`` or ``"float32"``.
-
-    Returns:
-      A pytree like `outputs`. Floating arrays of more bits than `dtype` are rounded to the nearest
-      value, ties to even; others are as they are.
-
-    Raises:
-      ValueError: `dtype` is another one.
 
     Example:
       >>> import jax
@@ -455,27 +372,15 @@ def fingerprint(tree: Any, *extra: str) -> str:
 
     Args:
       tree: a pytree of arrays (random keys and numbers included). Arrays on a device are fetched.
-      *extra: whatever else matters, such as the names of the stages.
+      *extra: whatever else matters, such as the text of a program.
 
     Returns:
       64 hexadecimal digits.
-
-    Raises:
-      TypeError: a leaf is no array, or an extra no string.
-
-    Example:
-      >>> import numpy as np
-      >>> from priorityprop_jax.partial.prefix_cache import fingerprint
-      >>> a = fingerprint({"kernel": np.zeros([2, 3])}, "embed")
-      >>> b = fingerprint({"kernel": np.zeros([3, 2])}, "embed")
-      >>> len(a), a == b
-      (64, False)
     """
     digest = hashlib.sha256()
 
-    def add(part: bytes | memoryview) -> None:
-        # The length in front keeps ("ab", "c") and ("a", "bc") apart.
-        digest.update(len(part).to_bytes(8, "little"))
+    def add(part: bytes) -> None:
+        digest.update(len(part).to_bytes(8, "little"))  # keeps ("ab", "c") and ("a", "bc") apart
         digest.update(part)
 
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
@@ -486,18 +391,12 @@ def fingerprint(tree: Any, *extra: str) -> str:
         if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         array = np.asarray(leaf)
-        if array.dtype == object:
-            raise TypeError(f"{name} must be an array, got {type(leaf).__name__}")
         add(f"{name}\0{array.shape}\0{dtype or array.dtype}".encode())
-        add(_as_bytes(np.ascontiguousarray(array)[None])[0].data)
+        add(np.ascontiguousarray(array).tobytes())
     for text in extra:
-        if not isinstance(text, str):
-            raise TypeError(f"extra must be strings, got {text!r}")
         add(text.encode())
     return digest.hexdigest()
 
-
-_BINARY = getattr(os, "O_BINARY", 0)  # Windows would translate line ends.
 
 _CHANGED = (
     "the inputs of example {} are not those that its outputs were cached with; augmented data, or "
@@ -506,94 +405,10 @@ _CHANGED = (
 )
 
 
-class _Leaf(NamedTuple):
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype  # Of the outputs.
-    stored: np.dtype  # In the record.
-    start: int  # Bytes from the start of the record.
-    bytes: int
-
-
-class _Layout(NamedTuple):
-    """Where the leaves of an example's outputs are in its record."""
-
-    leaves: tuple[_Leaf, ...]
-    structure: Any
-    bytes: int
-
-    def pack(self, outputs: Any, batch: int) -> np.ndarray:
-        """Records `[batch, record]` without their checksums."""
-        arrays, structure = jax.tree.flatten(outputs)
-        if structure != self.structure:
-            raise ValueError(
-                f"outputs must have the structure that the cache was opened for, {self.structure}, "
-                f"got {structure}"
-            )
-        block = np.zeros((batch, self.bytes), np.uint8)
-        for leaf, array in zip(self.leaves, arrays, strict=True):
-            array = np.asarray(array)
-            if array.shape != (batch, *leaf.shape) or array.dtype != leaf.dtype:
-                raise ValueError(
-                    f"outputs {leaf.name} must be {leaf.dtype}{[batch, *leaf.shape]}, got "
-                    f"{array.dtype}{list(array.shape)}"
-                )
-            if array.dtype.itemsize > 4 and leaf.stored != leaf.dtype:
-                array = array.astype(np.float32)  # As `rounded` does, in two steps.
-            rows = _as_bytes(np.ascontiguousarray(array.astype(leaf.stored, copy=False)))
-            block[:, leaf.start : leaf.start + leaf.bytes] = rows
-        return block
-
-    def unpack(self, block: np.ndarray) -> Any:
-        """The outputs in records `[batch, record]`."""
-        arrays = []
-        for leaf in self.leaves:
-            rows = block[:, leaf.start : leaf.start + leaf.bytes]
-            if leaf.stored == leaf.dtype or not leaf.bytes:
-                array = np.ascontiguousarray(rows).view(leaf.dtype)
-            elif leaf.stored.name == "bfloat16" and leaf.dtype == np.float32:
-                # A bfloat16 is the upper half of a float32.
-                array = rows.view(np.uint16).astype(np.uint32)
-                array <<= 16
-                array = array.view(np.float32)
-            else:
-                array = rows.view(leaf.stored).astype(leaf.dtype)
-            arrays.append(array.reshape(len(block), *leaf.shape))
-        return jax.tree.unflatten(self.structure, arrays)
-
-
-def _make_layout(like: Any, dtype: str) -> _Layout:
-    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-    found, start = [], _HEAD
-    for path, leaf in leaves:
-        name = path_name(path)
-        shape, kind = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
-        if shape is None or kind is None:
-            raise TypeError(
-                f"like must be a pytree of jax.ShapeDtypeStruct, got {type(leaf).__name__} as "
-                f"{name}"
-            )
-        try:
-            kind = np.dtype(kind)
-        except TypeError as error:
-            raise TypeError(f"outputs {name} of dtype {kind} cannot be cached") from error
-        stored = _stored(kind, dtype)
-        size = stored.itemsize * int(np.prod(shape, dtype=np.int64))
-        found.append(_Leaf(name, tuple(map(int, shape)), kind, stored, start, size))
-        start += -(-size // 8) * 8
-    return _Layout(tuple(found), structure, start)
-
-
 def _stored(leaf: Any, dtype: str) -> np.dtype:
     """What a leaf of this dtype is stored as: `dtype` if that is a narrower float."""
     leaf, narrow = np.dtype(leaf), np.dtype(jnp.dtype(dtype))
     return narrow if jnp.issubdtype(leaf, np.floating) and leaf.itemsize > narrow.itemsize else leaf
-
-
-def _as_bytes(array: np.ndarray) -> np.ndarray:
-    """The bytes of a contiguous array, `[rows, bytes]`."""
-    size = array.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
-    return array.reshape(-1).view(np.uint8).reshape(len(array), size)
 
 
 def _check_dtype(dtype: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +39,30 @@ class ActiveUpdatesState(NamedTuple):
     allocation: jax.Array  # int32[slots], updates planned for this cycle.
 
 
+# The slots of the step that an optimizer is in, and what was found in it.
+_STEP: contextvars.ContextVar[tuple[dict[str, Any], list[Any]] | None] = contextvars.ContextVar(
+    "step", default=None
+)
+
+
+@contextlib.contextmanager
+def slots_by(**where: Any) -> Iterator[list[tuple[Any, float, dict[str, Any]]]]:
+    """Within, an `update_active` that was not told its slots has those of the step that it is in.
+
+    Args:
+      **where: ``stacked_axis`` and ``group`` of the step.
+
+    Yields:
+      A list to which each `update_active` that is initialised adds what it was made with: the
+      inner optimizer, ``gain_decay``, and its ``stacked_axis`` and ``group``.
+    """
+    token = _STEP.set((where, found := []))
+    try:
+        yield found
+    finally:
+        _STEP.reset(token)
+
+
 def update_active(
     inner: optax.GradientTransformation,
     *,
@@ -63,7 +89,7 @@ def update_active(
       inner: any Optax optimizer.
       gain_decay: the decay of the average gain, in [0, 1). Static.
       stacked_axis: see `find_slots`; layers stacked on axis 0.
-      group: see `find_slots`.
+      group: see `find_slots`. Within a `partial.step` that of the step, where neither is given.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with the state `ActiveUpdatesState`. ``update``
@@ -101,20 +127,30 @@ def update_active(
         raise ValueError(f"gain_decay must be in [0, 1), got {gain_decay}")
     inner = optax.with_extra_args_support(inner)
 
+    def where():
+        step = _STEP.get()
+        own = {"stacked_axis": stacked_axis, "group": group}
+        return own if step is None or any(own.values()) else step[0]
+
     def init_fn(params):
-        slots = find_slots(params, stacked_axis=stacked_axis, group=group)
+        step = _STEP.get()
+        if step is not None:
+            step[1].append((inner, gain_decay, where()))
+        slots = find_slots(params, **where())
         return new_state(slots, PerSlot(inner, params, slots).init(params))
 
     def update_fn(updates, state, params=None, *, active=None, uniform=False, **extra_args):
         if params is None:
             raise ValueError("update_active needs the parameters: update(grads, state, params)")
-        slots = find_slots(params, stacked_axis=stacked_axis, group=group)
+        slots = find_slots(params, **where())
         per_slot = PerSlot(inner, params, slots)
         leaves = per_slot.flatten(params)
         grads = beside(updates, params)
         rows = _active_rows(slots, grads, leaves, active)
         if uniform and len(slots):
-            if sum(map(len, rows)) < len(slots):
+            if any(
+                len(own) < bundle.slots for own, bundle in zip(rows, slots.bundles, strict=True)
+            ):
                 raise ValueError(
                     "uniform=True promises that all slots are active, but some are not"
                 )
@@ -136,9 +172,9 @@ def update_active(
                 per_slot, bundle, own, grads, leaves, inner_state, extra_args
             )
             for leaf, update in zip(bundle.leaves, new, strict=True):
-                if len(own) < bundle.slots:
-                    update = RowSparse(own, update, np.shape(leaves[leaf]))
-                new_updates[leaf] = update
+                some = len(own) < bundle.slots
+                shape = jnp.shape(leaves[leaf])
+                new_updates[leaf] = RowSparse(own, update, shape) if some else update
             gains.append(gained)
             updated.extend(bundle.start + row for row in own)
         state = state._replace(
@@ -154,14 +190,26 @@ def update_active(
 
 def new_state(slots: Slots, inner_state: optax.OptState) -> ActiveUpdatesState:
     """The state before the first step, around one of the inner optimizer."""
+    counts = jnp.zeros(len(slots), jnp.int32)
+    zeros = jnp.zeros(len(slots), jnp.float32)
     # Arrays of their own: a step that is compiled in place donates each of them.
-    dtypes = (jnp.int32, jnp.float32, jnp.int32, jnp.float32, jnp.int32)
-    vectors = (jnp.zeros(len(slots), dtype) for dtype in dtypes)
-    return ActiveUpdatesState(jnp.zeros((), jnp.int32), inner_state, *vectors)
+    return ActiveUpdatesState(
+        step=jnp.zeros((), jnp.int32),
+        inner_state=inner_state,
+        update_counts=counts,
+        gains=zeros,
+        nonfinite_counts=jnp.zeros_like(counts),
+        priorities=jnp.zeros_like(zeros),
+        allocation=jnp.zeros_like(counts),
+    )
 
 
 def beside(grads: Any, params: Any) -> list[Any]:
     """The gradient of every leaf of ``params``; None for those that are None or left out.
+
+    Args:
+      grads: a tree of the structure of ``params``, in which leaves may be None or left out.
+      params: pytree of parameters.
 
     Raises:
       ValueError: if there is a gradient without a parameter, or of another shape.
@@ -213,9 +261,25 @@ def _update_all(
 
 
 def expected_gains(state: ActiveUpdatesState, gain_decay: float = 0.9) -> np.ndarray:
-    """The average gain of every slot, with bias correction: ``float64[slots]``.
+    """The average gain of every slot, with bias correction. Waits for the device.
 
-    NaN where a slot has never been updated. Waits for the device.
+    Args:
+      state: the state of `update_active`.
+      gain_decay: as given to it.
+
+    Returns:
+      ``float64[slots]``; NaN where a slot has never been updated.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from priorityprop_jax.partial.update import expected_gains, update_active
+      >>> params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+      >>> tx = update_active(optax.sgd(0.5))
+      >>> state = tx.init(params)
+      >>> _, state = tx.update({"a": jnp.ones(2), "b": None}, state, params)
+      >>> expected_gains(state).round(6).tolist()
+      [1.0, nan]
     """
     mean, counts = np.asarray(state.gains, np.float64), np.asarray(state.update_counts)
     weight = 1 - gain_decay ** counts.astype(np.float64)

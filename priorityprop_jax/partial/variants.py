@@ -1,4 +1,4 @@
-"""A few compiled programs for many active sets: a superset is always allowed."""
+"""A few compiled programs for many active sets."""
 
 from __future__ import annotations
 
@@ -56,18 +56,20 @@ def merge_upward(
 
 
 class Variants(Generic[Program]):
-    """The programs of one run, at most ``most`` of them, by active set.
+    """The programs of one run, of at most ``most`` active sets.
 
-    A set that has no program gets one while there is room; then it runs in the cheapest superset
-    that has one. Room for the full set is kept from the start, so there always is one.
+    With ``exact`` a set is run as it is, and what was not used for longest makes room for its
+    program. Otherwise a set gets a program while there is room; then it runs in the cheapest
+    superset that has one. Room for the full set is kept from the start, so there always is one.
 
     Args:
       full: the set of everything.
-      most: at most so many programs, at least 1.
+      most: at most so many sets have programs, at least 1.
       cost: of a step with an active set.
+      exact: whether every set is run as it is.
 
     Attributes:
-      sets: the sets that have been given a place, in the order of their coming.
+      sets: the sets that have a place; where they lose it, those used last come last.
 
     Raises:
       ValueError: if ``most`` is below 1.
@@ -75,14 +77,21 @@ class Variants(Generic[Program]):
     Example:
       >>> from priorityprop_jax.partial.variants import Variants
       >>> variants = Variants(frozenset("abc"), most=2)
-      >>> [sorted(variants.choose(frozenset(names))) for names in ("a", "b", "abc", "a")]
-      [['a'], ['a', 'b', 'c'], ['a', 'b', 'c'], ['a']]
+      >>> [sorted(names) for names in variants.plan([frozenset("a"), frozenset("b")])]
+      [['a', 'b'], ['a', 'b']]
     """
 
-    def __init__(self, full: Names, most: int, cost: Callable[[Names], float] = len) -> None:
+    def __init__(
+        self,
+        full: Names,
+        most: int,
+        cost: Callable[[Names], float] = len,
+        *,
+        exact: bool = False,
+    ) -> None:
         if isinstance(most, bool) or not isinstance(most, int) or most < 1:
             raise ValueError(f"max_variants must be a whole number of at least 1, got {most!r}")
-        self.full, self.most, self.cost = full, most, cost
+        self.full, self.most, self.cost, self.exact = full, most, cost, exact
         self.sets: list[Names] = []
         self._programs: dict[tuple[Names, Hashable], Program] = {}
 
@@ -93,25 +102,28 @@ class Variants(Generic[Program]):
           sets: what the steps want.
 
         Returns:
-          For every step a superset of what it wants, of those that have a place.
+          For every step what it wants, or a superset of it that has a place.
         """
+        if self.exact:
+            return list(sets)
         fresh = [names for names in sets if names not in self.sets and names != self.full]
-        room = self.most - len(self.sets) - (self.full not in self.sets)
+        room = self._room()
         merged = merge_upward(fresh, room, self.cost) if fresh and room > 0 else {}
-        return [self.choose(merged.get(names, names)) for names in sets]
+        return [self._choose(merged.get(names, names)) for names in sets]
 
-    def choose(self, wanted: Names) -> Names:
-        """The set to run in place of ``wanted``: itself, or a superset."""
-        if wanted in self.sets:
-            return wanted
-        if wanted == self.full or self.most > len(self.sets) + (self.full not in self.sets):
-            self.sets.append(wanted)
-            return wanted
+    def _room(self) -> int:
+        return self.most - len(self.sets) - (self.full not in self.sets)
+
+    def _choose(self, wanted: Names) -> Names:
         fitting = [names for names in self.sets if names >= wanted]
-        if self.full not in fitting:
+        if wanted in fitting or wanted == self.full or self._room() > 0:
+            fitting = [wanted]
+        elif self.full not in fitting:
             fitting.append(self.full)
         best = min(fitting, key=lambda names: (self.cost(names), sorted(names)))
-        return best if best in self.sets else self.choose(best)
+        if best not in self.sets:
+            self.sets.append(best)
+        return best
 
     def program(self, names: Names, key: Hashable, build: Callable[[], Program]) -> Program:
         """The program of a set for arguments of one kind; built when first asked for.
@@ -121,6 +133,11 @@ class Variants(Generic[Program]):
           key: tells arguments of different shapes apart.
           build: makes the program.
         """
+        if self.exact:
+            self.sets = [*(other for other in self.sets if other != names), names]
+            while len(self.sets) > self.most:
+                out = self.sets.pop(0)
+                self._programs = {k: p for k, p in self._programs.items() if k[0] != out}
         if (names, key) not in self._programs:
             self._programs[names, key] = build()
         return self._programs[names, key]

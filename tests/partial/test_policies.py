@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-import types
 from collections import Counter
 
 import jax
@@ -12,22 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from priorityprop_jax import (
-    Situation,
-    active_sets,
-    choose_active,
-    find_slots,
-    make_policy,
-    repeats,
-)
+from priorityprop_jax import find_slots
 from priorityprop_jax.partial import policies
-from priorityprop_jax.partial.policies import step_cost
+from priorityprop_jax.partial.choose import choose_active
+from priorityprop_jax.partial.costs import StepCosts
+from priorityprop_jax.partial.policies import Situation, active_sets, make_policy
+from priorityprop_jax.priority.schedule import repeats
 
 properties = settings(derandomize=True, deadline=None, max_examples=150)
 
 
 def make_costs(own, floors):
-    return types.SimpleNamespace(own=own, floors=floors)
+    return StepCosts(tuple(own), tuple(floors))
 
 
 def cost_of(chosen, depths, costs):
@@ -230,11 +225,11 @@ def test_badam_takes_turns_from_the_output_inwards(k):
     policy = make_policy(f"badam({k})")
     turns = [layers_of(one(policy, cycle=cycle)) for cycle in range(8)]
     assert all(0 in depths and DEEPEST not in depths for depths in turns)
-    blocks = [sorted(depths - {0}) for depths in turns]
+    layers = [sorted(depths - {0}) for depths in turns]
     period = math.ceil(4 / k)
-    assert [d for block in blocks[:period] for d in block] == [1, 2, 3, 4]
-    assert all(len(block) <= k for block in blocks)
-    assert blocks[period:] == blocks[: 8 - period]
+    assert [d for turn in layers[:period] for d in turn] == [1, 2, 3, 4]
+    assert all(len(turn) <= k for turn in layers)
+    assert layers[period:] == layers[: 8 - period]
 
 
 @pytest.mark.parametrize("name", ["lisa(1)", "badam(1)", "suffix(1)", "random", "priority"])
@@ -275,7 +270,14 @@ def test_random_leaves_no_room_for_another_layer():
 
 def test_a_random_budget_too_small_leaves_the_output_layer():
     assert one(make_policy("random"), budget=0.1) == {HEAD}
-    assert one(policies.at_random(always=()), budget=0.1) == frozenset()
+
+
+@pytest.mark.parametrize("make", [policies.at_random, policies.by_priority])
+def test_without_slots_that_are_always_active_something_is(make):
+    unknown = np.full(len(SLOTS), np.nan)
+    for cycle in range(4):
+        at = situation(cycle=cycle, budget=0.1, values=unknown)
+        assert all(active >= {HEAD} for active in make(always=())(at))
 
 
 # PriorityProp's own.
@@ -403,11 +405,11 @@ def test_wrong_numbers_of_layers(k):
 
 
 def test_step_cost_counts_the_deepest_floor_once():
-    assert step_cost(SLOTS, COSTS, {HEAD}) == 5.0
-    assert step_cost(SLOTS, COSTS, {EMBED}) == 15.0
-    assert step_cost(SLOTS, COSTS, {EMBED, HEAD, "layer_0/bias"}) == 17.0
-    assert step_cost(SLOTS, COSTS, ()) == 4.0
-    assert step_cost(SLOTS, COSTS, SLOTS.names) == FULL
+    assert COSTS.of(SLOTS, {HEAD}) == 5.0
+    assert COSTS.of(SLOTS, {EMBED}) == 15.0
+    assert COSTS.of(SLOTS, {EMBED, HEAD, "layer_0/bias"}) == 17.0
+    assert COSTS.of(SLOTS, ()) == 4.0
+    assert COSTS.of(SLOTS, SLOTS.names) == FULL
     assert situation().cost(SLOTS.names) == FULL
 
 

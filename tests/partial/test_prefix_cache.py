@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
 import subprocess
@@ -136,9 +137,7 @@ class TestRoundTrip:
     def test_memory_is_forgotten(self):
         cache = _open(None)
         _fill(cache, [1])
-        assert cache.bytes > 0
         cache.close()
-        assert cache.bytes == 0
         cache.open("key", LIKE)
         assert not _has(cache, 1)
 
@@ -153,17 +152,13 @@ class TestRoundTrip:
         with _open(tmp_path) as cache:
             assert not _has(cache, 1)
 
-    def test_key_change_while_open_and_invalidate(self, home):
+    def test_key_change_while_open(self, home):
         with _open(home) as cache:
             _fill(cache, [1, 2])
             cache.open("other", LIKE)
             assert not _has(cache, 1)
             _fill(cache, [1])
             assert _has(cache, 1) and not _has(cache, 2)
-            cache.invalidate()
-            assert not _has(cache, 1) and cache.bytes == 0
-            cache.store([1], _inputs([1], salt=5), _outputs([1]))  # Other inputs are welcome now.
-            assert cache.lookup([1], _inputs([1], salt=5)) is not None
 
     def test_records_of_another_key_never_fit(self, tmp_path):
         with _open(tmp_path) as cache:
@@ -216,7 +211,7 @@ class TestRounded:
 
 class TestChangedInputs:
     @pytest.mark.parametrize("reopen", [False, True])
-    def test_lookup_and_store(self, tmp_path, reopen):
+    def test_lookup(self, tmp_path, reopen):
         cache = _open(tmp_path)
         _fill(cache, [1, 2])
         if reopen:
@@ -229,7 +224,6 @@ class TestChangedInputs:
         for act in (
             lambda: cache.lookup([1, 2], other),
             lambda: cache.lookup(ids, more),
-            lambda: cache.store([1, 2], other, _outputs([1, 2])),
         ):
             with pytest.raises(ValueError, match="example 2 .*augmented.*switch.*an id of its own"):
                 act()
@@ -257,7 +251,7 @@ class TestChangedInputs:
 
 class TestSize:
     def test_first_ids_that_fit(self, home):
-        record = 8 + 32 + 8 + 8 + 8  # Head, hidden and padding, mask, length, half.
+        record = 8 + 30 + 3 + 4 + 4  # Head, hidden, mask, length, half.
         with pytest.warns(UserWarning, match=f"holds 5 of 20.*raise max_bytes to {20 * record}"):
             cache = _open(home, max_bytes=5 * record + record - 1)
         ids = list(range(20))
@@ -270,11 +264,12 @@ class TestSize:
         cache.close()
 
     def test_grows_sparsely(self, home):
-        with _open(home, examples=None, max_bytes=2**30) as cache:
-            ids = [0, 5_000_000, 3, 10**15]  # The last does not fit.
+        with _open(home, examples=10**7, max_bytes=2**30) as cache:
+            ids = [0, 5_000_000, 3]
             _fill(cache, ids)
-            assert [_has(cache, i) for i in (*ids, 1)] == [True, True, True, False, False]
-            assert 0 < cache.bytes < 2**20
+            assert [_has(cache, i) for i in (*ids, 1)] == [True, True, True, False]
+            if home is not None and hasattr(os.stat_result, "st_blocks"):
+                assert 512 * (home / "prefix.bin").stat().st_blocks < 2**20
 
     def test_nothing_fits(self, home):
         with pytest.warns(UserWarning, match="holds 0 of 20"):
@@ -347,7 +342,6 @@ class TestDamage:
             print("ready", flush=True)
             while True:
                 ids = rng.integers(0, 400, 4)
-                cache.invalidate() if rng.random() < 0.002 else None
                 y = ids[:, None].astype(np.float32) + np.arange(50_000, dtype=np.float32)
                 cache.store(ids, ids, y)
         """)
@@ -379,7 +373,7 @@ class TestDamage:
     def test_torn_writes(self, tmp_path, monkeypatch):
         """A write that stops after any part of a record, as a kill may leave it."""
         whole = PrefixCache._write
-        for part in range(0, 64, 7):
+        for part in range(0, 49, 7):  # of 49 bytes
             with _open(tmp_path, key=str(part)) as cache:
                 _fill(cache, [0])
                 with monkeypatch.context() as patch:
@@ -410,8 +404,7 @@ class TestFailure:
                 _fill(cache, [1])
                 _fill(cache, [2])
             assert len(caught) == 1
-            assert not _has(cache, 0) and cache.bytes == 0
-            cache.invalidate()
+            assert not _has(cache, 0)
             cache.open("other", LIKE)
             assert not _has(cache, 0)
 
@@ -473,6 +466,15 @@ class TestFailure:
         assert _has(second, 0)
         second.close()
 
+    @pytest.mark.skipif(prefix_cache.fcntl is None, reason="there are no locks")
+    def test_a_dropped_cache_lets_go_of_its_folder(self, tmp_path):
+        cache = _open(tmp_path)
+        _fill(cache, [0])
+        del cache
+        gc.collect()
+        with _open(tmp_path) as cache:
+            assert _has(cache, 0)
+
 
 class TestArguments:
     @pytest.mark.parametrize(
@@ -493,7 +495,7 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("ids", "message"),
         [
-            ([-1, 0], "ids must be 0 or more, got -1"),
+            ([-1, 0], "ids must be from 0 on.*got -1 to 0"),
             ([0.0, 1.0], "ids must be whole numbers"),
             ([True, False], "ids must be whole numbers"),
             ([[0, 1]], "ids must be whole numbers"),
@@ -509,22 +511,20 @@ class TestArguments:
                 cache.store(np.array(ids), _inputs([0, 1]), _outputs([0, 1]))
 
     def test_open_and_outputs(self):
-        cache = PrefixCache(None, examples=None)
+        cache = PrefixCache(None, examples=1)
         with pytest.raises(ValueError, match="not open"):
             cache.lookup([0], ())
-        with pytest.raises(TypeError, match="key must be a string"):
-            cache.open(3, LIKE)  # pyright: ignore
         with pytest.raises(TypeError, match="hidden"):
             cache.open("key", {"hidden": 1.0})
         with pytest.raises(TypeError, match="key<fry>"):
             cache.open("key", jax.eval_shape(lambda: jax.random.key(0)))
         cache.open("key", LIKE)
         y = _outputs([0])
-        with pytest.raises(ValueError, match="outputs mask must be bool.*got int64"):
+        with pytest.raises(ValueError, match="outputs must be .*mask.*bool.*got.*int64"):
             cache.store([0], _inputs([0]), y | {"mask": np.zeros((1, 3), np.int64)})
-        with pytest.raises(ValueError, match="outputs hidden must be"):
+        with pytest.raises(ValueError, match="outputs must be"):
             cache.store([0], _inputs([0]), y | {"hidden": np.zeros((1, 5, 3), np.float32)})
-        with pytest.raises(ValueError, match="structure"):
+        with pytest.raises(ValueError, match="outputs must be"):
             cache.store([0], _inputs([0]), y["hidden"])
 
 
@@ -555,9 +555,3 @@ class TestFingerprint:
         assert len(set(prints)) == len(prints)
         assert prints == [fingerprint(*jax.tree.map(lambda leaf: leaf, tree)) for tree in trees]
         assert prints[0] == fingerprint({"kernel": jnp.asarray(kernel)})
-
-    def test_wrong_kinds(self):
-        with pytest.raises(TypeError, match="a/b must be an array"):
-            fingerprint({"a": {"b": object()}})
-        with pytest.raises(TypeError, match="extra must be strings"):
-            fingerprint({}, 3)  # pyright: ignore

@@ -1,4 +1,4 @@
-"""Tests of `priorityprop_jax.partial.step`, and of the trainer on a budget of compute."""
+"""Tests of `priorityprop_jax.partial.step`, in a trainer."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ import optax
 import pytest
 from flax import nnx
 
-from priorityprop_jax.core.program import program_flops
 from priorityprop_jax.core.slots import find_slots
-from priorityprop_jax.partial.costs import measure_costs
+from priorityprop_jax.partial.costs import StepCosts, measure_costs
 from priorityprop_jax.partial.policies import make_policy
 from priorityprop_jax.partial.prefix_cache import PrefixCache
 from priorityprop_jax.partial.stages import (
     chain,
     function_stage,
-    linen_stages,
     nnx_stages,
     scanned_stages,
 )
-from priorityprop_jax.partial.step import Compute
-from priorityprop_jax.training import PriorityPropTrainer
+from priorityprop_jax.partial.step import step
+from priorityprop_jax.partial.update import update_active
+from priorityprop_jax.training import Trainer
 
+# The package has a function of that name.
+STEP = sys.modules["priorityprop_jax.partial.step"]
 ROWS, SIZE, WIDTH = 48, 8, 8
 NAMES = ("embed", "block_0", "block_1", "block_2", "head")
 X = np.random.default_rng(0).normal(size=(1024, 6)).astype(np.float32)
@@ -160,13 +161,25 @@ def _costs():
     return measure_costs(_tree_loss, _params(), _batches()[0], slots, has_aux=True)
 
 
-def _trainer(model=None, *, optimizer=None, budget=0.6, every=4, loss=_loss, where=None, **options):
+def _trainer(
+    model=None, *, optimizer=None, share=None, every=4, loss=_loss, where=None, policy="priority",
+    **options,
+):  # fmt: skip
+    """A trainer, with a share of 0.6 for policies that need a budget and are given none."""
     model = _chain() if model is None else model
-    measured = {"costs": _costs()} if loss is _loss else {}
-    return PriorityPropTrainer(
-        model, optimizer or optax.adamw(0.01), loss, budget, recalc_every=every,
-        checkpoint_dir=where, progress=False, compute=Compute(**(measured | options)),
+    if policy in ("priority", "random"):
+        options = {"costs": _costs()} | options
+        share = 0.6 if share is None and not {"flops", "milliseconds"} & options.keys() else share
+    options["share"] = share
+    return Trainer(
+        model, optimizer or optax.adamw(0.01), loss,
+        step(policy, recalc_every=every, **options),
+        checkpoint_dir=where, progress=False,
     )  # fmt: skip
+
+
+def _add(table):
+    return lambda x: x + table
 
 
 def _leaves(tree):
@@ -184,7 +197,7 @@ def _assert_same(a, b):
 
 def _complete(trainer):
     """The optimizer state of all slots, those in host memory included."""
-    return trainer._budgeted.complete(trainer.optimizer_state)
+    return trainer.step.complete(trainer.optimizer_state)
 
 
 def _slot_bytes(trainer):
@@ -194,13 +207,13 @@ def _slot_bytes(trainer):
     return {
         name: [x.tobytes() for x in _leaves((params[name], moments.mu[name], moments.nu[name]))]
         + [np.asarray(moments.count)[i].tobytes()]
-        for i, name in enumerate(trainer._budgeted.slots.names)
+        for i, name in enumerate(trainer.step.slots.names)
     }
 
 
 def _books(trainer):
     """The report without what the clock says, and without what a new process compiles anew."""
-    report = trainer.get_compute_report()
+    report = trainer.get_step_report()
     del report["programs"], report["compile_seconds"]
     for row in report["layers"]:
         del row["milliseconds"]
@@ -235,23 +248,14 @@ class TestFull:
 
     @pytest.mark.parametrize("kind", ["stages", "pytree", "nnx"])
     def test_is_the_plain_loop(self, kind):
+        loss_fn, start, model, loss = _tree_loss, _params(), _params(), _tree_loss
         if kind == "stages":
-            loss_fn, start = _tree_loss, _params()
-            trainer = _trainer(policy="full")
-        elif kind == "pytree":
-            loss_fn, start = _tree_loss, _params()
-            trainer = PriorityPropTrainer(
-                _params(), optax.adamw(0.01), _tree_loss, 1.0, recalc_every=4, progress=False,
-                compute=Compute(policy="full", costs=_costs()), group=_group,
-            )  # fmt: skip
-        else:
-            model = Net()
+            model, loss = _chain(), _loss
+        elif kind == "nnx":
+            model, loss = Net(), _loss
             graph, start = nnx.split(model, nnx.Param)
             loss_fn = lambda params, batch: _loss(nnx.merge(graph, params), batch)  # noqa: E731
-            trainer = PriorityPropTrainer(
-                model, optax.adamw(0.01), _loss, 1.0, recalc_every=4, progress=False,
-                compute=Compute(policy="full"),
-            )  # fmt: skip
+        trainer = _trainer(model, loss=loss, policy="full")
         batches = (_batches() * 4)[:20]
         params, state, losses = self._by_hand(loss_fn, start, batches)
         history = trainer.train(batches)
@@ -263,7 +267,7 @@ class TestFull:
             for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
                 np.testing.assert_array_equal(a, b)
         assert set(np.asarray(ours.count).tolist()) == {20}
-        assert trainer.get_compute_report()["programs"] == 1
+        assert trainer.get_step_report()["programs"] == 1
 
 
 class TestInactiveSlots:
@@ -275,7 +279,8 @@ class TestInactiveSlots:
             planned.append([frozenset(s) for s in make_policy(policy)(at)])
             return planned[-1]
 
-        trainer = _trainer(policy=watched, every=3)
+        share = {"share": 0.6} if policy == "priority" else {}
+        trainer = _trainer(policy=watched, every=3, **share)
         batches, before = _batches(), _slot_bytes(trainer)
         frozen = 0
         for number in range(9):
@@ -310,7 +315,7 @@ class TestCache:
 
     def test_is_the_uncached_run(self, tmp_path):
         plain = self._run(None)
-        assert plain.get_compute_report()["cached_steps"] == 0
+        assert plain.get_step_report()["cached_steps"] == 0
         for directory in (None, tmp_path):
             with PrefixCache(directory, examples=ROWS, dtype="float32") as cache:
                 cached = self._run(cache)
@@ -318,20 +323,20 @@ class TestCache:
                 _assert_same(cached.params, plain.params)
                 _assert_same(cached.optimizer_state, plain.optimizer_state)
                 # The first epoch fills it; later batches are other mixtures of the same rows.
-                report = cached.get_compute_report()
+                report = cached.get_step_report()
                 assert report["cached_steps"] == 12
                 assert cached.history.column("cached") == [0] * 6 + [1] * 12
                 assert (cache.hits, cache.misses) == (2 * ROWS, ROWS)
-                assert report["flops"] < plain.get_compute_report()["flops"]
+                assert report["flops"] < plain.get_step_report()["flops"]
         # What is on the disk serves another run from its first step.
         with PrefixCache(tmp_path, examples=ROWS, dtype="float32") as cache:
             again = self._run(cache, epochs=1)
-            assert again.get_compute_report()["cached_steps"] == 6
+            assert again.get_step_report()["cached_steps"] == 6
             assert again.history.loss == plain.history.loss[:6]
 
         with PrefixCache(None, examples=ROWS) as cache:  # bfloat16
             rounded = self._run(cache)
-        assert rounded.get_compute_report()["cached_steps"] == 12
+        assert rounded.get_step_report()["cached_steps"] == 12
         assert rounded.history.loss != plain.history.loss
         np.testing.assert_allclose(rounded.history.loss, plain.history.loss, rtol=0.05)
 
@@ -345,7 +350,7 @@ class TestCache:
         assert cached.history.loss == plain.history.loss
         _assert_same(cached.params, plain.params)
         # In every cycle but that of everything, the second epoch of the two.
-        assert cached.get_compute_report()["cached_steps"] == 24
+        assert cached.get_step_report()["cached_steps"] == 24
 
     def test_the_boundary_within_a_cycle(self):
         # One prefix serves all steps of the cycle: the shortest of them.
@@ -353,7 +358,7 @@ class TestCache:
         plain = self._run(None, lambda at: sets)
         with PrefixCache(None, examples=ROWS, dtype="float32") as cache:
             cached = self._run(cache, lambda at: sets, epochs=3)
-        assert cached.get_compute_report()["cached_steps"] == 12
+        assert cached.get_step_report()["cached_steps"] == 12
         # The head's prefix comes from two programs in place of one.
         np.testing.assert_allclose(cached.history.loss, plain.history.loss, rtol=1e-5)
 
@@ -368,7 +373,7 @@ class TestCache:
             cached = self._run(cache, policy, epochs=7, every=6)
         # Cycle 1 alone does not move it, as cycle 2 proves right; cycle 4 does, and fills it.
         assert cached.history.column("cached") == [0] * 6 + [1] * 18 + [0] * 6 + [1] * 12
-        assert cached._budgeted._cache_at == NAMES.index("block_2")
+        assert cached.step._prefix.at == NAMES.index("block_2")
         assert cached.history.loss == plain.history.loss
         _assert_same(cached.params, plain.params)
 
@@ -387,21 +392,45 @@ class TestCache:
             first.train(loader)
 
     def test_dropout_in_the_prefix_is_refused(self):
-        trainer = PriorityPropTrainer(
-            nnx_stages(_modules(dropout_in=0)), optax.sgd(0.1), _loss, 0.6, progress=False,
-            compute=Compute(
-                policy="suffix(1)", cache=PrefixCache(None, examples=ROWS), costs=_costs()
-            ),
-        )  # fmt: skip
-        with pytest.raises(ValueError, match="'block_0' cannot be reused.*dropout"):
+        cache = PrefixCache(None, examples=ROWS)
+        trainer = _trainer(nnx_stages(_modules(dropout_in=0)), policy="suffix(1)", cache=cache)
+        with pytest.raises(ValueError, match="prefix with 'block_0' cannot be cached.*dropout"):
             trainer.train(_batches())
 
+    @pytest.mark.parametrize(
+        "mix",
+        [
+            lambda x: x - x.mean(0),
+            lambda x: x[::-1],
+            lambda x: x + jnp.roll(x, 1, 0),
+            lambda x: jnp.sort(x, 0),
+            lambda x: x / jnp.abs(x).max(),
+            lambda x: x * jnp.arange(1.0, 1 + len(x))[:, None],
+            lambda x: x + jax.random.normal(jax.random.key(0), x.shape),
+        ],
+    )
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_a_prefix_that_mixes_examples_is_refused(self, mix, dtype):
+        stages = _chain()
+        mixing = chain(function_stage("mix", lambda _, x: mix(x)), stages)
+        cache = PrefixCache(None, examples=ROWS, dtype=dtype)
+        trainer = _trainer(mixing, policy="suffix(1)", cache=cache)
+        # One example alone tells nothing; the next batch does.
+        trainer.train([jax.tree.map(lambda x: x[:1], _batches()[1])])
+        with pytest.raises(ValueError, match="cannot be cached.*on its place or on the others"):
+            trainer.train(_batches())
+
+    def test_state_that_changes_in_the_prefix_is_refused(self):
+        modules = [("norm", nnx.BatchNorm(6, rngs=nnx.Rngs(0))), *_modules()]
+        cache = PrefixCache(None, examples=ROWS)
+        with pytest.raises(ValueError, match="prefix with 'norm' cannot be cached.*BatchNorm"):
+            _trainer(nnx_stages(modules), policy="suffix(1)", cache=cache).train(_batches())
+
     def test_dropout_behind_the_prefix_is_drawn_anew(self):
-        trainer = PriorityPropTrainer(
-            nnx_stages(_modules(dropout_in=2)), optax.sgd(0.0), _loss, 0.6, progress=False,
-            compute=Compute(
-                policy="suffix(1)", cache=PrefixCache(None, examples=ROWS), costs=_costs()
-            ),
+        cache = PrefixCache(None, examples=ROWS)
+        trainer = _trainer(
+            nnx_stages(_modules(dropout_in=2)), optimizer=optax.sgd(0.0), policy="suffix(1)",
+            cache=cache,
         )  # fmt: skip
         history = trainer.train(_batches()[:1] * 4)
         assert len(set(history.loss)) == 4
@@ -410,11 +439,44 @@ class TestCache:
 
     @pytest.mark.parametrize("policy", ["suffix(1)", "full"])
     def test_frozen_dropout_without_a_cache_is_drawn_anew(self, policy):
-        trainer = PriorityPropTrainer(
-            nnx_stages(_modules(dropout_in=0)), optax.sgd(0.0), _loss, 1.0, progress=False,
-            compute=Compute(policy=policy, costs=_costs()),
-        )  # fmt: skip
+        trainer = _trainer(
+            nnx_stages(_modules(dropout_in=0)), optimizer=optax.sgd(0.0), policy=policy
+        )
         assert len(set(trainer.train(_batches()[:1] * 3).loss)) == 3
+
+    def test_the_key_is_what_the_prefix_computes(self, tmp_path):
+        def stages(heads=2, function=jnp.tanh, scale=1.0, constant=0.0, embed=None):
+            table = np.full(WIDTH, constant, np.float32)  # closed over
+
+            def attend(p, x):  # shapes tell nothing of the heads
+                parts = x.reshape(len(x), heads, -1)
+                weights = jax.nn.softmax(parts @ parts.swapaxes(1, 2), axis=-1)
+                return function(
+                    scale * (weights @ parts).reshape(x.shape) + jax.jit(_add(table))(x)
+                )
+
+            embed = {"w": _params()["embed"]["w"]} if embed is None else embed
+            return chain(
+                function_stage("embed", _embed, embed),
+                function_stage("attend", attend),
+                function_stage("head", _head, _params()["head"]),
+            )
+
+        def hits(size=SIZE, **options):
+            with PrefixCache(tmp_path, examples=ROWS) as cache:
+                _trainer(stages(**options), policy="suffix(0)", cache=cache).train(
+                    _batches(ROWS, size)
+                )
+                return cache.hits
+
+        other = {"w": _params()["embed"]["w"] * 2}
+        for change in (
+            {"heads": 4}, {"function": jax.nn.relu}, {"scale": 1.0000001}, {"constant": 1.0},
+            {"embed": other},
+        ):  # fmt: skip
+            assert hits() == 0
+            assert hits() == ROWS
+            assert hits(**change) == 0, change
 
     def test_needs_ids_and_inputs_that_stay(self):
         cache = PrefixCache(None, examples=ROWS)
@@ -425,41 +487,56 @@ class TestCache:
         with pytest.raises(ValueError, match="inputs of example 0"):
             trainer.train([_batches()[0] | {"x": X[8:16]}])
         with pytest.raises(ValueError, match="needs a model in stages"):
-            PriorityPropTrainer(
-                Net(), optax.sgd(0.1), _loss, 0.6, compute=Compute(policy="suffix(1)", cache=cache)
-            )
+            _trainer(Net(), policy="suffix(1)", cache=cache)
+        changed = lambda model, batch: _loss(lambda x: model(x * 2), batch)  # noqa: E731
+        trainer = _trainer(loss=changed, policy="suffix(1)", cache=PrefixCache(None, examples=ROWS))
+        with pytest.raises(ValueError, match=r"batch\['x'\] as it is"):
+            trainer.train(_batches())
 
 
 class TestAccount:
-    def test_charges_what_the_compiler_counts(self):
+    def test_charges_what_was_run(self):
         with PrefixCache(None, examples=ROWS, dtype="float32") as cache:
             trainer = _trainer(policy="suffix(1)", cache=cache)
             history = trainer.train(Loader(), 2)
-        budgeted = trainer._budgeted
-        programs = {names: program for (names, _), (program, _) in
-                    budgeted._variants._programs.items()}  # fmt: skip
-        step, full = programs.pop(frozenset(("block_2", "head"))), programs.pop(frozenset(NAMES))
-        assert not programs
-        (forward,) = [program for program, _ in budgeted._programs.values()]
-        step, forward = program_flops(step), program_flops(forward)
-        # What is saved is saved against the full step that this trainer would run.
-        assert trainer.get_compute_report()["full_flops"] == 12 * program_flops(full)
-        assert step > 0 and forward > 0
-        assert history.column("flops") == [step + forward] * 6 + [step] * 6
-        assert trainer.get_compute_report()["flops"] == 12 * step + 6 * forward
-        assert budgeted._charged == 12 * step + 6 * forward
+        (run,) = trainer.step._planner.variants._programs.values()
+        (forward,) = trainer.step._prefix._programs.values()
+        assert history.column("flops") == [run.flops + forward.flops] * 6 + [run.flops] * 6
+        report = trainer.get_step_report()
+        assert report["flops"] == 12 * run.flops + 6 * forward.flops
+        # Products, forward and backward: of the prefix, and of what is behind it.
+        products = 2 * SIZE * WIDTH
+        assert forward.flops == pytest.approx(products * (6 + 4 * WIDTH), rel=0.15)
+        assert 1 < run.flops / (products * (5 * WIDTH + 2)) < 2  # Adam's are in it
+
+    def test_the_share_is_that_of_unrolled_products(self):
+        """With a model whose layers are a loop: the compiler would count it once."""
+        layers, width, rows = 6, 64, 32
+        rng = np.random.default_rng(0)
+        params = {"stack": _normal(rng, layers, width, width), "head": _normal(rng, width, 1)}
+        batch = {"x": _normal(rng, rows, width)}
+
+        def loss(params, batch):
+            body = lambda x, w: (jnp.tanh(x @ w), None)  # noqa: E731
+            x, _ = jax.lax.scan(body, batch["x"], params["stack"])
+            return jnp.mean((x @ params["head"]) ** 2)
+
+        trainer = _trainer(params, optimizer=optax.sgd(0.1), loss=loss, policy="suffix(0)")
+        trainer.train([batch] * 4)
+        head, forward = 2 * rows * width, layers * 2 * rows * width**2
+        expected = (forward + 2 * head) / (3 * forward + 3 * head)
+        assert trainer.get_step_report()["share"] == pytest.approx(expected, rel=0.05)
 
     @pytest.mark.parametrize(
         ("policy", "cached"), [("priority", False), ("priority", True), ("random", False)]
     )
     def test_stays_within_the_budget(self, policy, cached):
         cache = PrefixCache(None, examples=256, dtype="float32") if cached else None
-        trainer = _trainer(policy=policy, budget=0.5, every=5, cache=cache, costs=None)
+        trainer = _trainer(policy=policy, share=0.5, every=5, cache=cache, costs=None)
         history = trainer.train(_batches(256, 32), 20)
-        report = trainer.get_compute_report()
+        report = trainer.get_step_report()
         assert report["steps"] == 160 and len(history.loss) == 160
         assert report["flops"] == pytest.approx(sum(history.column("flops")))
-        assert report["full_flops"] == pytest.approx(160 * trainer._budgeted._full_flops)
         assert report["share"] == pytest.approx(report["flops"] / report["full_flops"])
         # The optimizer is charged and not foreseen, which the next cycle makes up for.
         assert 0.35 < report["share"] <= 0.505
@@ -471,18 +548,16 @@ class TestAccount:
         assert [row["layer"] for row in layers] == list(NAMES)
         counts = np.asarray(trainer.optimizer_state.update_counts)
         assert sum(row["updates"] for row in layers) == counts.sum() == sum(history.updates)
-        by_slot = dict(zip(trainer._budgeted.slots.names, counts.tolist(), strict=True))
+        by_slot = dict(zip(trainer.step.slots.names, counts.tolist(), strict=True))
         assert {row["layer"]: row["updates"] for row in layers} == by_slot
         assert len(report["variants"]) <= 8
         assert sum(v["steps"] for v in report["variants"]) == 160
 
     def test_unknown_costs_before_the_first_step(self):
-        report = _trainer().get_compute_report()
+        report = _trainer().get_step_report()
         assert report["steps"] == report["flops"] == 0 and json.dumps(report)
-        with pytest.raises(ValueError, match="compute=Compute"):
-            PriorityPropTrainer(_params(), optax.sgd(0.1), _tree_loss, 0.5).get_compute_report()
 
-    def test_no_recompilation(self):
+    def test_a_superset_is_run_and_said(self):
         seen = []
 
         def drawn(at):
@@ -490,54 +565,99 @@ class TestAccount:
             seen.append(frozenset(names))
             return [seen[-1]] * at.steps
 
-        trainer = _trainer(policy=drawn, every=2, max_variants=3)
-        trainer.train(_batches(), 4)
-        programs = trainer.get_compute_report()["programs"]
-        ran = [frozenset(v["active"]) for v in trainer.get_compute_report()["variants"]]
+        trainer = _trainer(policy=drawn, every=2, max_variants=3, share=1.0, costs=_costs())
+        with pytest.warns(UserWarning) as caught:
+            trainer.train(_batches(), 4)
+        (warning,) = caught
+        report = trainer.get_step_report()
+        ran = [frozenset(v["active"]) for v in report["variants"]]
         assert len(ran) == 3 and len(set(seen)) > 3
-        updates = [n for n in trainer.history.updates[::2]]
+        first = next(names for names in seen if names not in ran)
+        for part in ("drawn", ", ".join(sorted(first)), "max_variants=3", "widened_steps"):
+            assert part in str(warning.message)
+        updates = trainer.history.updates[::2]
         assert all(n >= len(wanted) for n, wanted in zip(updates, seen, strict=True))
+        wider = sum(n > len(wanted) for n, wanted in zip(updates, seen, strict=True))
+        assert report["widened_steps"] == 2 * wider > 0
+        assert sum(v["widened_steps"] for v in report["variants"]) == 2 * wider
         by_slot = collections.Counter(name for wanted in seen for name in wanted)
         counts = trainer.optimizer_state.update_counts
-        for name, count in zip(trainer._budgeted.slots.names, counts, strict=True):
+        for name, count in zip(trainer.step.slots.names, counts, strict=True):
             assert count >= 2 * by_slot[name]  # Supersets only.
         trainer.train(_batches(), 4)
-        assert trainer.get_compute_report()["programs"] == programs
+        assert trainer.get_step_report()["programs"] == report["programs"]
+
+    @pytest.mark.parametrize("policy", ["lisa(1)", "badam(1)", "function"])
+    def test_without_a_budget_what_is_asked_for_is_run(self, policy):
+        asked = []
+
+        def watched(at):
+            asked.extend(make_policy("badam(1)" if policy == "function" else policy)(at))
+            return asked[-at.steps :]
+
+        name = watched if policy == "function" else policy
+        trainer = _trainer(policy=name, every=1, max_variants=1)
+        trainer.train(_batches(), 2)
+        report = trainer.get_step_report()
+        assert report["widened_steps"] == 0
+        assert len(report["variants"]) == 3 and report["programs"] > 3  # made anew
+        assert trainer.history.updates == [3 if policy == "lisa(1)" else 2] * 12
+        if asked:
+            ran = {frozenset(v["active"]): v["steps"] for v in report["variants"]}
+            assert ran == collections.Counter(asked)
+
+    @pytest.mark.parametrize("policy", ["suffix(1)", "lisa(1)", "badam(1)", "full"])
+    def test_costs_that_nobody_spends_are_not_measured(self, policy, monkeypatch):
+        trainer = _trainer(policy=policy)
+        with monkeypatch.context() as patch:
+            patch.setattr(STEP, "measure_costs", None)
+            trainer.train(_batches())
+        report = trainer.get_step_report()  # where they are asked for after all
+        assert sum(row["flops"] for row in report["layers"]) > 0
+        ran = {frozenset(v["active"]) for v in report["variants"]}
+        compiled = {names for names, _ in trainer.step._planner.variants._programs}
+        assert compiled == ran  # and no full step for its FLOPs
 
     def test_a_smaller_last_batch_compiles_once(self):
         trainer = _trainer(policy="suffix(1)")
         trainer.train(_batches(44), 1)
-        # The full step, for its FLOPs; then prefix and step, twice.
-        assert trainer.get_compute_report()["programs"] == 5
+        # Prefix and step, twice.
+        assert trainer.get_step_report()["programs"] == 4
         trainer.train(_batches(44), 2)
-        assert trainer.get_compute_report()["programs"] == 5
+        assert trainer.get_step_report()["programs"] == 4
 
     def test_budget_in_flops(self):
-        share = _trainer(policy="priority", budget=0.6)
+        share = _trainer(share=0.6)
         a = share.train(_batches(), 3)
-        full = share._budgeted._full_flops
-        flops = _trainer(policy="priority", budget=0.6 * full * 4)
+        full = share.get_step_report()["full_flops"] / 18
+        flops = _trainer(flops=0.6 * full)
         b = flops.train(_batches(), 3)
         assert a.loss == b.loss and a.updates == b.updates
         assert _books(share) == _books(flops)
 
-    @pytest.mark.parametrize("unit", ["flops", "bytes", "own"])
-    def test_given_costs_are_not_measured(self, unit, monkeypatch):
-        measured = _costs()
-        monkeypatch.setattr("priorityprop_jax.training.budgeted.measure_costs", None)
-        if unit == "own":
-            given = dataclasses.replace(
-                measured.flops, own=(0.0,) * 5, floors=(1.0, 2.0, 3.0, 4.0, 5.0),
-                totals=(1.0, 2.0, 3.0, 4.0, 5.0),
-            )  # fmt: skip
-        else:
-            given = getattr(measured, unit)
-        trainer = _trainer(policy="random", costs=given, budget=0.6)
+    def test_budget_in_milliseconds(self):
+        costs = StepCosts((1.0,) * 5, (5.0, 6.0, 7.0, 8.0, 9.0), "milliseconds")
+        trainer = _trainer(policy="random", milliseconds=9.0, costs=costs)
         trainer.train(_batches(), 2)
-        assert trainer._budgeted.costs == given
-        assert trainer._budgeted._charged <= 0.6 * given.full * 12
+        assert trainer.step._account.charged <= 9.0 * 12
+        assert min(trainer.history.updates) > 1
+        # And as they are measured here.
+        trainer = _trainer(policy="random", milliseconds=1e4, costs=None)
+        assert trainer.train(_batches()).updates == [5] * 6
+        assert trainer.step._planner.costs.unit == "milliseconds"
+
+    @pytest.mark.parametrize("unit", ["flops", "bytes"])
+    def test_given_costs_are_not_measured(self, unit, monkeypatch):
+        given = StepCosts((0.0,) * 5, (1.0, 2.0, 3.0, 4.0, 5.0), unit)
+        trainer = _trainer(policy="random", costs=given, share=0.6)
+        with monkeypatch.context() as patch:
+            patch.setattr(STEP, "measure_costs", None)
+            trainer.train(_batches(), 2)
+        assert trainer.step._planner.costs == given
+        if unit == "bytes":
+            assert trainer.step._account.charged <= 0.6 * given.full * 12
         # The optimizer's FLOPs are in it.
-        assert trainer.get_compute_report()["full_flops"] > 12 * measured.flops.full
+        assert trainer.get_step_report()["full_flops"] > 12 * _costs().full
 
     def test_costs_of_another_model(self):
         slots = find_slots({"a": 1.0, "b": 1.0})
@@ -555,40 +675,26 @@ class TestWrongArguments:
             ({"policy": 3}, TypeError, "policy"),
             ({"costs": 3}, TypeError, "measure_costs"),
             ({"max_variants": 0}, ValueError, "max_variants"),
-            ({"block_state": "drop"}, ValueError, "block_state"),
+            ({"state": "drop"}, ValueError, "state must be one of keep"),
             ({"cache": "here"}, TypeError, "PrefixCache"),
-            ({"schedule": 0.1}, TypeError, "schedule"),
-            ({"clip_norm": 0}, ValueError, "clip_norm"),
             ({"gain_decay": 1.0}, ValueError, "gain_decay"),
-        ],
-    )
-    def test_compute(self, options, error, match):
-        with pytest.raises(error, match=match):
-            _trainer(**options)
-
-    @pytest.mark.parametrize(
-        ("options", "error", "match"),
-        [
-            ({"total_budget": None}, TypeError, "total_budget"),
-            ({"total_budget": True}, TypeError, "total_budget"),
-            ({"total_budget": 0}, ValueError, "above 0"),
-            ({"total_budget": float("nan")}, ValueError, "finite"),
+            ({"share": True}, TypeError, "share must be a number"),
+            ({"share": 0}, ValueError, "share must be above 0 and at most 1, got 0"),
+            ({"share": 1.1}, ValueError, "share must be above 0 and at most 1, got 1.1"),
+            ({"share": None, "flops": float("nan")}, ValueError, "flops must be above 0"),
+            ({"share": None}, ValueError, "'priority' was given no budget"),
+            ({"flops": 1e9}, ValueError, "given share=0.5, flops=1e\\+09"),
+            ({"policy": "full"}, ValueError, "full' was given share=0.5.*take none"),
+            ({"policy": "lisa:2"}, ValueError, "take none"),
+            ({"share": None, "milliseconds": 1, "costs": StepCosts((1.0,), (1.0,))}, ValueError,
+             "in milliseconds, but costs are in flops"),
             ({"recalc_every": 0}, ValueError, "at least 1"),
             ({"recalc_every": 2.5}, TypeError, "whole number"),
-            ({"min_updates": 0}, ValueError, "min_updates and max_updates"),
-            ({"max_updates": 3}, ValueError, "min_updates and max_updates"),
-            ({"compute": "full"}, TypeError, "Compute"),
-            ({"spread": "nested"}, TypeError, "'spread'"),
-            ({"optimizer": 3}, (TypeError, AttributeError), "."),
         ],
-    )
-    def test_trainer(self, options, error, match):
-        given = {
-            "model": _chain(), "optimizer": optax.sgd(0.1), "loss_fn": _loss, "total_budget": 0.5,
-            "compute": Compute(),
-        }  # fmt: skip
+    )  # fmt: skip
+    def test_options(self, options, error, match):
         with pytest.raises(error, match=match):
-            PriorityPropTrainer(**(given | options))
+            step(**({"share": 0.5} | options))
 
     @pytest.mark.parametrize(
         ("policy", "match"),
@@ -607,29 +713,33 @@ class TestWrongArguments:
     @pytest.mark.parametrize("policy", ["priority", "random"])
     def test_budget_below_the_cheapest_step(self, policy):
         with pytest.raises(ValueError, match="with the output layer alone"):
-            _trainer(policy=policy, budget=0.01).train(_batches())
-        _trainer(policy="suffix(0)", budget=0.01).train(_batches())  # its cost is its own
+            _trainer(policy=policy, share=0.01).train(_batches())
 
     def test_loss_that_calls_the_stages_twice(self):
         def twice(model, batch):
             return _loss(model, batch)[0] + _loss(model, batch)[0]
 
-        trainer = _trainer(loss=twice, costs=_costs())
         with pytest.raises(ValueError, match="call the model once"):
-            trainer.train(_batches())
+            _trainer(loss=twice).train(_batches())
+
+    def test_several_processes(self):
+        for options in ({"state": "reset"}, {"cache": PrefixCache(None, examples=ROWS)}):
+            with pytest.raises(ValueError, match="several processes"):
+                _trainer(policy="full", **options).step.check_processes()
+        _trainer(policy="full").step.check_processes()
 
 
-class TestBlockState:
+class TestState:
     def test_offload_is_keep_and_reset_is_not(self):
         runs = {}
         for mode in ("keep", "offload", "reset"):
-            trainer = _trainer(policy="badam(1)", every=2, block_state=mode)
+            trainer = _trainer(policy="badam(1)", every=2, state=mode)
             runs[mode] = trainer, trainer.train(_batches(), 3)
         keep, offload, reset = (runs[mode][0] for mode in ("keep", "offload", "reset"))
         assert keep.history.loss == offload.history.loss
         _assert_same(keep.params, offload.params)
         _assert_same(keep.optimizer_state, _complete(offload))
-        # All are the same for the first round of the blocks, and the head keeps its state.
+        # All are the same for the first round of turns, and the head keeps its state.
         assert reset.history.loss[:6] == keep.history.loss[:6]
         assert reset.history.loss != keep.history.loss
         resident = {
@@ -639,7 +749,7 @@ class TestBlockState:
         }
         for mode, (trainer, _) in runs.items():
             params = trainer.params
-            for row in trainer.get_compute_report()["layers"]:
+            for row in trainer.get_step_report()["layers"]:
                 own = sum(x.nbytes for x in jax.tree.leaves(params[row["layer"]]))
                 expected = 2 * own if row["layer"] in resident[mode] else 0
                 assert row["state_bytes"] == expected, (mode, row)
@@ -652,9 +762,7 @@ class TestResume:
     def test_within_a_cycle_bit_for_bit(self, policy, mode, tmp_path):
         def make(name, where=None):
             cache = PrefixCache(tmp_path / name, examples=ROWS)
-            return _trainer(
-                policy=policy, block_state=mode, budget=0.55, cache=cache, where=where
-            ), cache
+            return _trainer(policy=policy, state=mode, share=0.55, cache=cache, where=where), cache
 
         whole, cache = make("whole")
         whole.train(Loader(), 3)
@@ -700,12 +808,26 @@ class TestResume:
         assert resumed.history.loss == whole.history.loss
         _assert_same(resumed.params, whole.params)
 
-    def test_needs_a_trainer_of_its_kind(self, tmp_path):
-        _trainer(policy="full", where=tmp_path).train(_batches())
-        with pytest.raises(ValueError, match="one of the two has a budget of compute"):
-            PriorityPropTrainer(
-                _chain(), optax.adamw(0.01), _loss, 0.6, group=_group, progress=False
-            ).train(_batches(), 2, resume_from=tmp_path)
+    def test_refuses_a_run_with_other_options(self, tmp_path):
+        _trainer(policy="badam(1)", where=tmp_path).train(_batches())
+        for options, match in (
+            ({"policy": "lisa(1)"}, r"run with policy badam\(1\), not lisa\(1\)"),
+            ({"policy": _alternating({"head"})}, "not the function _alternating"),
+            ({"policy": "badam(1)", "every": 5}, "run with recalc_every 4, not 5"),
+            ({"policy": "badam(1)", "state": "reset"}, "run with state keep, not reset"),
+            ({"policy": "priority"}, "run with policy badam"),
+        ):
+            trainer = _trainer(**options)
+            with pytest.raises(ValueError, match=match):
+                trainer.train(_batches(), 2, resume_from=tmp_path)
+            _assert_same(trainer.params, _params())
+            assert trainer.get_step_report()["steps"] == 0
+
+    def test_refuses_another_budget_or_unit(self):
+        record = _trainer(share=0.5).step.record()
+        for options in ({"share": 0.6}, {"flops": 0.5}):
+            with pytest.raises(ValueError, match="run with budget share=0.5, not"):
+                _trainer(**options).step.restore(record, ())
 
     @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this platform")
     def test_after_a_kill(self, tmp_path):
@@ -744,15 +866,18 @@ def _with_disk(folder, name):
     return _trainer(policy=policy, cache=cache, where=where), cache
 
 
-class TestGradients:
-    def test_schedule_and_clipping_by_hand(self):
+class TestOptimizers:
+    @pytest.mark.parametrize("state", ["keep", "offload"])
+    def test_schedule_and_clipping_by_hand(self, state):
         schedule = optax.cosine_decay_schedule(1.0, 12)
         active = [("block_1", "head"), ("block_0", "block_1")]
-        trainer = _trainer(
-            optimizer=optax.adam(0.05), policy=_alternating(*active), schedule=schedule,
-            clip_norm=0.3,
+        optimizer = optax.chain(
+            optax.clip_by_global_norm(0.3), update_active(optax.adam(0.05)),
+            optax.scale_by_schedule(schedule),
         )  # fmt: skip
+        trainer = _trainer(optimizer=optimizer, policy=_alternating(*active), state=state)
         history = trainer.train(_batches(), 2)
+        assert trainer.get_priority_report().total == 24
 
         params = jax.tree.map(jnp.asarray, _params())
         tx, clip = optax.adam(0.05), optax.clip_by_global_norm(0.3)
@@ -774,14 +899,22 @@ class TestGradients:
         for ours, theirs in zip(_leaves(trainer.params), _leaves(params), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
 
+    def test_slots_of_its_own(self):
+        optimizer = update_active(optax.sgd(0.1), group=lambda path: path)
+        trainer = _trainer(optimizer=optimizer, policy="suffix(1)", state="reset")
+        assert trainer.train(_batches()).updates == [4] * 6
+        assert "block_2/up" in trainer.step.slots.names
+
+    def test_more_than_one(self):
+        two = optax.chain(update_active(optax.sgd(0.1)), update_active(optax.sgd(0.1)))
+        with pytest.raises(ValueError, match="update_active 2 times"):
+            _trainer(optimizer=two, policy="full")
+
 
 class TestModels:
     def test_nnx_stages_are_written_back_and_evaluated_in_their_mode(self):
         modules = _modules(dropout_in=2)
-        trainer = PriorityPropTrainer(
-            nnx_stages(modules), optax.adamw(0.01), _loss, 0.6, recalc_every=4, progress=False,
-            compute=Compute(policy="suffix(1)", costs=_costs()),
-        )  # fmt: skip
+        trainer = _trainer(nnx_stages(modules), policy="suffix(1)")
         before = trainer.params
         trainer.train(_batches(), 2)
         params, by_name = trainer.model, dict(modules)
@@ -823,11 +956,11 @@ class TestModels:
                 **{f"block_{i}": flax.linen.Dense(WIDTH) for i in range(3)},
                 "head": flax.linen.Dense(1),
             }
-            x = X[:1]
-            variables = {}
+            x, parts = X[:1], []
             for i, (name, layer) in enumerate(layers.items()):
-                x, variables[name] = layer.init_with_output(jax.random.key(i), x)
-            model = linen_stages(list(layers.items()), variables)
+                x, variables = layer.init_with_output(jax.random.key(i), x)
+                parts.append(function_stage(name, layer.apply, variables))
+            model = chain(*parts)
         elif kind == "nnx":
             model = Net()
             options = {"group": _group}
@@ -843,15 +976,15 @@ class TestModels:
                     x = _block(jax.tree.map(lambda leaf, i=i: leaf[i], params["block"]), x)
                 return _loss(lambda _: _head(params["head"], x), batch)
 
-        trainer = PriorityPropTrainer(
-            model, optax.adamw(0.02), loss, 0.6, recalc_every=3, progress=False,
-            compute=Compute(costs=costs, block_state="offload"), **options,
+        trainer = _trainer(
+            model, optimizer=optax.adamw(0.02), loss=loss, every=3, costs=costs, state="offload",
+            max_variants=32, **options,
         )  # fmt: skip
         before = trainer.evaluate(_batches())["loss"]
         trainer.train(_batches(), 8)
         assert trainer.evaluate(_batches())["loss"] < 0.7 * before
-        assert len(trainer.get_compute_report()["layers"]) == 5
-        assert len(trainer.get_compute_report()["variants"]) > 1
+        assert len(trainer.get_step_report()["layers"]) == 5
+        assert len(trainer.get_step_report()["variants"]) > 1
 
 
 class TestDevices:
@@ -866,9 +999,9 @@ class TestDevices:
                 params = jax.device_put(stages.params, whole)
                 stages = dataclasses.replace(stages, params=params)
                 batches = [jax.device_put(batch, rows) for batch in batches]
-            trainer = _trainer(stages, every=3, block_state="offload", costs=None)
+            trainer = _trainer(stages, every=3, state="offload", costs=None)
             history = trainer.train(batches, 6)
-            runs.append((history, trainer.get_compute_report()))
+            runs.append((history, trainer.get_step_report()))
         (one, a), (eight, b) = runs
         assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(trainer.params))
         sequence = [[(v["active"], v["steps"]) for v in report["variants"]] for report in (a, b)]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from priorityprop_jax import Variants, merge_upward
+from priorityprop_jax.partial.variants import Variants, merge_upward
 
 properties = settings(derandomize=True, deadline=None, max_examples=150)
 FULL = frozenset("abcde")
@@ -108,22 +108,20 @@ def test_nothing_to_merge():
 
 @properties
 @given(st.lists(PLANS, max_size=5), st.integers(1, 5), st.booleans())
-def test_variants_are_never_too_many_and_always_supersets(plans, most, by_plan):
+def test_variants_are_never_too_many_and_always_supersets(plans, most, one_by_one):
     variants, twin = Variants(FULL, most, weight), Variants(FULL, most, weight)
+    if one_by_one:
+        plans = [[names] for plan in plans for names in plan]
     for plan in plans:
-        if by_plan:
-            chosen = variants.plan(plan)
-            assert twin.plan(plan) == chosen
-        else:
-            chosen = [variants.choose(names) for names in plan]
-            assert [twin.choose(names) for names in plan] == chosen
+        chosen = variants.plan(plan)
+        assert twin.plan(plan) == chosen
         assert len(chosen) == len(plan)
         for wanted, names in zip(plan, chosen, strict=True):
             assert wanted <= names <= FULL
             assert names in variants.sets
         assert len(variants.sets) == len(set(variants.sets)) <= most
         assert len(variants.sets) < most or FULL in variants.sets  # its place is kept
-    assert variants.choose(FULL) == FULL
+    assert variants.plan([FULL]) == [FULL]
     assert len(variants.sets) <= most
 
 
@@ -132,16 +130,15 @@ def test_variants_are_never_too_many_and_always_supersets(plans, most, by_plan):
 def test_what_has_a_place_stays(plan):
     variants = Variants(FULL, 3)
     variants.plan(plan)
-    assert all(variants.choose(names) == names for names in list(variants.sets))
+    assert all(variants.plan([names]) == [names] for names in list(variants.sets))
 
 
 def test_the_cheapest_superset_is_chosen():
     variants = Variants(FULL, 3, weight)
-    assert variants.choose(frozenset("ad")) == frozenset("ad")
-    assert variants.choose(frozenset("ab")) == frozenset("ab")
-    assert variants.choose(frozenset("a")) == frozenset("ab")  # 3.5 rather than 8
-    assert variants.choose(frozenset("d")) == frozenset("ad")
-    assert variants.choose(frozenset("bd")) == FULL
+    plans = ["ad", "ab", "a", "d", "bd"]
+    chosen = [variants.plan([frozenset(names)])[0] for names in plans]
+    # 3.5 for ab rather than 8 for ad.
+    assert ["".join(sorted(names)) for names in chosen] == ["ad", "ab", "ab", "ad", "abcde"]
     assert variants.sets == [frozenset("ad"), frozenset("ab"), FULL]
 
 
@@ -157,6 +154,21 @@ def test_one_variant_is_the_full_one():
     variants = Variants(FULL, 1)
     assert variants.plan([frozenset("a"), FULL, frozenset()]) == [FULL] * 3
     assert variants.sets == [FULL]
+
+
+@properties
+@given(st.lists(SETS, max_size=20), st.integers(1, 3))
+def test_exact_variants_run_what_is_asked_for(plan, most):
+    variants, built = Variants(FULL, most, exact=True), []
+    assert variants.plan(plan) == plan
+    used: list[frozenset[str]] = []
+    for names in plan:
+        known, before = names in used[-most:], len(built)
+        program = variants.program(names, "key", lambda names=names: built.append(names) or names)
+        assert program == names
+        assert len(built) == before + (not known)
+        used = [*(other for other in used if other != names), names]
+        assert variants.sets == used[-most:]
 
 
 def test_programs_are_built_once():

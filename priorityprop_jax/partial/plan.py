@@ -1,0 +1,180 @@
+"""Plans cycles: what a policy may spend, what it asks for, and what is run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from priorityprop_jax.core.program import Program
+from priorityprop_jax.core.slots import Slots
+from priorityprop_jax.partial.account import Account
+from priorityprop_jax.partial.costs import StepCosts
+from priorityprop_jax.partial.policies import SPENDING, Policy, Situation, make_policy
+from priorityprop_jax.partial.prefix_cache import PrefixCache
+from priorityprop_jax.partial.variants import Variants
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What `step` was given; ``budget`` is its unit and amount, or None."""
+
+    policy: str | Policy
+    budget: tuple[str, float] | None
+    recalc_every: int
+    costs: StepCosts | None
+    max_variants: int
+    state: str
+    cache: PrefixCache | None
+    gain_decay: float
+    seed: int
+    where: dict[str, Any]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one it goes on with, for JSON."""
+        name = getattr(self.policy, "__qualname__", type(self.policy).__name__)
+        return {
+            "policy": self.policy if isinstance(self.policy, str) else f"the function {name}",
+            "recalc_every": self.recalc_every,
+            "budget": "none" if self.budget is None else "{}={:g}".format(*self.budget),
+            "state": self.state,
+        }
+
+
+class Planner:
+    """At the start of a cycle tells the policy what it may spend, and merges what it asks for.
+
+    It may spend the budget of all steps so far and of this cycle, less what has been spent.
+
+    Args:
+      options: what `step` was given.
+      slots: the slots.
+      account: what has been spent.
+
+    Attributes:
+      costs: what steps cost in the unit of the budget, once known.
+      variants: the programs.
+      plan: for the steps left of the cycle, what was asked for and what is run.
+    """
+
+    def __init__(self, options: Options, slots: Slots, account: Account) -> None:
+        self._options, self._slots, self._account = options, slots, account
+        self._policy = make_policy(options.policy)
+        self.costs: StepCosts | None = None
+        self._uncached: StepCosts | None = None  # the same, what a cache saves included
+        self.variants: Variants[Program] = Variants(
+            frozenset(slots.names), options.max_variants, self.cost, exact=options.budget is None
+        )
+        self.plan: list[tuple[frozenset[str], frozenset[str]]] = []
+        self._warned = False
+
+    def know(self, costs: StepCosts, forward: Callable[[], Sequence[float]] | None) -> None:
+        """Takes in what steps cost.
+
+        Args:
+          costs: of all slots.
+          forward: where outputs are cached, gives the FLOPs of the forward pass in front of each
+            depth.
+
+        Raises:
+          ValueError: the costs are of other slots; or the budget does not pay for the cheapest step
+            of a policy that spends it.
+        """
+        if len(costs.own) != len(self._slots) or len(costs.floors) <= max(self._slots.depths):
+            raise ValueError(
+                f"costs are of {len(costs.own)} slots and {len(costs.floors)} depths, but the "
+                f"model has {len(self._slots)} slots; measure them for these slots"
+            )
+        self.costs = self._uncached = costs
+        if forward is not None:
+            rate = 1.0 if costs.unit == "flops" else costs.full / self._account.full_flops
+            self.costs = costs.without_prefix([rate * flops for flops in forward()])
+        head = [n for n, d in zip(self._slots.names, self._slots.depths, strict=True) if d == 0]
+        cheapest, allowed = self.cost(frozenset(head)), self._allowance()
+        if self._options.policy in SPENDING and allowed < cheapest:
+            raise ValueError(
+                f"the budget allows a step {allowed:.4g}, but the cheapest, with the output layer "
+                f"alone, costs {cheapest:.4g}, {cheapest / self._full():.0%} of a full one: raise "
+                "it, or save the forward pass of a frozen prefix with Stages and a PrefixCache"
+            )
+
+    def cost(self, active: frozenset[str]) -> float:
+        """What a step is expected to cost, in the unit of the budget; its slots, if unknown."""
+        return float(len(active)) if self.costs is None else self.costs.of(self._slots, active)
+
+    def charge(self, active: frozenset[str], flops: float) -> float:
+        """What a step that has run is charged, in the unit of the budget."""
+        return flops if self._in_flops else self.cost(active)
+
+    @property
+    def _in_flops(self) -> bool:
+        return self.costs is None or self.costs.unit == "flops"
+
+    def _full(self) -> float:
+        if self._in_flops or self._uncached is None:
+            return self._account.full_flops
+        return self._uncached.full
+
+    def _allowance(self) -> float:
+        """What a step may cost on average."""
+        if self._options.budget is None:
+            return math.inf
+        unit, amount = self._options.budget
+        return amount * self._full() if unit == "share" else amount
+
+    def new_cycle(self, values: np.ndarray, counts: np.ndarray) -> list[int]:
+        """Plans the next cycle.
+
+        Args:
+          values: ``[slots]``, what an update of each is expected to be worth.
+          counts: ``[slots]``, updates so far.
+
+        Returns:
+          Updates that each slot has in it.
+
+        Raises:
+          ValueError: the policy gives something else than sets of slots.
+        """
+        done, steps = self._account.steps, self._options.recalc_every
+        allowed = self._allowance() * (done + steps) - self._account.charged
+        situation = Situation(
+            self._slots, self.costs, allowed / steps, self._full(), done // steps, steps, values,
+            counts, self._options.seed,
+        )  # fmt: skip
+        wanted = [frozenset(names) for names in self._policy(situation)]
+        unknown = frozenset().union(*wanted) - situation.everything
+        if unknown or len(wanted) != steps or not all(wanted):
+            raise ValueError(
+                f"the policy must give {steps} sets of slots that are not empty; got "
+                + (f"the unknown slot {min(unknown)!r}" if unknown else f"{len(wanted)} sets")
+            )
+        self.plan = list(zip(wanted, self.variants.plan(wanted), strict=True))
+        wider = [pair for pair in self.plan if pair[0] != pair[1]]
+        if wider and not self._warned:
+            self._warned = True
+            asked, run = (", ".join(sorted(names)) for names in wider[0])
+            warnings.warn(
+                f"the policy {self._options.policy!r} asked to train {asked}, and {run} are "
+                f"trained: at most max_variants={self._options.max_variants} sets have programs. "
+                "The budget is charged for what is run, and the report counts such steps as "
+                "widened_steps; raise max_variants to run what is asked for",
+                stacklevel=3,
+            )
+        return [sum(name in run for _, run in self.plan) for name in self._slots.names]
+
+    def record(self) -> dict[str, Any]:
+        """What a resumed run needs, ready for JSON."""
+        return {
+            "plan": [[sorted(asked), sorted(run)] for asked, run in self.plan],
+            "variants": [sorted(names) for names in self.variants.sets],
+        }
+
+    def restore(self, record: Mapping[str, Any]) -> None:
+        """The inverse of `record`."""
+        self.plan = [(frozenset(asked), frozenset(run)) for asked, run in record["plan"]]
+        self.variants.sets = [frozenset(names) for names in record["variants"]]
