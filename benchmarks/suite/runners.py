@@ -1,4 +1,4 @@
-"""Runs an arm: compiled steps for most of them, `PriorityPropTrainer` for budgets of compute."""
+"""Runs an arm: compiled steps for most of them, a `Trainer` where the library makes the step."""
 
 from __future__ import annotations
 
@@ -20,24 +20,20 @@ from benchmarks.suite.lora import add_lora
 from benchmarks.suite.workloads import Stream, Workload, load
 from benchmarks.tasks.char import CharTransformer
 from priorityprop_jax import (
-    Compute,
-    PrefixCache,
-    PriorityPropTrainer,
     find_slots,
     meprop,
-    nnx_stages,
+    partial,
     priorityprop,
+    rnn,
     scale_by_priority,
-    sparse_start,
+    sparse,
 )
 from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.core.program import program_flops
-from priorityprop_jax.meprop.grad import row_value_and_grad
 from priorityprop_jax.priority import transform
 from priorityprop_jax.priority.scores import priority
 from priorityprop_jax.priority.transform import PriorityPropState
-from priorityprop_jax.rnn import lean_rnn
-from priorityprop_jax.training.trainer import Trainer
+from priorityprop_jax.training import Trainer
 
 WEIGHT_DECAY = 0.01
 CYCLE = 10
@@ -110,15 +106,15 @@ def edited(model: Any, arm: Arm, seed: int) -> Any:
             meprop.meprop(model, options.pop("k"), **options)
         elif name == "sparse":
             # The places are the same for all seeds of a run's program; values are the seed's.
-            sparse_start(
+            sparse.sparse_start(
                 model, options["sparsity"], seed=seed, places=options.get("places", "random")
             )
         elif name == "lean":
-            lean_rnn(model)
+            rnn.lean_rnn(model)
         elif name == "highway" and isinstance(model, CharTransformer):
             model.iterations = options["iterations"]
         elif name == "highway":
-            lean_rnn(model, iterations=options["iterations"])
+            rnn.lean_rnn(model, iterations=options["iterations"])
         else:
             raise ValueError(f"no edit {name!r}")
     return model
@@ -232,11 +228,12 @@ def _programs(arm: Arm, workload: Workload, steps: int) -> Any:
     def loss(params: Any, rest: Any, batch: Any) -> Any:
         return loss_fn(nnx.merge(graph, params, rest), batch)
 
-    value_and_grad = row_value_and_grad if arm.rows else _value_and_grad
+    make_gradient = meprop.value_and_grad if arm.rows else jax.value_and_grad
+    gradient = make_gradient(loss, has_aux=True)
 
     def step(params: Any, state: Any, rest: Any, batch: Any, rate: Any) -> Any:
         tx = transformation(arm, rate, steps)
-        (value, aux), grads = value_and_grad(loss, params, rest, batch, has_aux=True)
+        (value, aux), grads = gradient(params, rest, batch)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value, aux.get("rows")
 
@@ -263,10 +260,6 @@ def _weighted(model: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
     mask = batch.get("mask", jnp.ones_like(losses))
     rows = jnp.sum(losses * mask, axes) / jnp.maximum(jnp.sum(mask, axes), 1.0)  # [batch]
     return jnp.average(rows, weights=batch["weight"]), {"rows": rows}
-
-
-def _value_and_grad(loss: Any, params: Any, *arguments: Any, has_aux: bool) -> Any:
-    return jax.value_and_grad(loss, has_aux=has_aux)(params, *arguments)
 
 
 class CompiledRun:
@@ -323,45 +316,32 @@ class CompiledRun:
         return _shares(find_slots(self._params).names, counts)
 
 
-# A budget of compute.
+# A step that the library makes.
 
 
 class TrainerRun:
-    """`PriorityPropTrainer`, trained a piece at a time."""
+    """`Trainer` with a step of `partial` or `meprop`, trained a piece at a time."""
 
     def __init__(self, arm: Arm, workload: Workload, rate: float, seed: int, steps: int):
-        _, make_model, loss_fn = load(workload)
+        rows, make_model, loss_fn = load(workload)
         model: Any = edited(make_model(seed), arm, seed)
-        factor = schedule(steps)
-        cycle = cycle_of(arm, workload)
-        optimizer = optax.adamw(rate, weight_decay=WEIGHT_DECAY)
+        cycle, schedule_of = cycle_of(arm, workload), optax.scale_by_schedule(schedule(steps))
+        adamw = optax.adamw(rate, weight_decay=WEIGHT_DECAY)
         if arm.top_k is not None:
-            scale = meprop.on_values(optax.scale_by_schedule(factor))
-            self._trainer = Trainer(
-                model,
-                optax.chain(meprop.row_sparse(optimizer), scale),
-                loss_fn,
-                meprop.step(arm.top_k, recalc_every=cycle),
-                progress=False,
-            )
+            step = meprop.step(arm.top_k, recalc_every=cycle)
+            optimizer = optax.chain(meprop.row_sparse(adamw), meprop.on_values(schedule_of))
         else:
             policy: Any = half if arm.policy == "suffix(half)" else arm.policy
+            share = None
+            if arm.policy in ("priority", "random"):
+                share = workload.least + (1 - workload.least) * arm.backward
+            cache = None
             if arm.cached:
-                model = nnx_stages(model.stages())
-            cache = PrefixCache(None, examples=None) if arm.cached else None
-            compute = Compute(policy=policy, schedule=factor, seed=seed, cache=cache)
-            budget = 1.0
-            if arm.policy != "suffix(half)":
-                budget = workload.least + (1 - workload.least) * arm.backward
-            self._trainer = PriorityPropTrainer(
-                model,
-                optimizer,
-                loss_fn,
-                budget,
-                recalc_every=cycle,
-                compute=compute,
-                progress=False,
-            )
+                model = partial.nnx_stages(model.stages())
+                cache = partial.PrefixCache(None, examples=int(rows.train["id"].max()) + 1)
+            step = partial.step(policy, share=share, recalc_every=cycle, cache=cache, seed=seed)
+            optimizer = optax.chain(partial.update_active(adamw), schedule_of)
+        self._trainer = Trainer(model, optimizer, loss_fn, step, progress=False)
         self.peak_bytes: dict[str, int | None] = {}
         self.row_losses: list[tuple[np.ndarray, np.ndarray]] = []
 

@@ -162,6 +162,15 @@ def _step(config: Config, cache: Any = None) -> Any:
         raise Failure(str(error), 2) from error
 
 
+def _schedule(steps: int) -> Any:
+    """Linearly up over a twentieth of the steps, then linearly down to 0 behind the last step."""
+    import optax
+
+    first = max(1, steps // 20)
+    up = optax.linear_schedule(1 / first, 1, max(1, first - 1))
+    return optax.join_schedules([up, optax.linear_schedule(1, 0, max(1, steps - first))], [first])
+
+
 def _train(directory: Path, config: Config, task: Task, step: Any) -> int:
     """Trains, and writes the report; the exit code."""
     import optax
@@ -177,15 +186,10 @@ def _train(directory: Path, config: Config, task: Task, step: Any) -> int:
         cache = PrefixCache(directory / "cache", examples=examples)
         step = _step(config, cache)
     steps = config.epochs * len(task.train_data)
-    first = max(1, steps // 20)  # up to the whole rate, then linearly down to 0 behind the last
-    schedule = optax.join_schedules(
-        [optax.linear_schedule(1 / first, 1, first), optax.linear_schedule(1, 0, steps - first)],
-        [first],
-    )
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
         update_active(optax.adamw(config.learning_rate)),
-        optax.scale_by_schedule(schedule),
+        optax.scale_by_schedule(_schedule(steps)),
     )
     model: Any = task.model
     try:

@@ -43,7 +43,8 @@ def number(
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (least <= value if kind is int else least < value) or value > most or value > 2**31:
+        low = least <= value if kind is int else least < value
+        if not (low and value <= most and value < (2**31 if kind is int else math.inf)):
             raise argparse.ArgumentTypeError(f"{text!r} is not a {what} {text_of_range}")
         return value
 
