@@ -154,11 +154,11 @@ def check_ledger(directory):
     compute, results = report["compute"], report["results"]
     steps = [line for line in records(directory) if line["kind"] == "step"]
     evals = [line for line in records(directory) if line["kind"] == "eval"]
-    assert [line["step"] for line in steps] == [*range(1, report["steps"] + 1)]
-    assert results["steps"] == compute["steps"] == report["steps"]
+    assert [line["step"] for line in steps] == [*range(1, report["results"]["steps"] + 1)]
+    assert results["steps"] == compute["steps"]
     layers, variants = compute["layers"], compute["variants"]
     assert [layer["layer"] for layer in layers] == LAYERS
-    assert sum(variant["steps"] for variant in variants) == report["steps"]
+    assert sum(variant["steps"] for variant in variants) == report["results"]["steps"]
     for layer in layers:
         active = [v["steps"] for v in variants if layer["layer"] in v["active"]]
         assert layer["updates"] == sum(active)
@@ -275,7 +275,7 @@ def test_an_interruption_after_the_last_step_loses_no_account(place, capsys, mon
 def test_options(place):
     assert tune("--limit", "40", "--epochs", "1", "--state", "offload") == 0
     report = check_ledger(place / "runs" / "sst2-priority-1")
-    assert report["steps"] == 1 and report["config"]["state"] == "offload"
+    assert report["results"]["steps"] == 1 and report["config"]["state"] == "offload"
     assert report["config"]["model"] == str(place / "bert")
     loaded = finetune._load(argparse.Namespace(**report["config"]))
     assert loaded.train_data.rows == 40 and loaded.eval_data.rows == BATCH
@@ -423,5 +423,5 @@ def test_minilm(place, capsys, monkeypatch):
     options = ("--limit", "64", "--epochs", "1", "--recalc-every", "2", "--policy", "suffix:1")
     assert run("finetune", "--model", str(folder), "--data-dir", str(real_data()[0]), *options) == 0
     report = check_ledger(place / "runs" / "sst2-suffix1-1")
-    assert report["steps"] == 2 and report["compute"]["share"] < 0.7
+    assert report["results"]["steps"] == 2 and report["compute"]["share"] < 0.7
     assert "block_1, head" in capsys.readouterr().out
