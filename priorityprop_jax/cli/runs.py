@@ -109,22 +109,21 @@ def open_run(
     path = directory / "config.json"
     if not path.exists():
         raise Failure(f"{directory} is not a run: it has no config.json")
-    owner = command_of(directory)
-    if owner != command:
-        raise Failure(f"{directory} is a run of {owner}: priorityprop {owner} --resume {directory}")
     if (directory / "report.json").exists():
         raise Failure(f"{directory} is finished: priorityprop report {directory}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if values.keys() != {"command", *options}:
-            raise ValueError(f"it has {', '.join(values)}")
-        for name, option in options.items():
-            if not _is_valid(values[name], option):
-                raise ValueError(f"{name} is {values[name]!r}")
-    except (ValueError, TypeError, AttributeError, argparse.ArgumentTypeError) as error:
+        owner = values.pop("command")
+        if owner == command:
+            if values.keys() != options.keys():
+                raise ValueError(f"it has {', '.join(values)}")
+            for name, option in options.items():
+                if not _is_valid(values[name], option):
+                    raise ValueError(f"{name} is {values[name]!r}")
+            return argparse.Namespace(**values), directory
+    except (KeyError, ValueError, TypeError, AttributeError, argparse.ArgumentTypeError) as error:
         raise Failure(f"{path} is damaged ({error}); start a new run") from error
-    del values["command"]
-    return argparse.Namespace(**values), directory
+    raise Failure(f"{directory} is a run of {owner}: priorityprop {owner} --resume {directory}")
 
 
 def _is_valid(value: Any, option: Mapping[str, Any]) -> bool:

@@ -362,7 +362,7 @@ def test_what_is_not_a_run(place, capsys, monkeypatch):
         (directory / "config.json").write_text(content)
         assert run("finetune", "--resume", str(directory)) == 1
         assert "damaged" in one_line(capsys)
-    (directory / "config.json").write_text('{"task": "digits"}')
+    (directory / "config.json").write_text('{"command": "train"}')
     assert run("finetune", "--resume", str(directory)) == 1
     assert "priorityprop train --resume" in one_line(capsys)
     (directory / "report.json").write_text('{"command": "finetune", "config": {}}')
