@@ -148,14 +148,10 @@ def update_active(
         grads = beside(updates, params)
         rows = _active_rows(slots, grads, leaves, active)
         if uniform and len(slots):
-            if any(
-                len(own) < bundle.slots for own, bundle in zip(rows, slots.bundles, strict=True)
-            ):
-                raise ValueError(
-                    "uniform=True promises that all slots are active, but some are not"
-                )
+            if sum(map(len, rows)) < len(slots):
+                raise ValueError("uniform=True promises that all slots are active; some are not")
             updates = per_slot.treedef.unflatten(grads)
-            return _update_all(per_slot, slots, updates, state, params, extra_args)
+            return _update_all(per_slot, updates, state, params, extra_args)
         inner_state = per_slot.state_treedef.flatten_up_to(state.inner_state)
         for i in per_slot.shared:
             shape = per_slot.state_shapes[i].shape
@@ -236,12 +232,7 @@ def beside(grads: Any, params: Any) -> list[Any]:
 
 
 def _update_all(
-    per_slot: PerSlot,
-    slots: Slots,
-    updates: Any,
-    state: ActiveUpdatesState,
-    params: Any,
-    extra_args: dict[str, Any],
+    per_slot: PerSlot, updates: Any, state: ActiveUpdatesState, params: Any, extra_args: Any
 ) -> tuple[Any, ActiveUpdatesState]:
     """One inner update of all slots at once, where their counts are known to be equal."""
     flat = per_slot.state_treedef.flatten_up_to(state.inner_state)
@@ -252,7 +243,7 @@ def _update_all(
     )
     flat = jax.tree.leaves(inner_state)
     for i in per_slot.shared:
-        flat[i] = jnp.broadcast_to(flat[i], (len(slots), *flat[i].shape))
+        flat[i] = jnp.broadcast_to(flat[i], (len(per_slot.slots), *flat[i].shape))
     return updates, state._replace(
         step=optax.safe_increment(state.step),
         inner_state=per_slot.state_treedef.unflatten(flat),
@@ -329,13 +320,7 @@ def _rows_of(grad: Any, bundle: Bundle) -> tuple[int, ...]:
 
 
 def _update_rows(
-    per_slot: PerSlot,
-    bundle: Bundle,
-    rows: tuple[int, ...],
-    grads: Sequence[Any],
-    params: Sequence[Any],
-    state: list[Any],
-    extra_args: dict[str, Any],
+    per_slot: PerSlot, bundle: Bundle, rows: Any, grads: Any, params: Any, state: Any, extra: Any
 ) -> tuple[list[jax.Array], jax.Array]:
     """Updates active layers of a bundle. Puts their state into ``state``; returns the gains too."""
     owned, shared = per_slot.owned(bundle), per_slot.shared
@@ -346,7 +331,7 @@ def _update_rows(
             raise ValueError(f"slot {bundle.name!r} is active, but its optimizer state is absent")
     if bundle.layers is None:
         mine = {i: state[i] for i in owned} | {i: state[i][bundle.start] for i in shared}
-        updates, new = per_slot.update_slot(bundle, own_grads, own_params, mine, extra_args)
+        updates, new = per_slot.update_slot(bundle, own_grads, own_params, mine, extra)
         for i in owned:
             state[i] = new[i]
         for i in shared:
@@ -367,7 +352,7 @@ def _update_rows(
     in_axes = {i: state_axes.get(i, 0) for i in mine}
 
     def one(grads, params, mine):
-        updates, new = per_slot.update_slot(bundle, grads, params, mine, extra_args)
+        updates, new = per_slot.update_slot(bundle, grads, params, mine, extra)
         return _cast(updates, grads), new, gain(grads, updates)
 
     updates, new, gains = jax.vmap(

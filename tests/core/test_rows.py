@@ -73,7 +73,9 @@ def test_is_a_pytree_with_paths():
 def test_transformations_of_jax():
     x = make([1, 4])
     np.testing.assert_array_equal(jax.jit(lambda x: x)(x).densify(), dense(x))
-    abstract = jax.eval_shape(lambda x: x.map_values(lambda v: v.astype(jnp.bfloat16)), x)
+    abstract = jax.eval_shape(
+        lambda x: RowSparse(x.rows, x.values.astype(jnp.bfloat16), x.shape), x
+    )
     assert abstract.values == jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)
     assert jax.eval_shape(RowSparse.densify, abstract).shape == SHAPE
     two = jax.tree.map(lambda *leaves: jnp.stack(leaves), x, make([0, 8], seed=1))
@@ -81,9 +83,19 @@ def test_transformations_of_jax():
         np.testing.assert_array_equal(whole, dense([x, make([0, 8], seed=1)][i]))
 
 
-def test_map_values():
-    x = make([1, 6]).map_values(lambda v: 3 * v)
-    np.testing.assert_array_equal(dense(x), 3 * dense(make([1, 6])))
+@pytest.mark.parametrize("rows", [(), (2,), (3, 4, 5), (0, 2, 3, 5)])
+def test_static_rows_are_no_child(rows):
+    x = make(rows)
+    static = RowSparse(rows, x.values, x.shape)
+    assert [leaf.shape for leaf in jax.tree.leaves(static)] == [x.values.shape]
+    halved, _ = optax.scale(-0.5).update(static, optax.EmptyState())
+    same, _ = on_values(optax.scale(-0.5)).update(static, optax.EmptyState())
+    whole = jnp.ones(SHAPE)
+    for found in (halved, same, jax.jit(lambda x: x)(halved)):
+        assert found.rows == rows
+        np.testing.assert_array_equal(found.densify(), -0.5 * dense(x))
+        np.testing.assert_allclose(whole + found, 1 - 0.5 * dense(x), rtol=1e-6)
+        np.testing.assert_allclose(np.ones(SHAPE, np.float32) + found, whole + found)
 
 
 def make_tree():
