@@ -1,5 +1,6 @@
 """Draws the pictures of How it works: `python docs/pictures.py` writes docs/img/*.svg."""
 
+import ast
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -170,10 +171,84 @@ def highway() -> Figure:
     return figure
 
 
+# Floors from the ground up: rooms from left to right, as (name, place, width, what is in it).
+FLOORS = [
+    [("core", 0, 12, "slots, names of leaves, depth of a program, gradients as rows")],
+    [("priority", 0, 5.1, "who deserves an update:\nscores, allocation, ledger")],
+    [
+        ("training", 0.0, 1.7, "the loop around\nany step"),
+        ("partial", 1.7, 1.7, "what is trained,\nonly"),
+        ("meprop", 3.4, 1.7, "top k of output\ngradients"),
+        ("rnn", 5.1, 1.7, "lean passes\nover time"),
+        ("highway", 6.8, 1.7, "all layers\nat once"),
+        ("sparse", 8.5, 1.7, "weights that are\nnot there"),
+        ("models", 10.2, 1.8, "pretrained\nencoders"),
+    ],
+    [("cli", 0, 12, "train, finetune, report")],
+]
+
+
+def imports() -> dict[str, set[str]]:
+    """Which room imports which, read from the package; what goes through another is left out."""
+    package = Path(__file__).parents[1] / "priorityprop_jax"
+    found: dict[str, set[str]] = {}
+    for path in package.glob("*/**/*.py"):
+        room = path.relative_to(package).parts[0]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                parts = [*node.module.split("."), *(alias.name for alias in node.names)]
+                if parts[0] == package.name and parts[1] != room:
+                    found.setdefault(room, set()).add(parts[1])
+
+    def below(room: str) -> set[str]:
+        own = found.get(room, set())
+        return own.union(*map(below, own))
+
+    return {
+        room: {one for one in own if not any(one in below(other) for other in own - {one})}
+        for room, own in found.items()
+    }
+
+
+def house() -> Figure:
+    """The rooms of the package on their floors, and who imports whom."""
+    figure = Figure(figsize=(11, 5.6), layout="constrained")
+    axis = figure.subplots()
+    height, storey = 0.9, 1.7
+    places = {}
+    for floor, rooms in enumerate(FLOORS):
+        for name, x, width, text in rooms:
+            y = storey * floor
+            places[name] = (x, y, width)
+            shape = FancyBboxPatch(
+                (x + 0.13, y), width - 0.26, height, boxstyle="round,pad=0.04", facecolor=IDLE,
+                edgecolor=LINE,
+            )  # fmt: skip
+            axis.add_patch(shape)
+            middle = x + width / 2
+            axis.text(middle, y + 0.72, name, ha="center", va="center", weight="bold")
+            axis.text(middle, y + 0.28, text, ha="center", va="center", fontsize=8.5)
+    for room, own in imports().items():
+        for other in own:
+            (x, y, width), (left, under, wide) = places[room], places[other]
+            if y == under:
+                ends = (
+                    (x + width - 0.13, left + 0.13) if left > x else (x + 0.13, left + wide - 0.13)
+                )
+                start, end = ((end, y + height / 2) for end in ends)
+            else:
+                at = x + width / 2 if width <= wide else left + wide / 2
+                start, end = (at, y - 0.06), (at, under + height + 0.06)
+            _arrow(axis, start, end, SPENT)
+    axis.set(xlim=(-0.2, 12.2), ylim=(-0.2, storey * 3 + height + 0.2))
+    axis.axis("off")
+    return figure
+
+
 def write(folder: Path) -> None:
     """Writes all pictures into a folder."""
     with matplotlib.rc_context(STYLE):
-        for draw in (cycle, backward, meprop, highway):
+        for draw in (cycle, backward, meprop, highway, house):
             draw().savefig(folder / f"{draw.__name__}.svg", **SAVE)
 
 

@@ -52,7 +52,8 @@ def check_command(words):
             extra = re.fullmatch(r"\.\[(\w+)\]", target)[1]
             assert extra in extras["optional-dependencies"]
         case ["python", "-m", module, *_]:
-            assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
+            path = ROOT / module.replace(".", "/")
+            assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
         case ["python", script, *_]:
             assert (ROOT / script).is_file()
         case _:

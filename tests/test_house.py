@@ -30,11 +30,8 @@ BELOW = {
 EXCEPTIONS: dict[str, set[str]] = {
     "imports": set(),
     "circles": set(),
-    "doors": {
-        "models",
-    },
+    "doors": set(),
     "files": {
-        "priorityprop_jax.models.bert",
         "priorityprop_jax.priority.transform",
     },
     "package": {

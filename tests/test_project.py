@@ -69,7 +69,8 @@ def test_setup_command_is_given_once(name, command):
 def test_contributing_names_what_exists():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     modules = re.findall(r"python -m (benchmarks[\w.]*)", text)
-    paths = [module.replace(".", "/") + ".py" for module in modules]
+    places = [ROOT / module.replace(".", "/") for module in modules]
+    paths = [f"{p}/__main__.py" if p.is_dir() else f"{p}.py" for p in places]
     paths += re.findall(r"tests/[\w/]+\.py", text)
     assert modules and len(paths) > len(modules)
     assert [path for path in paths if not (ROOT / path).is_file()] == []

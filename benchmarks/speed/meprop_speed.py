@@ -32,9 +32,8 @@ from jax import lax
 from tqdm import tqdm
 
 from benchmarks.records import RESULTS, about, write
-from priorityprop_jax import row_sparse_adam
+from priorityprop_jax import meprop
 from priorityprop_jax.core.program import program_flops
-from priorityprop_jax.meprop.grad import row_value_and_grad
 from priorityprop_jax.meprop.products import MePropDot
 
 COLUMNS = (((1,), (0,)), ((), ()))
@@ -77,7 +76,7 @@ def layer_program(arm: str, fraction: float, width: int, batch: int):
         def loss(params):
             return ending_in(multiply(params["x"], params["layer"]["kernel"]), dy)
 
-        return row_value_and_grad(loss, {"layer": {"kernel": kernel}, "x": x})[1]
+        return meprop.value_and_grad(loss)({"layer": {"kernel": kernel}, "x": x})[1]
 
     arguments = (draw(0, batch, width), draw(1, width, width), draw(2, batch, width))
     return jax.jit(backward).lower(*arguments).compile(), arguments
@@ -96,7 +95,7 @@ def step_program(arm: str, fraction: float, width: int, batch: int):
     }
     products = [product(arm, fraction, name) for name in params][:-1]
     by_rows = arm in ("rows", "blocks")
-    tx = (row_sparse_adam if by_rows else optax.adam)(1e-3)
+    tx = (meprop.row_sparse_adam if by_rows else optax.adam)(1e-3)
 
     def loss(params, x, y):
         for multiply, layer in zip(products, params.values(), strict=False):
@@ -106,7 +105,7 @@ def step_program(arm: str, fraction: float, width: int, batch: int):
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     def step(params, state, x, y):
-        value, grads = row_value_and_grad(loss, params, x, y)
+        value, grads = meprop.value_and_grad(loss)(params, x, y)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 

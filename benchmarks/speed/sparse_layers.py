@@ -40,8 +40,13 @@ from tqdm import tqdm
 
 from benchmarks.records import RESULTS, about, write
 from benchmarks.speed.meprop_speed import draw
-from priorityprop_jax import sparse_backend, sparse_conv, sparse_linear
-from priorityprop_jax.sparse.pattern import SparsePattern, make_pattern
+from priorityprop_jax.sparse import (
+    SparsePattern,
+    make_pattern,
+    sparse_backend,
+    sparse_conv,
+    sparse_linear,
+)
 
 TURN = 4  # counted runs of an arm before the next one's, as a training runs one layer for long
 LONG = 0.1  # seconds: runs that take longer are counted from the first on, one a turn

@@ -71,7 +71,8 @@ ARMS: dict[str, Arm] = {
     "lora": Arm("LoRA of rank 8 on the linear layers", "baseline", edits=(edit("lora", rank=8),)),
     "suffix": Arm("the output half of the layers alone", "baseline", policy="suffix(half)"),
     "suffix, cached": Arm(
-        "the same, outputs of the frozen half from a cache, twice the steps", "ours", 2.0,
+        "the output half alone, outputs of the frozen half from a cache, twice the steps",
+        "ours", 2.0,
         policy="suffix(half)", cached=True,
     ),
     "random 0.5": Arm(

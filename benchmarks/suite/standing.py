@@ -238,10 +238,6 @@ class Standing:
         }
 
 
-def goal_of(workload: Mapping) -> float:
-    return 5.0 if workload.get("fine_tuning") else 2.0
-
-
 def standings(suite: Mapping, describe: Describe, tracks: Sequence[str] = TUNED) -> list[Standing]:
     return [
         Standing(w, suite["runs"], suite["times"].get(name), describe, tracks)

@@ -305,6 +305,7 @@ def draw_losses(path: Path, title: str, arms: Mapping[str, History]) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -321,7 +322,8 @@ def draw_losses(path: Path, title: str, arms: Mapping[str, History]) -> None:
             color=color, marker="o", markersize=3.5, label=name,
         )  # fmt: skip
     axes.set(xlabel="seconds of training", ylabel="loss", yscale="log", title=title)
-    axes.yaxis.set_minor_formatter(lambda value, _: "")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.grid(color="0.9")
     axes.legend(title="points: validation\npale: training batches", frameon=False)
     draw(path, lambda temporary: figure.savefig(temporary, dpi=130))

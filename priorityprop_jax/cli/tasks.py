@@ -13,8 +13,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from priorityprop_jax.models import bert as encoder
 from priorityprop_jax.models.files import DataFile, install, read_file
+from priorityprop_jax.models.tokenizer import load_tokenizer, tokenize
+from priorityprop_jax.models.weights import find_minilm, load_bert
 from priorityprop_jax.training.loader import ArrayLoader
 
 _SST2_HOME = (
@@ -174,15 +175,15 @@ def sst2(
       ImportError: a package is not installed.
     """
     length = 48  # Of 100 sentences, 2 have more tokens.
-    folder = encoder.find_minilm() if model_dir is None else model_dir
-    tokenizer = encoder.load_tokenizer(folder)
+    folder = find_minilm() if model_dir is None else model_dir
+    tokenizer = load_tokenizer(folder)
     parts, start = [], 0
     for file in _SST2:
         lines = read_file(file, data_dir=data_dir).decode().removesuffix("\n").split("\n")
         sentences, labels = zip(*(line.rsplit("\t", 1) for line in lines), strict=True)
-        x = encoder.tokenize(tokenizer, sentences, length)  # [rows, length]
+        x = tokenize(tokenizer, sentences, length)  # [rows, length]
         ids = np.arange(start, start + len(lines), dtype=np.int32)  # [rows]
         parts.append({"x": x, "y": np.array(labels).astype(np.int32), "id": ids})
         start += len(lines)
-    model = encoder.load_bert(folder, classes=2, seed=seed)
+    model = load_bert(folder, classes=2, seed=seed)
     return Task("sst2", model, tuple(parts), seed, 32, 1e-4, 3)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import jax
 from flax import nnx
 
 
@@ -62,38 +61,3 @@ def parts_of(node: Any) -> list[tuple[Any, Any]]:
     if isinstance(node, dict):
         return list(node.items())
     return list(enumerate(node)) if isinstance(node, list | tuple) else []
-
-
-def through_module(
-    transform: Callable[[Callable[..., Any]], Callable[..., Any]],
-    loss_fn: Callable[[Any], Any],
-    model: nnx.Module,
-    *,
-    has_aux: bool,
-    wrt: Any,
-) -> tuple[Any, Any]:
-    """The value and the gradients of a loss of a module, by a transformation of pure functions.
-
-    Args:
-      transform: makes of a pure ``(params, rest) -> (loss, aux)`` the function
-        ``(params, rest) -> ((loss, aux), grads)``.
-      loss_fn: ``model -> loss``, or ``(loss, aux)`` with ``has_aux``.
-      model: the module; what else than parameters the loss changes in it is changed.
-      has_aux: as in `jax.value_and_grad`.
-      wrt: filter of the variables that are parameters.
-
-    Returns:
-      What ``loss_fn`` returns, and the gradients.
-    """
-    graph, params, rest = nnx.split(model, wrt, ...)
-
-    def of_params(pure_params, rest):
-        # A fresh tree: variables may only change at the trace level that made them.
-        merged = nnx.merge(graph, pure_params, jax.tree.map(lambda leaf: leaf, rest))
-        result = loss_fn(merged)
-        value, aux = result if has_aux else (result, None)
-        return value, (aux, nnx.state(merged, nnx.Not(wrt)))
-
-    (value, (aux, rest)), grads = transform(of_params)(nnx.as_pure(params), rest)
-    nnx.update(model, rest)
-    return ((value, aux) if has_aux else value), grads

@@ -43,18 +43,6 @@ class RowSparseState(NamedTuple):
     inner_states: tuple[Any, ...]
 
 
-class CaughtUpState(NamedTuple):
-    """The state of a row under ``decay_stale``.
-
-    Attributes:
-      last_step: the step up to which the moments are decayed, ``int32[]``.
-      inner_state: the inner optimizer's state.
-    """
-
-    last_step: jax.Array
-    inner_state: Any
-
-
 def row_sparse(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Runs an elementwise optimizer row by row, on the rows that have a gradient.
 
@@ -64,7 +52,7 @@ def row_sparse(inner: optax.GradientTransformation) -> optax.GradientTransformat
     meanwhile, the *lazy* variant of these optimizers. A dense gradient touches all rows, and gives
     what ``inner`` alone would give. Leaves of fewer dimensions, such as biases, are updated by
     ``inner`` as a whole; where their gradient is `RowSparse`, it is made dense. Where a gradient is
-    None nothing changes: its update has no rows, or is None too without ``params``.
+    None nothing changes: its update is `Frozen`, or None too without ``params``.
 
     ``inner`` must be elementwise, as Adam, SGD, RMSProp, Lion and Adagrad are. It sees one row (or
     one leaf of fewer dimensions) at a time, without its name: what depends on other elements, such
@@ -98,13 +86,6 @@ def row_sparse(inner: optax.GradientTransformation) -> optax.GradientTransformat
       >>> optax.apply_updates(params, updates)["kernel"].round(3).tolist()
       [[0.0, 0.0], [-0.5, -0.5], [0.0, 0.0]]
     """
-    return _row_sparse(inner)
-
-
-def _row_sparse(
-    inner: optax.GradientTransformation, *, tell_step: bool = False
-) -> optax.GradientTransformationExtraArgs:
-    """`row_sparse`; with ``tell_step`` the inner update takes the number of earlier steps."""
     check_transformation(inner)
     inner = optax.with_extra_args_support(inner)
 
@@ -127,8 +108,6 @@ def _row_sparse(
                 f"there are {len(grads)} gradients and {len(state.inner_states)} leaves in the "
                 "state; absent gradients are None, leaf by leaf"
             )
-        if tell_step:
-            extra_args["step"] = state.step
         new = [
             _update_leaf(inner, *leaf, extra_args)
             for leaf in zip(grads, state.row_counts, state.inner_states, leaves, strict=True)
@@ -229,17 +208,11 @@ def row_sparse_adam(
     eps: Any = 1e-8,
     *,
     weight_decay: Any = 0.0,
-    decay_stale: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam on the rows that have a gradient; `optax.adamw` where gradients are dense.
+    """Adam on the rows that have a gradient; `optax.adamw` where gradients are dense.
 
-    Lazy by default: the moments of a row, and its count in the bias correction, stand still while
-    it has no gradient. With ``decay_stale`` a row that missed :math:`s` steps is first caught up,
-
-    .. math:: m \leftarrow \beta_1^s m, \quad v \leftarrow \beta_2^s v, \quad t \leftarrow t + s,
-
-    so that its moments are those of dense Adam under gradients of zero; its parameters still move
-    only when it has a gradient.
+    The moments of a row, and its count in the bias correction, stand still while it has no
+    gradient.
 
     Args:
       learning_rate: a number, or a schedule of steps (not of a row's updates).
@@ -248,7 +221,6 @@ def row_sparse_adam(
       eps: added to the root of the second moment, at least 0.
       weight_decay: decoupled, times the learning rate: of the touched rows, and of all of a leaf
         whose gradient is dense. At least 0.
-      decay_stale: whether moments decay over missed steps. Static.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`; see `row_sparse` for what it takes and gives.
@@ -274,44 +246,14 @@ def row_sparse_adam(
     _check_number("eps", eps)
     _check_number("weight_decay", weight_decay)
     inner = optax.scale_by_adam(b1, b2, eps)
-    if decay_stale:
-        inner = _catch_up(inner, b1, b2)
     # 0 would do no harm, but ask for parameters where none are needed.
     if not isinstance(weight_decay, int | float) or weight_decay:
         inner = optax.chain(inner, optax.add_decayed_weights(weight_decay))
     # Behind the rows: inside, a schedule would run on each row's own count.
     return optax.chain(
-        _row_sparse(inner, tell_step=decay_stale),
+        row_sparse(inner),
         on_values(optax.scale_by_learning_rate(learning_rate)),
     )
-
-
-def _catch_up(
-    adam: optax.GradientTransformation, b1: Any, b2: Any
-) -> optax.GradientTransformationExtraArgs:
-    """Decays the moments over the steps that were missed since the last update."""
-
-    def init_fn(params):
-        return CaughtUpState(jnp.zeros([], jnp.int32), adam.init(params))
-
-    def update_fn(updates, state, params=None, **extra_args):
-        step = extra_args["step"]  # the others Adam does not take
-        missed, moments = step - state.last_step, state.inner_state
-        caught_up = moments._replace(
-            count=moments.count + missed,
-            mu=_decayed(moments.mu, b1, missed),
-            nu=_decayed(moments.nu, b2, missed),
-        )
-        updates, inner_state = adam.update(updates, caught_up, params)
-        return updates, CaughtUpState(jnp.asarray(optax.safe_increment(step)), inner_state)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _decayed(x: jax.Array, decay: Any, missed: jax.Array) -> jax.Array:
-    # In float32: a power near 1 would be rounded to 1 in bfloat16.
-    factor = jnp.power(jnp.asarray(decay, jnp.float32), missed.astype(jnp.float32))
-    return (x.astype(jnp.promote_types(x.dtype, jnp.float32)) * factor).astype(x.dtype)
 
 
 def _all_first(updates: list[Any]) -> list[Any]:

@@ -100,10 +100,6 @@ class RowSparse:
         rows = jnp.asarray(self.rows, None if len(self.rows) else jnp.int32)
         return jnp.zeros(self.shape, self.values.dtype).at[rows].set(self.values, **SCATTER)
 
-    def map_values(self, function: Callable[[jax.Array], jax.Array]) -> RowSparse:
-        """The same rows with ``function(values)``, which must keep zero at zero."""
-        return RowSparse(self.rows, function(self.values), self.shape)
-
 
 @jax.tree_util.register_pytree_node_class
 class Frozen:
@@ -207,28 +203,6 @@ def densify(tree: Any) -> Any:
       ([[0.0, 0.0], [1.0, 1.0]], None)
     """
     return _map(lambda x: x.densify(), tree)
-
-
-def global_norm(tree: Any) -> jax.Array:
-    """`optax.tree.norm` for trees with `RowSparse`: the norm of all elements together.
-
-    Args:
-      tree: pytree of arrays, None and `RowSparse`.
-
-    Returns:
-      A scalar, that of the densified tree.
-
-    Raises:
-      TypeError: if row numbers are no longer integers.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from priorityprop_jax.core.rows import RowSparse, global_norm
-      >>> kernel = RowSparse(jnp.array([1, 2]), jnp.array([[3.0], [jnp.nan]]), (2, 1))
-      >>> float(global_norm({"kernel": kernel, "bias": jnp.array([4.0])}))
-      5.0
-    """
-    return optax.tree.norm(_map(_real_values, tree))
 
 
 def on_values(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

@@ -174,14 +174,8 @@ def plot_quality(rows: Sequence[GradientQuality], path: str | Path) -> Path:
     Needs matplotlib (the extra ``demo``).
 
     Args:
-      rows: of `gradient_quality` or `gradient_quality_table`.
-      path: where the picture goes; the ending chooses the format.
-
-    Returns:
-      The path.
-
-    Raises:
-      ValueError: if there are no rows.
+      rows: of `gradient_quality` or `gradient_quality_table`, at least one.
+      path: where the picture goes, and is returned; the ending chooses the format.
     """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg

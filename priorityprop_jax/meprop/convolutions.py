@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from priorityprop_jax.core.selection import Pattern, keep_largest
+from priorityprop_jax.core.selection import keep_largest
 from priorityprop_jax.meprop.frame import LayerUse, enter
 from priorityprop_jax.meprop.keep import (
     Compute,
@@ -106,16 +106,7 @@ def _hashable(option: Any) -> Any:
     return option
 
 
-def meprop_conv_general_dilated(
-    k: K,
-    *,
-    pattern: Pattern = "unified",
-    tile: int = 16,
-    min_features: int = 0,
-    unbiased: bool = False,
-    seed: int = 0,
-    name: str = "",
-) -> MePropConv:
+def meprop_conv_general_dilated(k: K, **options: Any) -> MePropConv:
     """A `jax.lax.conv_general_dilated` whose gradient flows back through few output channels.
 
     As `meprop_dot_general`, with the output channels for its output features, and the positions of
@@ -124,13 +115,8 @@ def meprop_conv_general_dilated(
     convolution stays as it is.
 
     Args:
-      k: see `meprop_dot_general`.
-      pattern: see there, as for the options that follow.
-      tile: channels in a tile.
-      min_features: convolutions with fewer output channels stay dense.
-      unbiased: whether a random choice is scaled.
-      seed: of random choices.
-      name: of the layer.
+      k: output channels to keep, see `meprop_dot_general`.
+      **options: see there.
 
     Returns:
       A function with the signature of `jax.lax.conv_general_dilated`, for the argument
@@ -149,4 +135,4 @@ def meprop_conv_general_dilated(
       >>> int(jnp.any(grads["kernel"][...] != 0, axis=(0, 1, 2)).sum())
       2
     """
-    return MePropConv(k, pattern, tile, min_features, unbiased, seed, name)
+    return MePropConv(k, **options)

@@ -121,19 +121,10 @@ def row_value_and_grad(
     sizes: Mapping[str, jax.Array] | None = None,
     **kwargs: Any,
 ) -> tuple[Any, Any]:
-    """`value_and_grad` for a pure function of a pytree of parameters.
+    """`value_and_grad` for a pure function ``(params, *args, **kwargs)`` of a pytree of parameters.
 
-    Args:
-      loss_fn: ``(params, *args, **kwargs) -> loss``, or ``(loss, aux)`` with ``has_aux``.
-      params: pytree of arrays.
-      *args: further arguments.
-      has_aux: as in `jax.value_and_grad`.
-      sizes: by layer name, which of its compiled sizes a layer uses: an int32 scalar. Layers that
-        are not named use the largest.
-      **kwargs: further arguments.
-
-    Returns:
-      The value and the gradients.
+    ``sizes`` says by layer name which of its compiled sizes a layer uses, an int32 scalar; layers
+    that are not named use the largest.
     """
 
     def loss(params):
@@ -163,16 +154,7 @@ def row_value_and_grad(
 
 
 def find_uses(loss_fn: Callable[..., Any], params: Any, *args: Any) -> dict[str, LayerUse]:
-    """How a loss uses its meProp layers, found by tracing it abstractly.
-
-    Args:
-      loss_fn: ``(params, *args) -> anything``, pure.
-      params: pytree of arrays or `jax.ShapeDtypeStruct`.
-      *args: further arguments, the same.
-
-    Returns:
-      One `LayerUse` for each layer that has a name.
-    """
+    """How a pure loss uses its meProp layers that have a name, found by tracing it abstractly."""
     frame = Frame()
 
     def traced(params, *args):

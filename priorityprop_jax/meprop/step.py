@@ -203,6 +203,9 @@ class FeaturesStep:
           width, sizes, present ``k`` and the mean of all steps.
         """
         full = self._full_flops * self._step
+        counts = np.asarray(state.update_counts)
+        slots = zip(self.slots.names, self.slots.depths, counts, strict=True)
+        # None before the first step, which learns them.
         layers = [
             {
                 "layer": name,
@@ -212,12 +215,10 @@ class FeaturesStep:
                 "k": layer.sizes[place],
                 "mean_k": float(kept / max(self._step, 1)),
             }
-            for name, depth, layer, place, kept in zip(
-                self.slots.names, self.slots.depths, self._layers, self._places,
-                np.asarray(state.update_counts),
-                strict=True,
+            for layer, place, (name, depth, kept) in zip(
+                self._layers, self._places, slots, strict=False
             )
-        ] if self._layers else []  # fmt: skip
+        ]
         return {
             "steps": self._step,
             "flops": self._flops,
@@ -307,7 +308,7 @@ class FeaturesStep:
         """Learns how the model uses its layers, and what the largest step costs."""
         start = time.perf_counter()
         rest, batch = jax.tree.map(abstract, (rest, batch))
-        uses = find_uses(lambda p, r, b: self._loss(p, r, b), self._shapes, rest, batch)
+        uses = find_uses(self._loss, self._shapes, rest, batch)
         if not uses:
             raise ValueError(
                 "the model has no layer whose backward pass is meProp's: call meprop(model, k) "

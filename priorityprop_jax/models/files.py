@@ -1,4 +1,4 @@
-"""Finds the data files of the real tasks, and proves that they are whole.
+"""Finds files of data and of weights, and proves that they are whole.
 
 A file is looked for in the folder that the caller names, in the folder of the environment variable
 `PRIORITYPROP_DATA`, and in the cache folder; what is in none of them is downloaded into the cache
@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
+import json
 import os
 import struct
 import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 ENV_VAR = "PRIORITYPROP_DATA"
 
@@ -50,7 +52,7 @@ def cache_folder() -> Path:
 
 
 def read_file(file: DataFile, *, data_dir: str | os.PathLike[str] | None = None) -> bytes:
-    """Returns the verified bytes of `file`, downloading it only where no folder holds it.
+    """The bytes of a file as its public home serves them, verified; downloaded if nowhere here.
 
     Args:
       file: what to find. A local `NAME.gz` of a home that serves plain `NAME` is decompressed
@@ -58,9 +60,6 @@ def read_file(file: DataFile, *, data_dir: str | os.PathLike[str] | None = None)
       data_dir: the only folder to look in. By default the folder of `PRIORITYPROP_DATA` (if it is
         set), then the cache folder, then the public homes. A damaged file in the cache is
         downloaded anew; a damaged file in a folder of the user's is an error.
-
-    Returns:
-      The bytes that the public home serves.
 
     Raises:
       DataError: the file is missing or damaged in `data_dir`, damaged in the folder of
@@ -98,6 +97,34 @@ def gunzip(raw: bytes, *, source: str) -> bytes:
         return gzip.decompress(raw)
     except (EOFError, zlib.error, gzip.BadGzipFile, struct.error) as error:
         raise DataError(f"{source} is damaged: not a whole gzip file ({error})") from error
+
+
+def needed(directory: Path, *names: str) -> Path:
+    """The first of the files of a BERT that its folder holds."""
+    if not directory.is_dir():
+        raise DataError(f"{os.fspath(directory)!r} is not a folder; give the one of a BERT")
+    for name in names:
+        if (directory / name).is_file():
+            return directory / name
+    raise DataError(
+        f"no {' or '.join(names)} in {os.fspath(directory)!r}; a BERT's folder holds config.json, "
+        "model.safetensors, and tokenizer.json or vocab.txt"
+    )
+
+
+def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The object in a JSON file, or the default where there is no file."""
+    if default is not None and not path.is_file():
+        return default
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path} is damaged: not a JSON object")
+    return value
 
 
 def _find(file: DataFile, folder: Path) -> list[Path]:

@@ -23,7 +23,7 @@ Names = str | Iterable[str] | Callable[[str], bool]
 
 
 def choose(names: Iterable[str], which: Names, what: str = "slot") -> frozenset[str]:
-    """The names that are meant.
+    """Those of the names that are meant.
 
     Args:
       names: all there are, of slots or leaves.
@@ -31,9 +31,6 @@ def choose(names: Iterable[str], which: Names, what: str = "slot") -> frozenset[
         the name of a module or of a stacked leaf, for all in it; several of these; or a function
         that says of each name whether it is meant.
       what: what the names are of, for errors.
-
-    Returns:
-      Those of ``names`` that are meant.
 
     Raises:
       ValueError: if something matches no name; says which are close.
@@ -90,12 +87,7 @@ class ActiveLeaves:
     rows: tuple[bool | tuple[int, ...] | None, ...]
 
     def part(self, tree: Any) -> Any:
-        """The active leaves of a tree of this structure.
-
-        Returns:
-          The same structure with None in place of inactive leaves; a stacked leaf ``[layers, ...]``
-          of which ``k`` layers are active becomes ``[k, ...]``.
-        """
+        """The active leaves of a tree, ``[k, ...]`` for ``k`` layers of a stack; else None."""
         return self.map(
             lambda rows, x: take(x, rows) if isinstance(rows, tuple) else x if rows else None, tree
         )
@@ -109,7 +101,7 @@ class ActiveLeaves:
         return self.map(replaced, tree, part)
 
     def as_rows(self, tree: Any, part: Any) -> Any:
-        """The part with a `RowSparse` for every leaf of the tree that is active in part."""
+        """The part, with layers of a stacked leaf as a `RowSparse` that says which they are."""
 
         def marked(rows, x, own):
             return RowSparse(rows, own, x.shape) if isinstance(rows, tuple) else own
@@ -117,10 +109,7 @@ class ActiveLeaves:
         return self.map(marked, tree, part)
 
     def split(self, tree: Any) -> tuple[Any, Any]:
-        """Splits a tree by leaf into those with anything active and the others, None for absent.
-
-        A stacked leaf with at least one active layer is on the active side as a whole.
-        """
+        """The leaves of a tree with anything active, and the others; None for absent."""
         return (
             self.map(lambda rows, x: None if rows is None else x, tree),
             self.map(lambda rows, x: x if rows is None else None, tree),
@@ -139,28 +128,16 @@ class ActiveLeaves:
 
 
 def find_active(params: Any, slots: Slots, active: Names) -> ActiveLeaves:
-    """Finds the leaves, and layers of stacked leaves, that active slots stand for.
+    """The leaves, and layers of stacked leaves, that active slots stand for.
 
     Args:
       params: pytree of arrays or `jax.ShapeDtypeStruct`.
       slots: its slots.
       active: the active ones, see `choose`.
 
-    Returns:
-      What is active.
-
     Raises:
       ValueError: if there is no slot of a name, if the slots are of other parameters, or if single
         layers of a leaf are meant that is stacked on another axis than 0.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from priorityprop_jax import find_slots
-      >>> from priorityprop_jax.partial.grad import find_active
-      >>> params = {"blocks": jnp.ones((4, 2)), "embed": jnp.ones(3), "head": jnp.ones(3)}
-      >>> slots = find_slots(params, stacked_axis=lambda path: 0 if path == "blocks" else None)
-      >>> find_active(params, slots, {"head", "blocks[3]", "blocks[1]"}).rows
-      ((1, 3), None, True)
     """
     active = choose(slots.names, active)
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from priorityprop_jax.core.slots import Bundle, find_slots
-from priorityprop_jax.partial.grad import active_rows, check_axis, choose
+from priorityprop_jax.partial.grad import Names, active_rows, check_axis, choose
 from priorityprop_jax.partial.update import ActiveUpdatesState, new_state
 from priorityprop_jax.priority.per_slot import PerSlot
 
@@ -25,7 +25,7 @@ class ActiveState:
     correction included, as BAdam does. With ``"offload"`` its state waits in host memory and comes
     back bit for bit. Between two steps, `move` goes from one active set to the next; the state
     that it returns has None in place of what is absent, and the ``k`` active layers ``[k, ...]`` of
-    a stacked leaf, which is what `update_active` expects.
+    a stacked leaf, as `update_active` takes it.
 
     Args:
       inner: the optimizer that `update_active` was made with.
@@ -36,6 +36,7 @@ class ActiveState:
 
     Attributes:
       resident: the slots whose state is on the device.
+      waiting: the state that waits in host memory: slot -> number of the state's leaf -> array.
 
     Raises:
       ValueError: if ``mode`` is neither, or layers are stacked on another axis than 0.
@@ -71,30 +72,26 @@ class ActiveState:
         for bundle in self.slots.bundles:
             check_axis(bundle)
         self.per_slot = PerSlot(optax.with_extra_args_support(inner), params, self.slots)
-        self._waiting: dict[str, dict[int, np.ndarray]] = {}  # slot -> state leaf -> array
+        self.waiting: dict[str, dict[int, np.ndarray]] = {}
 
     def empty(self) -> ActiveUpdatesState:
         """The state before the first step, with no slot's own state on the device."""
-        shapes, per_slot = self.per_slot.state_shapes, self.per_slot
-        flat: list[Any] = [None] * len(shapes)
+        per_slot = self.per_slot
+        flat: list[Any] = [None] * len(per_slot.state_shapes)
         if per_slot.shared and self.slots.bundles:
             bundle = self.slots.bundles[0]
-            first = per_slot.init_slot(
-                bundle,
-                [jnp.zeros(shape) for shape in self.slots.shapes[bundle.start]],
-            )
+            params = [jnp.zeros(shape) for shape in self.slots.shapes[bundle.start]]
+            first = per_slot.init_slot(bundle, params)
             for i in per_slot.shared:
                 flat[i] = jnp.broadcast_to(first[i], (len(self.slots), *first[i].shape))
         return new_state(self.slots, per_slot.state_treedef.unflatten(flat))
 
-    def move(
-        self, state: ActiveUpdatesState, active: Iterable[str], params: Any
-    ) -> ActiveUpdatesState:
+    def move(self, state: ActiveUpdatesState, active: Names, params: Any) -> ActiveUpdatesState:
         """Makes the active slots' state, and no other, resident. Waits for the device.
 
         Args:
           state: with the state of the slots in ``resident``.
-          active: names of the slots that are to be resident.
+          active: the slots that are to be resident.
           params: the parameters as they are now, from which fresh states are made.
 
         Returns:
@@ -107,80 +104,57 @@ class ActiveState:
         if active == self.resident:
             return state
         leaves = self.per_slot.flatten(params)
-        flat = self.per_slot.state_treedef.flatten_up_to(state.inner_state)
+        flat = self._flat(state)
         for bundle in self.slots.bundles:
             before = active_rows(bundle, self.slots, self.resident)
             after = active_rows(bundle, self.slots, active)
-            if before != after:
-                self._move_bundle(bundle, before, after, flat, leaves)
+            if before == after:
+                continue
+            rows = self._rows(flat, bundle, before)
+            for layer in set(before) - set(after) if self.mode == "offload" else ():
+                # Copies: on a CPU the array would otherwise share the device's buffer.
+                own = {i: np.array(x, copy=True) for i, x in rows[layer].items()}
+                self.waiting[self._name(bundle, layer)] = own
+            for layer in set(after) - set(before):
+                rows[layer] = self._enter(flat, bundle, layer, leaves)
+            self._put(flat, bundle, [rows[layer] for layer in after], jnp.stack)
         self.resident = active
-        return state._replace(inner_state=self.per_slot.state_treedef.unflatten(flat))
+        return self._with(state, flat)
 
-    def _move_bundle(
-        self,
-        bundle: Bundle,
-        before: tuple[int, ...],
-        after: tuple[int, ...],
-        flat: list[Any],
-        params: list[Any],
-    ) -> None:
+    def _enter(
+        self, flat: list[Any], bundle: Bundle, layer: int, params: list[Any]
+    ) -> dict[int, jax.Array]:
+        """The state of a slot that becomes active; what it shares is put into ``flat``."""
         owned, stacked = self.per_slot.owned(bundle), bundle.layers is not None
-        rows: dict[int, dict[int, Any]] = {}  # layer -> state leaf -> array
-        for place, layer in enumerate(before):
-            own = {i: flat[i][place] if stacked else flat[i] for i in owned}
-            if layer in after:
-                rows[layer] = own
-            elif self.mode == "offload":
-                # A copy: on a CPU the array would otherwise share the device's buffer.
-                name = self.slots.names[bundle.start + layer]
-                self._waiting[name] = {i: np.array(x, copy=True) for i, x in own.items()}
-        for layer in after:
-            if layer in rows:
-                continue
-            slot = bundle.start + layer
-            waiting = self._waiting.pop(self.slots.names[slot], None)
-            if waiting is not None:
-                rows[layer] = {
-                    i: _place(waiting[i], None if stacked else params[self.per_slot.owners[i]])
-                    for i in owned
-                }
-                continue
-            fresh = self.per_slot.init_slot(
-                bundle, [params[i][layer] if stacked else params[i] for i in bundle.leaves]
-            )
-            # The step donates its state, and an optimizer may keep the parameters themselves.
-            rows[layer] = {i: jnp.array(fresh[i], copy=True) for i in owned}
-            for i in self.per_slot.shared:
-                flat[i] = flat[i].at[slot].set(fresh[i])
-        for i in owned:
-            if not after:
-                flat[i] = None
-            elif stacked:
-                flat[i] = jnp.stack([rows[layer][i] for layer in after])  # [k, ...]
-            else:
-                flat[i] = rows[0][i]
+        waiting = self.waiting.pop(self._name(bundle, layer), None)
+        if waiting is not None:
+            likes = [None if stacked else params[self.per_slot.owners[i]] for i in owned]
+            return {i: _place(waiting[i], like) for i, like in zip(owned, likes, strict=True)}
+        own = [params[i][layer] if stacked else params[i] for i in bundle.leaves]
+        fresh = self.per_slot.init_slot(bundle, own)
+        for i in self.per_slot.shared:
+            flat[i] = flat[i].at[bundle.start + layer].set(fresh[i])
+        # The step donates its state, and an optimizer may keep the parameters themselves.
+        return {i: jnp.array(fresh[i], copy=True) for i in owned}
 
     def complete(self, state: ActiveUpdatesState) -> ActiveUpdatesState:
         """The state of all slots, for a checkpoint: what is absent from the device in host memory.
 
         Zeros stand for slots that start afresh when they become active.
         """
-        flat = self.per_slot.state_treedef.flatten_up_to(state.inner_state)
+        flat = self._flat(state)
         for bundle in self.slots.bundles:
-            rows = active_rows(bundle, self.slots, self.resident)
-            if len(rows) == bundle.slots:
+            present = active_rows(bundle, self.slots, self.resident)
+            if len(present) == bundle.slots:
                 continue
-            for i in self.per_slot.owned(bundle):
-                one = self.per_slot.state_shapes[i]
-                whole = np.zeros((bundle.slots, *one.shape), one.dtype)
-                for layer in range(bundle.slots):
-                    name = self.slots.names[bundle.start + layer]
-                    if layer in rows:
-                        whole[layer] = np.asarray(flat[i][rows.index(layer)])
-                    elif name in self._waiting:
-                        whole[layer] = self._waiting[name][i]
-                flat[i] = whole if bundle.layers is not None else whole[0]
-        return state._replace(inner_state=self.per_slot.state_treedef.unflatten(flat))
+            rows = self._rows(flat, bundle, present)
+            shapes = {i: self.per_slot.state_shapes[i] for i in self.per_slot.owned(bundle)}
+            zeros = {i: np.zeros(one.shape, one.dtype) for i, one in shapes.items()}
+            for layer in range(bundle.slots):
+                own = self.waiting.get(self._name(bundle, layer), zeros)
+                rows.setdefault(layer, own)
+            self._put(flat, bundle, [rows[layer] for layer in range(bundle.slots)], np.stack)
+        return self._with(state, flat)
 
     def restore(
         self, complete: ActiveUpdatesState, resident: Iterable[str], waiting: Iterable[str]
@@ -190,38 +164,52 @@ class ActiveState:
         Args:
           complete: the state of all slots.
           resident: the slots whose state was on the device.
-          waiting: the slots whose state was waiting, see `waiting`.
+          waiting: the slots whose state was waiting.
 
         Returns:
           The state with that of the resident slots.
         """
         self.resident, waiting = frozenset(resident), frozenset(waiting)
-        self._waiting = {}
-        flat = self.per_slot.state_treedef.flatten_up_to(complete.inner_state)
+        self.waiting = {}
+        flat = self._flat(complete)
         for bundle in self.slots.bundles:
-            rows = active_rows(bundle, self.slots, self.resident)
-            owned = self.per_slot.owned(bundle)
-            for layer in range(bundle.slots):
-                name = self.slots.names[bundle.start + layer]
-                if name in waiting:
-                    self._waiting[name] = {
-                        i: np.array(flat[i] if bundle.layers is None else flat[i][layer], copy=True)
-                        for i in owned
-                    }
-            for i in owned:
-                if not rows:
-                    flat[i] = None
-                elif bundle.layers is not None:
-                    flat[i] = jnp.asarray(flat[i])[np.asarray(rows)]
-        state = complete._replace(inner_state=self.per_slot.state_treedef.unflatten(flat))
+            rows = self._rows(flat, bundle, tuple(range(bundle.slots)))
+            for layer, own in rows.items():
+                if (name := self._name(bundle, layer)) in waiting:
+                    self.waiting[name] = {i: np.array(x, copy=True) for i, x in own.items()}
+            present = active_rows(bundle, self.slots, self.resident)
+            self._put(flat, bundle, [rows[layer] for layer in present], jnp.stack)
         return jax.tree.map(
-            lambda x: x if isinstance(x, jax.Array) else jnp.array(x, copy=True), state
+            lambda x: x if isinstance(x, jax.Array) else jnp.array(x, copy=True),
+            self._with(complete, flat),
         )
 
-    @property
-    def waiting(self) -> frozenset[str]:
-        """The slots whose state waits in host memory."""
-        return frozenset(self._waiting)
+    def _name(self, bundle: Bundle, layer: int) -> str:
+        return self.slots.names[bundle.start + layer]
+
+    def _flat(self, state: ActiveUpdatesState) -> list[Any]:
+        return self.per_slot.state_treedef.flatten_up_to(state.inner_state)
+
+    def _with(self, state: ActiveUpdatesState, flat: list[Any]) -> ActiveUpdatesState:
+        return state._replace(inner_state=self.per_slot.state_treedef.unflatten(flat))
+
+    def _rows(
+        self, flat: list[Any], bundle: Bundle, layers: tuple[int, ...]
+    ) -> dict[int, dict[int, Any]]:
+        """What a flat state has of these layers: layer -> number of the state's leaf -> array."""
+        owned, stacked = self.per_slot.owned(bundle), bundle.layers is not None
+        return {
+            layer: {i: flat[i][place] if stacked else flat[i] for i in owned}
+            for place, layer in enumerate(layers)
+        }
+
+    def _put(
+        self, flat: list[Any], bundle: Bundle, rows: list[dict[int, Any]], stack: Callable[..., Any]
+    ) -> None:
+        """Puts the layers into a flat state: None for no layers, ``[k, ...]`` for some."""
+        for i in self.per_slot.owned(bundle):
+            own = [row[i] for row in rows]
+            flat[i] = None if not own else own[0] if bundle.layers is None else stack(own)
 
 
 def _place(x: np.ndarray, like: Any) -> jax.Array:

@@ -168,9 +168,9 @@ def update_active(
                 per_slot, bundle, own, grads, leaves, inner_state, extra_args
             )
             for leaf, update in zip(bundle.leaves, new, strict=True):
-                some = len(own) < bundle.slots
-                shape = jnp.shape(leaves[leaf])
-                new_updates[leaf] = RowSparse(own, update, shape) if some else update
+                if len(own) < bundle.slots:
+                    update = RowSparse(own, update, np.shape(leaves[leaf]))
+                new_updates[leaf] = update
             gains.append(gained)
             updated.extend(bundle.start + row for row in own)
         state = state._replace(
@@ -186,26 +186,14 @@ def update_active(
 
 def new_state(slots: Slots, inner_state: optax.OptState) -> ActiveUpdatesState:
     """The state before the first step, around one of the inner optimizer."""
-    counts = jnp.zeros(len(slots), jnp.int32)
-    zeros = jnp.zeros(len(slots), jnp.float32)
     # Arrays of their own: a step that is compiled in place donates each of them.
-    return ActiveUpdatesState(
-        step=jnp.zeros((), jnp.int32),
-        inner_state=inner_state,
-        update_counts=counts,
-        gains=zeros,
-        nonfinite_counts=jnp.zeros_like(counts),
-        priorities=jnp.zeros_like(zeros),
-        allocation=jnp.zeros_like(counts),
-    )
+    dtypes = (jnp.int32, jnp.float32, jnp.int32, jnp.float32, jnp.int32)
+    vectors = (jnp.zeros(len(slots), dtype) for dtype in dtypes)
+    return ActiveUpdatesState(jnp.zeros((), jnp.int32), inner_state, *vectors)
 
 
 def beside(grads: Any, params: Any) -> list[Any]:
     """The gradient of every leaf of ``params``; None for those that are None or left out.
-
-    Args:
-      grads: a tree of the structure of ``params``, in which leaves may be None or left out.
-      params: pytree of parameters.
 
     Raises:
       ValueError: if there is a gradient without a parameter, or of another shape.
@@ -252,25 +240,9 @@ def _update_all(
 
 
 def expected_gains(state: ActiveUpdatesState, gain_decay: float = 0.9) -> np.ndarray:
-    """The average gain of every slot, with bias correction. Waits for the device.
+    """The average gain of every slot, with bias correction: ``float64[slots]``.
 
-    Args:
-      state: the state of `update_active`.
-      gain_decay: as given to it.
-
-    Returns:
-      ``float64[slots]``; NaN where a slot has never been updated.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import optax
-      >>> from priorityprop_jax.partial.update import expected_gains, update_active
-      >>> params = {"a": jnp.ones(2), "b": jnp.ones(2)}
-      >>> tx = update_active(optax.sgd(0.5))
-      >>> state = tx.init(params)
-      >>> _, state = tx.update({"a": jnp.ones(2), "b": None}, state, params)
-      >>> expected_gains(state).round(6).tolist()
-      [1.0, nan]
+    NaN where a slot has never been updated. Waits for the device.
     """
     mean, counts = np.asarray(state.gains, np.float64), np.asarray(state.update_counts)
     weight = 1 - gain_decay ** counts.astype(np.float64)

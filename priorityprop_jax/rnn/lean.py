@@ -52,16 +52,9 @@ class LeanRNN(FusedRNN):
 
     def run(self, params, carry, xs, all_carries, per_gate, probe=None):
         """See `FusedRNN.run`."""
-        return highway_rnn(
-            params,
-            carry,
-            xs,
-            iterations=self.lean_iterations,
-            tol=self.lean_tol,
-            probe=probe,
-            all_carries=all_carries,
-            unroll=self.unroll,
-        )
+        options = {"all_carries": all_carries, "unroll": self.unroll, "probe": probe}
+        rounds = {"iterations": self.lean_iterations, "tol": self.lean_tol}
+        return highway_rnn(params, carry, xs, **rounds, **options)
 
 
 def lean_rnn(model: nnx.Module, *, iterations: int | None = None, tol: float | None = None) -> int:
@@ -153,13 +146,6 @@ class LinenLeanRNN(LinenFusedRNN, kw_only=True):
 
     def run(self, params, carry, xs, all_carries, per_gate, probe=None):
         """See `FusedRNN.run`."""
-        return highway_rnn(
-            params,
-            carry,
-            xs,
-            iterations=self.iterations,
-            tol=self.tol,
-            probe=probe,
-            all_carries=all_carries,
-            unroll=self.unroll,
-        )
+        options = {"all_carries": all_carries, "unroll": self.unroll, "probe": probe}
+        rounds = {"iterations": self.iterations, "tol": self.tol}
+        return highway_rnn(params, carry, xs, **rounds, **options)

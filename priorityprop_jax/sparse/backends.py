@@ -25,7 +25,7 @@ class Kernel(Protocol):
     def forward(
         self, values: Any, pattern: SparsePattern, x: Any, geometry: ConvGeometry | None = None
     ) -> Any:
-        """``y = x W^T``, or the convolution of a geometry.
+        """``y = x W^T``, ``[batch, out]``, or the convolution of a geometry, with ``out`` last.
 
         Args:
           values: float ``[capacity]``; those at places that are not used may be anything.
@@ -33,9 +33,6 @@ class Kernel(Protocol):
             ``(out, in / groups * height * width)``. May be traced.
           x: ``[batch, in]``, or images ``[batch, height, width, in]``.
           geometry: of a convolution; None for a matrix product.
-
-        Returns:
-          ``[batch, out]`` or ``[batch, height, width, out]``.
         """
         ...
 
@@ -61,15 +58,10 @@ KERNELS: dict[str, Any] = {"native": native, "csr": csr, "masked": masked}
 
 
 class Backend(NamedTuple):
-    """What multiplies by a sparse weight.
+    """What multiplies by a sparse weight, and why."""
 
-    Attributes:
-      name: ``"native"``, ``"csr"`` or ``"masked"``.
-      why: the reason, a sentence for people.
-    """
-
-    name: str
-    why: str
+    name: str  # "native", "csr" or "masked"
+    why: str  # a sentence for people
 
 
 def sparse_backend(
@@ -124,13 +116,7 @@ def sparse_backend(
 def choose_backend(
     asked: str | None, pattern: SparsePattern, dtype: Any, geometry: ConvGeometry | None
 ) -> str:
-    """The name of a backend: what was asked for, if it can do the work.
-
-    Args:
-      asked: a name, or None for the choice of `sparse_backend`.
-      pattern: of the weight.
-      dtype: of the product.
-      geometry: of a convolution, or None.
+    """The name of a backend: the one asked for, if it can do the work, or that of `sparse_backend`.
 
     Raises:
       ValueError: if there is no such backend, or it cannot multiply by such a weight here.

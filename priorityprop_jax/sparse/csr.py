@@ -23,23 +23,15 @@ _ROWS = 128
 _STEP = 16
 # The largest tile of the batch: a row of a tile is read in one go.
 _TILE = 512
-# From one place in as many on, the gradient of the values is taken out of that of a dense weight.
+# From one place in as many on, the gradient of the values is taken out of that of a dense weight,
+# which then needs at most as many times the room.
 _DENSE = 12
 
 
 def forward(
     values: jax.Array, pattern: SparsePattern, x: jax.Array, geometry: None = None
 ) -> jax.Array:
-    """``y = x W^T``: see `Kernel`. Sums are float32 at least.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from priorityprop_jax.sparse import csr
-      >>> from priorityprop_jax.sparse.pattern import make_pattern
-      >>> pattern = make_pattern([[0, 1, 1], [1, 0, 0]])
-      >>> csr.forward(jnp.array([2.0, 3.0, 4.0]), pattern, jnp.array([[1.0, 10.0, 100.0]]))
-      Array([[320.,   4.]], dtype=float32)
-    """
+    """``y = x W^T``: see `Kernel`. Sums are float32 at least."""
     return product(values, pattern.columns, _row_lines(pattern), x.T).T
 
 
@@ -75,10 +67,7 @@ def backward(
 
 
 def cheaper_dense(pattern: SparsePattern) -> bool:
-    """Whether all of ``dy x^T`` takes less time than its entries at the places, one by one.
-
-    Then the room that it needs, too, is at most `_DENSE` times that of the values.
-    """
+    """Whether all of ``dy x^T`` takes less time than its entries at the places, one by one."""
     return pattern.capacity * _DENSE >= pattern.shape[0] * pattern.shape[1]
 
 
@@ -96,28 +85,16 @@ def take_places(dense: jax.Array, pattern: SparsePattern) -> jax.Array:
 
 
 class Lines(NamedTuple):
-    """Rows (or columns) of a pattern, as stretches of its places.
+    """Rows (or columns) of a pattern, as stretches of its places."""
 
-    Attributes:
-      starts: int32 ``[lines]``: the first place of each.
-      lengths: int32 ``[lines]``: how many places it has.
-    """
-
-    starts: jax.Array
-    lengths: jax.Array
+    starts: jax.Array  # int32[lines], the first place of each
+    lengths: jax.Array  # int32[lines], how many places it has
 
 
 def product(values: jax.Array, indices: jax.Array, lines: Lines, x: jax.Array) -> jax.Array:
-    """For each line, the sum of ``values[k] * x[indices[k]]`` over its places ``k``.
+    """For each line, the sum of ``values[k] * x[indices[k]]`` over its places, ``[lines, batch]``.
 
-    Args:
-      values: ``[capacity]``.
-      indices: int32 ``[capacity]``: rows of `x`.
-      lines: the stretches of places to sum over.
-      x: ``[rows, batch]``.
-
-    Returns:
-      ``[lines, batch]``.
+    `values` and the `indices` of rows of `x` are ``[capacity]``, `x` is ``[rows, batch]``.
     """
     count, dtype = lines.starts.shape[0], jnp.result_type(values, x)
     if 0 in x.shape or count == 0 or not len(indices):
@@ -150,14 +127,7 @@ def product(values: jax.Array, indices: jax.Array, lines: Lines, x: jax.Array) -
 def sampled_product(indices: jax.Array, lines: Lines, x: jax.Array, dy: jax.Array) -> jax.Array:
     """For each place ``k`` of each line ``l``, the sum of ``x[indices[k]] * dy[l]`` over the batch.
 
-    Args:
-      indices: int32 ``[capacity]``: rows of `x`.
-      lines: the stretches of places, none of them in two.
-      x: ``[rows, batch]``.
-      dy: ``[lines, batch]``.
-
-    Returns:
-      ``[capacity]``, zero at places that are in no line.
+    ``[capacity]``, as `indices`; zero at places that are in no line. `dy` is ``[lines, batch]``.
     """
     capacity, dtype = indices.shape[0], jnp.result_type(x, dy)
     wide = jnp.promote_types(dtype, jnp.float32)
@@ -205,11 +175,7 @@ def _row_lines(pattern: SparsePattern) -> Lines:
 
 
 def _slices(lines: Lines) -> tuple[Lines, jax.Array, jax.Array]:
-    """Lines by falling length in slices.
-
-    Returns:
-      The lines ``[slices, rows]``, which line each is, and for each line where it went.
-    """
+    """Lines by falling length ``[slices, rows]``, which each is, and for each where it went."""
     count = lines.starts.shape[0]
     rows = min(_ROWS, count)
     padding = (0, -count % rows)

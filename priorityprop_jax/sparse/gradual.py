@@ -35,45 +35,7 @@ class GradualPruningState(NamedTuple):
     """State of `gradual_pruning`."""
 
     step: jax.Array  # int32[], steps taken.
-    sparsity: jax.Array  # float32[], to which the masks were last pruned; 0 before.
     masks: Any  # as the parameters: bool arrays, True where kept; None for leaves left alone.
-
-
-def cubic_sparsity(
-    step: jax.typing.ArrayLike,
-    final_sparsity: float,
-    *,
-    begin: int,
-    end: int,
-    initial_sparsity: float = 0.0,
-) -> jax.Array:
-    r"""The sparsity of gradual pruning at a step.
-
-    .. math:: s_t = s_f + (s_i - s_f) \left(1 - \frac{t - t_0}{t_1 - t_0}\right)^3
-
-    from :math:`t_0` to :math:`t_1`, :math:`s_i` before and :math:`s_f` after.
-
-    Args:
-      step: :math:`t`; may be traced.
-      final_sparsity: :math:`s_f`.
-      begin: :math:`t_0`.
-      end: :math:`t_1`, in the paper :math:`t_0 + n \Delta t`.
-      initial_sparsity: :math:`s_i`.
-
-    Returns:
-      float32, in the shape of ``step``.
-
-    Example:
-      >>> from priorityprop_jax.sparse.gradual import cubic_sparsity
-      >>> [float(cubic_sparsity(t, 0.75, begin=0, end=20)) for t in (0, 10, 20)]
-      [0.0, 0.65625, 0.75]
-
-    References:
-      Zhu and Gupta, To prune, or not to prune, https://arxiv.org/abs/1710.01878
-    """
-    left = _left(step, begin, end)
-    # A sum of two products: exact at both ends, where one of them is 0.
-    return jnp.float32(final_sparsity) * (1 - left) + jnp.float32(initial_sparsity) * left
 
 
 def gradual_pruning(
@@ -82,18 +44,21 @@ def gradual_pruning(
     begin: int,
     end: int,
     every: int,
-    initial_sparsity: float = 0.0,
     scope: str = "uniform",
     where: Callable[[str], bool] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Prunes weights of small magnitude little by little while a network trains.
+    r"""Prunes weights of small magnitude little by little while a network trains.
 
-    At step ``begin``, each ``every`` steps from there and at ``end`` the weights are pruned to the
-    sparsity of `cubic_sparsity`: of those still there the ones of the largest magnitude after this
-    step's update are kept, in the numbers and order of `magnitude_masks`. What is pruned once stays
-    pruned. Put it last in a chain: it replaces the updates of pruned weights by what makes them
-    zero, so that nothing may change these updates behind it, and leaves the others as they come.
-    Leaves of fewer than two dimensions, such as biases, are left alone.
+    At step :math:`t_0`, ``begin``, each ``every`` steps from there and at :math:`t_1`, ``end``, the
+    weights are pruned to the sparsity
+
+    .. math:: s_t = s_f \left(1 - \left(1 - \frac{t - t_0}{t_1 - t_0}\right)^3\right)
+
+    of which :math:`s_f` is ``final_sparsity``: of those still there the ones of the largest
+    magnitude after this step's update are kept, in the numbers and order of `magnitude_masks`. What
+    is pruned once stays pruned. Put it last in a chain: it replaces the updates of pruned weights
+    by what makes them zero, so that nothing may change these updates behind it, and leaves the
+    others as they come. Leaves of fewer than two dimensions, such as biases, are left alone.
 
     An optimizer in front still spends memory and time on pruned weights, and where a gradient is
     dense its moments go on moving. Once the masks are final, go on with
@@ -104,7 +69,6 @@ def gradual_pruning(
       begin: the step of the first pruning, from 0.
       end: the step of the last.
       every: steps between two.
-      initial_sparsity: of the first pruning, at most ``final_sparsity``.
       scope: ``"uniform"`` or ``"global"``, see `magnitude_masks`.
       where: given the path of a leaf, whether to prune it.
 
@@ -133,13 +97,7 @@ def gradual_pruning(
       Zhu and Gupta, To prune, or not to prune, https://arxiv.org/abs/1710.01878
     """
     check_sparsity("final_sparsity", final_sparsity)
-    check_sparsity("initial_sparsity", initial_sparsity)
     check_scope(scope)
-    if initial_sparsity > final_sparsity:
-        raise ValueError(
-            f"initial_sparsity={initial_sparsity} is more than final_sparsity={final_sparsity}: "
-            "pruned weights do not come back"
-        )
     if not 0 <= begin <= end < 2**31 or every < 1:
         raise ValueError(
             "steps must have 0 <= begin <= end < 2**31 and every >= 1, got "
@@ -147,11 +105,10 @@ def gradual_pruning(
         )
 
     def init_fn(params):
-        leaves = choose_leaves(params, where=where)
+        leaves = choose_leaves(params, where)
         masks = [None if x is None else jnp.full_like(x, True, dtype=bool) for x in leaves]
         return GradualPruningState(
             step=jnp.zeros([], jnp.int32),
-            sparsity=jnp.zeros([], jnp.float32),
             masks=jax.tree.structure(params).unflatten(masks),
         )
 
@@ -171,27 +128,21 @@ def gradual_pruning(
                 after = [_after(weights[i], new_updates[i]) for i in group]
                 # Counts rather than fractions: both ends are exact.
                 least = kept_count(after, final_sparsity)
-                more = kept_count(after, initial_sparsity) - least
+                more = kept_count(after, 0.0) - least
                 count = least + jnp.round(more * left).astype(jnp.int32)
                 kept = keep_largest(after, count, [masks[i] for i in group])
                 for i, mask in zip(group, kept, strict=True):
                     pruned[i] = mask
-            sparsity = cubic_sparsity(
-                step, final_sparsity, begin=begin, end=end, initial_sparsity=initial_sparsity
-            )
-            return pruned, sparsity
+            return pruned
 
         on_time = ((step - begin) % every == 0) | (step == end)
-        masks, sparsity = lax.cond(
-            (step >= begin) & (step <= end) & on_time, prune, lambda: (masks, state.sparsity)
-        )
+        masks = lax.cond((step >= begin) & (step <= end) & on_time, prune, lambda: masks)
         new_updates = [
             update if update is None or mask is None else _masked(update, weight, mask)
             for update, weight, mask in zip(new_updates, weights, masks, strict=True)
         ]
         state = GradualPruningState(
             step=jnp.asarray(optax.safe_increment(step)),
-            sparsity=sparsity,
             masks=treedef.unflatten(masks),
         )
         return treedef.unflatten(new_updates), state
@@ -287,10 +238,10 @@ def _is_state(node: Any) -> bool:
     return isinstance(node, GradualPruningState)
 
 
-def _left(step: jax.typing.ArrayLike, begin: int, end: int) -> jax.Array:
-    """What is left to prune: 1 up to `begin`, 0 from `end` on, cubic between."""
-    done = (jnp.asarray(step) - begin).astype(jnp.float32) / max(end - begin, 1)
-    done = jnp.where(jnp.asarray(step) >= end, 1.0, jnp.clip(done, 0.0, 1.0))
+def _left(step: jax.Array, begin: int, end: int) -> jax.Array:
+    """What is left to prune: 1 at `begin`, 0 at `end`, cubic between."""
+    done = (step - begin).astype(jnp.float32) / max(end - begin, 1)
+    done = jnp.where(step >= end, 1.0, done)
     return (1 - done) ** 3
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,21 @@ class SparseIndex(nnx.Variable):
     """Index arrays of a sparse weight: saved with the model, and no parameters."""
 
 
+class Options(TypedDict, total=False):
+    """What all sparse layers are made with; see `SparseLinear`."""
+
+    sparsity: float | None
+    mask: Any
+    use_bias: bool
+    dtype: Any
+    param_dtype: Any
+    kernel_init: Any
+    bias_init: Any
+    capacity: int | None
+    backend: str | None
+    preferred_element_type: Any
+
+
 class SparseLayer(nnx.Module):
     """What `SparseLinear` and `SparseConv` share: a kernel kept as values at places.
 
@@ -58,15 +73,17 @@ class SparseLayer(nnx.Module):
         self,
         shape: tuple[int, ...],
         *,
-        sparsity: float | None,
-        mask: Any,
-        use_bias: bool,
-        param_dtype: Any,
-        kernel_init: Any,
-        bias_init: Any,
-        capacity: int | None,
         rngs: nnx.Rngs,
-        **others: Any,
+        sparsity: float | None = None,
+        mask: Any = None,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Any = initializers.lecun_normal(),  # noqa: B008
+        bias_init: Any = initializers.zeros_init(),  # noqa: B008
+        capacity: int | None = None,
+        backend: str | None = None,
+        preferred_element_type: Any = None,
     ) -> None:
         """Draws a dense kernel of this shape and a bias, and keeps of them what the mask keeps."""
         if (sparsity is None) == (mask is None):
@@ -88,8 +105,8 @@ class SparseLayer(nnx.Module):
         self.index = nnx.Dict({name: SparseIndex(getattr(pattern, name)) for name in ARRAYS})
         self.values = nnx.Param(take_values(as_matrix(kernel), pattern))  # type: ignore[arg-type]
         self.bias = nnx.data(None) if bias is None else nnx.Param(bias)
-        for name, value in others.items():
-            setattr(self, name, value)
+        self.dtype, self.backend = dtype, backend
+        self.preferred_element_type = preferred_element_type
 
     @classmethod
     def from_dense(
@@ -132,7 +149,8 @@ class SparseLayer(nnx.Module):
         if own is not None:
             kernel = kernel * own
         bias = None if layer.bias is None else layer.bias[...]
-        return cls(
+        kind: Any = cls
+        return kind(
             layer.in_features,
             layer.out_features,
             **{name: getattr(layer, name) for name in cls._own},
@@ -216,11 +234,7 @@ class SparseLayer(nnx.Module):
         return source
 
     def check(self) -> None:
-        """Refuses index arrays that belong to no mask, as after a file was damaged.
-
-        Raises:
-          ValueError: if anything about them is wrong.
-        """
+        """Refuses index arrays of no mask, as in a damaged file: see `check_pattern`."""
         check_pattern(self.pattern)
 
     def _finish(self, y: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -250,19 +264,13 @@ class SparseLinear(SparseLayer):
     Args:
       in_features: inputs.
       out_features: outputs.
-      sparsity: the share of the weight that has no place, in ``[0, 1]``; places are drawn at
-        random.
-      mask: bool ``[in, out]`` instead.
-      use_bias: whether there is a bias.
-      dtype: of the computation; by default what inputs and parameters promote to.
-      param_dtype: of the parameters.
-      kernel_init: of the dense weight from which values are taken.
-      bias_init: of the bias.
-      capacity: places to make room for; by default as many as are used. `change_mask` may use
-        them.
-      backend: which kernels; by default the choice of `sparse_backend`.
-      preferred_element_type: of the output; by default as ``dtype``.
       rngs: for initial values and places.
+      **options: ``sparsity``, the share of the weight that has no place, in ``[0, 1]``, with places
+        at random; or ``mask``, bool ``[in, out]``, instead. As `nnx.Linear` has them: ``use_bias``,
+        ``dtype``, ``param_dtype``, ``kernel_init`` (of the dense weight from which values are
+        taken), ``bias_init`` and ``preferred_element_type``. ``capacity``: places to make room for,
+        which `change_mask` may use; by default as many as there are. ``backend``: which kernels; by
+        default the choice of `sparse_backend`.
 
     Raises:
       ValueError: if both or neither of ``sparsity`` and ``mask`` are given, or they do not fit.
@@ -281,46 +289,12 @@ class SparseLinear(SparseLayer):
     _dense = nnx.Linear
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        sparsity: float | None = None,
-        mask: Any = None,
-        use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        kernel_init: Any = initializers.lecun_normal(),  # noqa: B008
-        bias_init: Any = initializers.zeros_init(),  # noqa: B008
-        capacity: int | None = None,
-        backend: str | None = None,
-        preferred_element_type: Any = None,
-        rngs: nnx.Rngs,
+        self, in_features: int, out_features: int, *, rngs: nnx.Rngs, **options: Unpack[Options]
     ):
-        self._make(
-            (in_features, out_features),
-            sparsity=sparsity,
-            mask=mask,
-            use_bias=use_bias,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            kernel_init=kernel_init,
-            bias_init=bias_init,
-            capacity=capacity,
-            backend=backend,
-            preferred_element_type=preferred_element_type,
-            rngs=rngs,
-        )
+        self._make((in_features, out_features), rngs=rngs, **options)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Multiplies.
-
-        Args:
-          inputs: ``[..., in]``.
-
-        Returns:
-          ``[..., out]``.
-        """
+        """Multiplies ``[..., in]`` to ``[..., out]``."""
         x, values, bias = self._promoted(inputs)
         return self._finish(sparse_linear(x, values, self.pattern, backend=self.backend), bias)
 
@@ -336,17 +310,8 @@ class SparseConv(SparseLayer):
       padding: see there.
       kernel_dilation: see there.
       feature_group_count: see there.
-      sparsity: as for `SparseLinear`, as all that follows but ``mask``.
-      mask: bool ``[*kernel_size, in / groups, out]`` instead.
-      use_bias: see there.
-      dtype: see there.
-      param_dtype: see there.
-      kernel_init: see there.
-      bias_init: see there.
-      capacity: see there.
-      backend: see there.
-      preferred_element_type: see there.
-      rngs: see there.
+      rngs: for initial values and places.
+      **options: those of `SparseLinear`; the mask is bool ``[*kernel_size, in / groups, out]``.
 
     Raises:
       ValueError: if both or neither of ``sparsity`` and ``mask`` are given, or they do not fit.
@@ -379,50 +344,19 @@ class SparseConv(SparseLayer):
         padding: Padding = "SAME",
         kernel_dilation: int | Sequence[int] | None = 1,
         feature_group_count: int = 1,
-        sparsity: float | None = None,
-        mask: Any = None,
-        use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        kernel_init: Any = initializers.lecun_normal(),  # noqa: B008
-        bias_init: Any = initializers.zeros_init(),  # noqa: B008
-        capacity: int | None = None,
-        backend: str | None = None,
-        preferred_element_type: Any = None,
         rngs: nnx.Rngs,
+        **options: Unpack[Options],
     ):
         sizes = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
         if feature_group_count < 1 or in_features % feature_group_count:
             raise ValueError(f"{feature_group_count} groups do not divide {in_features} channels")
-        self._make(
-            (*sizes, in_features // feature_group_count, out_features),
-            sparsity=sparsity,
-            mask=mask,
-            use_bias=use_bias,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            kernel_init=kernel_init,
-            bias_init=bias_init,
-            capacity=capacity,
-            backend=backend,
-            preferred_element_type=preferred_element_type,
-            rngs=rngs,
-            kernel_size=sizes,
-            strides=strides,
-            padding=padding,
-            kernel_dilation=kernel_dilation,
-            feature_group_count=feature_group_count,
-        )
+        shape = (*sizes, in_features // feature_group_count, out_features)
+        self._make(shape, rngs=rngs, **options)
+        self.kernel_size, self.strides, self.padding = sizes, strides, padding
+        self.kernel_dilation, self.feature_group_count = kernel_dilation, feature_group_count
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Convolves.
-
-        Args:
-          inputs: ``[..., *sizes, in]``.
-
-        Returns:
-          ``[..., *sizes, out]``.
-        """
+        """Convolves ``[..., *sizes, in]`` to ``[..., *sizes, out]``."""
         x, values, bias = self._promoted(inputs)
         y = sparse_conv(
             x,
@@ -435,11 +369,7 @@ class SparseConv(SparseLayer):
 
 
 def convertible(layer: Any) -> bool:
-    """Whether a dense layer has a sparse one that does the same.
-
-    Args:
-      layer: any module.
-    """
+    """Whether a dense layer has a sparse one that does the same."""
     # What works on another product, as `meprop` makes it do, may store its kernel differently.
     if isinstance(layer, nnx.Linear):
         return layer.dot_general is lax.dot_general
@@ -454,11 +384,7 @@ def convertible(layer: Any) -> bool:
 
 
 def as_matrix(kernel: Any) -> Any:
-    """A kernel ``(*sizes, in, out)`` as the matrix ``(out, in * sizes)`` of a pattern.
-
-    Args:
-      kernel: an array of NumPy or JAX.
-    """
+    """A kernel ``(*sizes, in, out)`` as the matrix ``(out, in * sizes)`` of a pattern."""
     axes = kernel.ndim
     return kernel.transpose(axes - 1, axes - 2, *range(axes - 2)).reshape(kernel.shape[-1], -1)
 

@@ -5,12 +5,7 @@ from __future__ import annotations
 import jax
 from jax import lax
 
-from priorityprop_jax.sparse.pattern import (
-    ConvGeometry,
-    SparsePattern,
-    densify_values,
-    take_values,
-)
+from priorityprop_jax.sparse.pattern import ConvGeometry, SparsePattern, densify_values, take_values
 
 
 def forward(
@@ -20,14 +15,6 @@ def forward(
 
     Zeros of the weight take part in the product: a NaN or an infinity in ``x`` reaches all outputs,
     as it does in a dense layer.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from priorityprop_jax.sparse import masked
-      >>> from priorityprop_jax.sparse.pattern import make_pattern
-      >>> pattern = make_pattern([[0, 1], [1, 1]])
-      >>> masked.forward(jnp.array([1.0, 2.0, 3.0]), pattern, jnp.ones((1, 2))).tolist()
-      [[1.0, 5.0]]
     """
     weight = densify_values(values, pattern)
     return (weight @ x.T).T if geometry is None else _convolve(weight, x, geometry)

@@ -21,20 +21,19 @@ def magnitude_masks(
     sparsity: float,
     *,
     scope: str = "uniform",
-    minimum_ndim: int = 2,
     where: Callable[[str], bool] | None = None,
 ) -> Any:
     """Masks that keep the weights of the largest magnitude.
 
     Of ``n`` weights exactly ``round((1 - sparsity) * n)`` are kept; of equal ones the earlier in
-    the flattened array, and in an earlier leaf. A NaN counts as larger than all numbers.
+    the flattened array, and in an earlier leaf. A NaN counts as larger than all numbers. Leaves of
+    fewer than two dimensions, such as biases, are left alone, as are integers.
 
     Args:
       params: pytree of arrays; may be traced.
       sparsity: the fraction to prune, in [0, 1]. Static.
       scope: ``"uniform"``: every leaf is pruned to this sparsity; ``"global"``: all chosen leaves
         together are, by one threshold.
-      minimum_ndim: leaves of fewer dimensions, such as biases, are left alone, as are integers.
       where: given the path of a leaf, such as ``"Dense_0/kernel"``, whether to prune it.
 
     Returns:
@@ -54,7 +53,7 @@ def magnitude_masks(
     check_sparsity("sparsity", sparsity)
     check_scope(scope)
     treedef = jax.tree.structure(params)
-    leaves = choose_leaves(params, minimum_ndim=minimum_ndim, where=where)
+    leaves = choose_leaves(params, where)
     masks: list[Any] = list(leaves)
     for group in scope_groups(leaves, scope):
         chosen = [jnp.asarray(leaves[i]) for i in group]
@@ -67,19 +66,8 @@ def magnitude_masks(
 def random_mask(key: jax.Array, shape: Sequence[int], sparsity: float) -> jax.Array:
     """A mask that keeps ``round((1 - sparsity) * n)`` of ``n`` weights, drawn at random.
 
-    Args:
-      key: of `jax.random`.
-      shape: of the mask.
-      sparsity: the fraction to prune, in [0, 1]. Static.
-
     Raises:
       ValueError: for a sparsity outside [0, 1].
-
-    Example:
-      >>> import jax
-      >>> from priorityprop_jax.sparse.masks import random_mask
-      >>> int(random_mask(jax.random.key(0), (10, 10), 0.95).sum())
-      5
     """
     check_sparsity("sparsity", sparsity)
     size = math.prod(shape)
@@ -87,56 +75,26 @@ def random_mask(key: jax.Array, shape: Sequence[int], sparsity: float) -> jax.Ar
     return jax.random.permutation(key, kept).reshape(shape)
 
 
-def as_masks(masks: Any, params: Any) -> Any:
-    """Masks made elsewhere, such as those of a `jaxpruner` state, as `magnitude_masks` gives them.
+def as_mask(mask: Any, shape: tuple[int, ...], name: str) -> jax.Array:
+    """A mask that was made elsewhere as bools of a shape.
 
     Args:
-      masks: for each leaf of ``params`` an array of zeros and ones (or bools) of its shape, or the
-        same packed to uint8 ``[ceil(size / 8)]`` as by `numpy.packbits`, or None for a leaf left
-        alone. Leaves are matched by path: a dict fits parameters in an `flax.nnx.State`. Concrete.
-      params: pytree of arrays, or `jax.ShapeDtypeStruct`.
-
-    Returns:
-      As ``params``, of bool arrays and None.
+      mask: concrete zeros and ones (or bools) of the shape, or the same packed to uint8
+        ``[ceil(size / 8)]`` as by `numpy.packbits`, as in the state of `jaxpruner`.
+      shape: of what it masks.
+      name: of that, for errors.
 
     Raises:
-      ValueError: if paths or shapes do not fit, or anything but zeros and ones is in a mask.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from priorityprop_jax.sparse.masks import as_masks
-      >>> params = {"kernel": jnp.ones((2, 4)), "bias": jnp.ones(4)}
-      >>> masks = {"kernel": jnp.packbits(jnp.array([1, 0, 0, 0, 1, 1, 0, 0])), "bias": None}
-      >>> as_masks(masks, params)["kernel"].astype(int).tolist()
-      [[1, 0, 0, 0], [1, 1, 0, 0]]
+      ValueError: if the shape does not fit, or anything but zeros and ones is in it.
     """
-    found = dict(_named(masks))
-    leaves = _named(params)
-    names = {name for name, _ in leaves}
-    if found.keys() != names:
-        raise ValueError(
-            "masks must have the paths of the parameters, with None for a leaf left alone; "
-            f"missing: {sorted(names - found.keys())}, unknown: {sorted(found.keys() - names)}"
-        )
-    treedef = jax.tree.structure(params, is_leaf=_is_none)
-    return treedef.unflatten([_as_mask(found[name], leaf, name) for name, leaf in leaves])
-
-
-def _as_mask(mask: Any, leaf: Any, name: str) -> Any:
-    if mask is None:
-        return None
-    mask = np.asarray(mask)
-    shape = np.shape(leaf)
-    size = math.prod(shape)
+    mask, size = np.asarray(mask), math.prod(shape)
     if mask.shape != shape and mask.dtype == np.uint8 and mask.shape == (-(-size // 8),):
         mask = np.unpackbits(mask, count=size).reshape(shape)
-    if mask.shape != shape or leaf is None:
-        expected = "None" if leaf is None else f"of shape {shape}"
-        raise ValueError(f"the mask of {name!r} must be {expected}, got one of shape {mask.shape}")
-    kept = mask != 0
-    if not np.array_equal(mask, kept):
+    if mask.shape != shape:
+        raise ValueError(f"the mask of {name!r} must be of shape {shape}, got {mask.shape}")
+    if not np.array_equal(mask, mask != 0):
         raise ValueError(f"the mask of {name!r} must hold zeros and ones only")
-    return jnp.asarray(kept)
+    return jnp.asarray(mask != 0)
 
 
 def check_sparsity(name: str, sparsity: float) -> None:
@@ -151,20 +109,12 @@ def check_scope(scope: str) -> None:
         raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}")
 
 
-def choose_leaves(
-    params: Any, *, minimum_ndim: int = 2, where: Callable[[str], bool] | None = None
-) -> list[Any]:
-    """The leaves to prune, in flatten order, and None for those left alone.
-
-    Args:
-      params: pytree of arrays or `jax.ShapeDtypeStruct`.
-      minimum_ndim: see `magnitude_masks`.
-      where: see `magnitude_masks`.
-    """
+def choose_leaves(params: Any, where: Callable[[str], bool] | None = None) -> list[Any]:
+    """The leaves to prune, in flatten order, and None for those left alone: `magnitude_masks`."""
     with_paths, _ = jax.tree_util.tree_flatten_with_path(params)
     return [
         leaf
-        if np.ndim(leaf) >= minimum_ndim
+        if np.ndim(leaf) >= 2
         and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
         and (where is None or where(path_name(path)))
         else None
@@ -266,12 +216,3 @@ def _threshold(
 def _count(masks: Sequence[jax.Array]) -> jax.Array:
     counts = [jnp.sum(mask, dtype=jnp.int32) for mask in masks]
     return sum(counts[1:], counts[0])
-
-
-def _is_none(x: Any) -> bool:
-    return x is None
-
-
-def _named(tree: Any) -> list[tuple[str, Any]]:
-    with_paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)
-    return [(path_name(path), leaf) for path, leaf in with_paths]

@@ -31,24 +31,14 @@ SECONDS = 0.3  # for measuring one layer, compiling left out
 
 
 class LayerChoice(NamedTuple):
-    """A row of the table of `sparsify`.
+    """A row of the table of `sparsify`."""
 
-    Attributes:
-      layer: its path.
-      sparsity: the share of its kernel that is zero.
-      dense_ms: milliseconds of forward and backward pass of the dense layer, over all its calls;
-        None where nothing was measured.
-      sparse_ms: those of the sparse one.
-      backend: its kernels.
-      choice: ``"sparse"`` or ``"dense"``: what is in the model now.
-    """
-
-    layer: str
-    sparsity: float
-    dense_ms: float | None
-    sparse_ms: float | None
-    backend: str
-    choice: str
+    layer: str  # its path
+    sparsity: float  # the share of its kernel that is zero
+    dense_ms: float | None  # milliseconds of both passes, over all calls; None if not measured
+    sparse_ms: float | None  # those of the sparse layer
+    backend: str  # its kernels
+    choice: str  # "sparse" or "dense": what is in the model now
 
 
 def sparsify(
@@ -60,8 +50,7 @@ def sparsify(
     is faster, forward and backward, on inputs of the shapes that it gets when the model is called
     with the sample: by the median of runs in turn with the dense one, warm. Zeros stay zero from
     then on, and a layer that shares parameters stays dense, as in `sparse_start`. Prints the table
-    that it returns. Make the optimizer behind it, as there are other
-    parameters.
+    that it returns. Make the optimizer behind it, as there are other parameters.
 
     Args:
       model: a module, such as after `prune`.
@@ -120,19 +109,9 @@ def sparsify(
 
 
 def layer_table(model: nnx.Module) -> list[dict[str, Any]]:
-    """The layers of a model that are sparse or could be: path, shape, non-zeros, weights.
+    """One dict for each layer that is sparse or could be, ready for JSON.
 
-    Args:
-      model: any module.
-
-    Returns:
-      One dict a layer, in the order of `sparse_start`, ready for JSON.
-
-    Example:
-      >>> from flax import nnx
-      >>> from priorityprop_jax.sparse.measure import layer_table
-      >>> layer_table(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
-      [{'layer': '', 'shape': [4, 8], 'nonzeros': 32, 'weights': 32}]
+    Of its path, shape, non-zeros and weights, in the order in which attributes were set.
     """
     rows = []
     for name, layer in walk(model):

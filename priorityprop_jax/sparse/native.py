@@ -38,12 +38,7 @@ class _Library(NamedTuple):
 
 
 def native_status() -> tuple[bool, str]:
-    """Whether sparse products run by native kernels here, and which, or why not.
-
-    Example:
-      >>> from priorityprop_jax.sparse.native import native_status
-      >>> available, status = native_status()
-    """
+    """Whether sparse products run by native kernels here, and which, or why not."""
     library = _library()
     return library.name is not None, library.status
 

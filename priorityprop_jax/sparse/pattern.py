@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 ARRAYS = ("row_starts", "columns", "column_starts", "rows", "order")
 
@@ -53,21 +54,13 @@ class SparsePattern:
 
 
 class ConvGeometry(NamedTuple):
-    """What a convolution over two axes is but for its weight; static.
+    """What a convolution over two axes is but for its weight; static."""
 
-    Attributes:
-      kernel: ``(height, width)`` of the kernel.
-      strides: steps between two outputs.
-      padding: zeros in front of and behind each axis.
-      dilation: steps between two elements of the kernel.
-      groups: how many groups the channels are split into.
-    """
-
-    kernel: tuple[int, int]
-    strides: tuple[int, int] = (1, 1)
-    padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
+    kernel: tuple[int, int]  # height and width
+    strides: tuple[int, int] = (1, 1)  # steps between two outputs
+    padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))  # in front of, behind axes
+    dilation: tuple[int, int] = (1, 1)  # steps between two elements of the kernel
+    groups: int = 1  # that the channels are split into
 
     def output(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the output for those of an input, at least 0."""
@@ -81,7 +74,7 @@ class ConvGeometry(NamedTuple):
 
 def is_traced(x: Any) -> bool:
     """Whether something is known by shape and dtype alone, as under `jax.jit`."""
-    return isinstance(x, jax.core.Tracer)
+    return isinstance(x, Tracer)
 
 
 def make_pattern(mask: Any, *, capacity: int | None = None) -> SparsePattern:

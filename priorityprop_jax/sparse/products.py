@@ -22,15 +22,10 @@ from priorityprop_jax.sparse.pattern import ConvGeometry
 
 
 class Product(NamedTuple):
-    """All about a product that is static.
-
-    Attributes:
-      backend: the name of its kernels.
-      geometry: of a convolution; None for a matrix product.
-    """
+    """All about a product that is static."""
 
     backend: str
-    geometry: ConvGeometry | None = None
+    geometry: ConvGeometry | None = None  # None for a matrix product
 
 
 class _Wanted(NamedTuple):
@@ -44,17 +39,9 @@ _FORWARD = _Wanted(False, False)
 
 
 def multiply(product: Product, values: jax.Array, pattern: Any, x: jax.Array) -> jax.Array:
-    """``y = x W^T`` of a weight that is zero outside of a pattern.
+    """``y = x W^T`` of a weight that is zero outside of a pattern; for shapes see `Kernel`.
 
-    Args:
-      product: which, and by which kernels.
-      values: the weight at the places of the pattern.
-      pattern: those places.
-      x: ``[batch, in]``, or images ``[batch, height, width, in]``.
-
-    Returns:
-      ``[batch, out]`` or ``[batch, height, width, out]``, in the dtype that ``values`` and ``x``
-      promote to. Dtypes of 16 bits are accumulated in float32.
+    In the dtype that ``values`` and ``x`` promote to; those of 16 bits are accumulated in float32.
     """
     # Kernels see one set of axes; that the values' gradient is summed over those that they lacked
     # follows from this line.

@@ -62,17 +62,7 @@ def dynamic(end: int, *, every: int = 100, fraction: float = 0.3) -> Callable[[A
 
 
 class DynamicStep:
-    """The step of `dynamic`: the plain one, and before it a change of places when it is time.
-
-    Args:
-      setup: what the step is made for, a `Setup`.
-      end: see `dynamic`.
-      every: see there.
-      fraction: see there.
-
-    Raises:
-      ValueError: if the model is no module, or has no sparse layer.
-    """
+    """The step of `dynamic`: the plain one, and before it a change of places when it is time."""
 
     def __init__(self, setup: Any, *, end: int, every: int, fraction: float) -> None:
         module = setup.model.evaluator(*setup.model.split())
@@ -87,21 +77,15 @@ class DynamicStep:
         self._scores = jax.jit(self._dense_gradients)
         self._compiling: float | None = None  # seconds; None before the first change
         self._steps = 0
-        self.slots, self.unit = self._plain.slots, self._plain.unit
+
+    def __getattr__(self, name: str) -> Any:
+        """All that is not of places is the plain step's."""
+        return getattr(self._plain, name)
 
     @property
     def compile_seconds(self) -> float:
         """Wall seconds spent on tracing and compiling so far."""
         return self._plain.compile_seconds + (self._compiling or 0.0)
-
-    @property
-    def saved(self) -> float | None:
-        """As the plain step."""
-        return self._plain.saved
-
-    def init(self, params: Any) -> Any:
-        """The state of the optimizer; places have none."""
-        return self._plain.init(params)
 
     def __call__(
         self, params: Any, rest: Any, opt_state: Any, batch: Any
@@ -114,14 +98,6 @@ class DynamicStep:
         result = self._plain(params, rest, opt_state, batch)
         self._steps += 1
         return result
-
-    def lay_out(self, layout: Any) -> None:
-        """As the plain step."""
-        self._plain.lay_out(layout)
-
-    def report(self, opt_state: Any, seconds: float) -> dict[str, Any]:
-        """As the plain step."""
-        return self._plain.report(opt_state, seconds)
 
     def record(self) -> dict[str, Any]:
         """The options, and how many steps were run: what a resumed run goes on with."""
@@ -142,16 +118,8 @@ class DynamicStep:
         self._steps = record["steps"]
         return state
 
-    def complete(self, opt_state: Any) -> Any:
-        """As the plain step."""
-        return self._plain.complete(opt_state)
-
     def check_processes(self) -> None:
-        """Refuses several processes.
-
-        Raises:
-          ValueError: always.
-        """
+        """Raises a ValueError: several processes cannot run this step."""
         raise ValueError(
             "the places of sparse layers are chosen in the host memory of one process: leave "
             "sparse.dynamic out where several train together"
@@ -249,9 +217,6 @@ def drop_and_grow(
       >>> pattern, source = drop_and_grow(values, pattern, scores, fraction=0.5)
       >>> mask_of(pattern).astype(int).tolist(), carry(values, source).tolist()
       ([[0, 1, 0, 1]], [2.0, 0.0])
-
-    References:
-      Evci et al., Rigging the Lottery, https://arxiv.org/abs/1911.11134
     """
     if any(map(is_traced, (values, pattern.columns, scores, fraction))):
         raise TypeError("drop_and_grow runs on the host, on concrete arrays: call it outside jit")
@@ -283,29 +248,14 @@ def cosine_fraction(step: jax.typing.ArrayLike, end: int, initial: float = 0.3) 
 
     .. math:: f_t = \frac{\alpha}{2} \left(1 + \cos \frac{t \pi}{T}\right)
 
-    Args:
-      step: :math:`t`; may be traced.
-      end: :math:`T`; the fraction is 0 from there on.
-      initial: :math:`\alpha`, in [0, 1].
-
-    Returns:
-      float32, in the shape of ``step``.
-
-    Raises:
-      ValueError: if ``end`` is below 1, or ``initial`` outside [0, 1].
+    It is 0 from ``end``, :math:`T`, on; ``initial`` is :math:`\alpha`, in [0, 1]. :math:`t` may be
+    traced.
 
     Example:
       >>> from priorityprop_jax.sparse.step import cosine_fraction
       >>> [round(float(cosine_fraction(t, 100)), 2) for t in (0, 50, 100, 200)]
       [0.3, 0.15, 0.0, 0.0]
-
-    References:
-      Evci et al., Rigging the Lottery, https://arxiv.org/abs/1911.11134
     """
-    if end < 1 or not 0 <= initial <= 1:
-        raise ValueError(
-            f"end must be at least 1 and initial in [0, 1], got end={end}, initial={initial}"
-        )
     step = jnp.asarray(step)
     fraction = initial / 2 * (1 + jnp.cos(jnp.pi * step.astype(jnp.float32) / end))
     return jnp.where(step >= end, 0.0, fraction)

@@ -10,16 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from priorityprop_jax.core import rows as row_sparse
 from priorityprop_jax.core.modules import check_module, parts_of, walk
 from priorityprop_jax.core.paths import path_name
-from priorityprop_jax.sparse.layers import (
-    SparseConv,
-    SparseLayer,
-    SparseLinear,
-    convertible,
-)
-from priorityprop_jax.sparse.masks import as_masks, kept_of, magnitude_masks, random_mask
+from priorityprop_jax.sparse.layers import SparseConv, SparseLayer, SparseLinear, convertible
+from priorityprop_jax.sparse.masks import as_mask, kept_of, magnitude_masks, random_mask
 from priorityprop_jax.sparse.pattern import carry
 
 
@@ -37,7 +31,7 @@ def prune(
       model: the module.
       sparsity: the share to prune, in [0, 1].
       masks: instead: what to keep, by layer (``{"layers/0": mask}``) or as a tree of parameters, as
-        `jaxpruner` has them; see `as_masks`. Layers that it does not name are left alone.
+        `jaxpruner` has them; see `as_mask`. Layers that it does not name are left alone.
       scope: ``"uniform"``: every layer to this sparsity; ``"global"``: all of them together.
       layers: which layers, an `nnx` filter; by default all `nnx.Linear` and `nnx.Conv` but the
         last, the output layer, in the order in which attributes were set.
@@ -141,21 +135,19 @@ def sparse_start(
     return len(new)
 
 
-def densify(model: Any) -> Any:
-    """Makes dense what is sparse: the layers of a model, or the `RowSparse` leaves of a tree.
+def densify(model: nnx.Module) -> int:
+    """Makes the sparse layers of a model dense, in place, with zeros where there were no places.
 
-    For a model it is the inverse of `sparsify` and of `sparse_start`, with zeros where there were
-    no places. Make a new optimizer behind it, as for them.
+    The inverse of `sparsify` and of `sparse_start`. Make a new optimizer behind it, as for them.
 
     Args:
-      model: a module, changed in place, or a pytree of arrays, None and `RowSparse`.
+      model: the module.
 
     Returns:
-      How many layers were changed; or the tree, with arrays in their place.
+      How many layers were changed.
 
     Raises:
       ValueError: if the model itself is a sparse layer.
-      TypeError: if row numbers are no longer integers.
 
     Example:
       >>> from flax import nnx
@@ -165,8 +157,7 @@ def densify(model: Any) -> Any:
       >>> sparse.sparse_start(model, 0.9), sparse.densify(model), type(model.layers[0]).__name__
       (1, 1, 'Linear')
     """
-    if not isinstance(model, nnx.Module):
-        return row_sparse.densify(model)
+    check_module(model)
     if isinstance(model, SparseLayer):
         raise ValueError("the model is one sparse layer: take its to_dense()")
     new = {id(layer): layer.to_dense() for layer in sparse_layers(model).values()}
@@ -227,14 +218,9 @@ def move_state(
 ) -> Any:
     """What is kept for the values of sparse layers, brought to where these are now.
 
-    Args:
-      tree: pytree, such as the state of an optimizer.
-      moved: by path of a layer: the shape of its values, and where they come from, as
-        `SparseLayer.change_mask` returns it.
-      like: makes of a new array and the old one what to put into the tree.
-
-    Returns:
-      The tree, with `carry` done to each leaf that has the path and shape of values.
+    `carry` is done to each leaf of the tree, such as the state of an optimizer, that has the path
+    and shape of values. ``moved`` holds by path of a layer this shape and where the values come
+    from; ``like`` makes of a new leaf and the old one what to put there.
     """
     owners = {f"{name}/values".lstrip("/"): entry for name, entry in moved.items()}
 
@@ -250,38 +236,24 @@ def move_state(
 def owner_of(path: Any, names: Iterable[str]) -> str | None:
     """Which parameter a leaf of an optimizer's state is kept for: its path ends like its name.
 
-    Args:
-      path: a key path.
-      names: of parameters. One may end like another: the longest is meant.
+    One name may end like another: the longest is meant.
     """
     where = f"/{path_name(path)}"
     return max((name for name in names if where.endswith(f"/{name}")), key=len, default=None)
 
 
 def sparse_layers(model: nnx.Module) -> dict[str, Any]:
-    """The sparse layers of a model, by path.
-
-    Args:
-      model: the module.
-    """
+    """The sparse layers of a model, by path."""
     return {name: layer for name, layer in walk(model) if isinstance(layer, SparseLayer)}
 
 
 def dense_layers(model: nnx.Module) -> dict[str, Any]:
-    """The layers of a model that could be sparse, by path.
-
-    Args:
-      model: the module.
-    """
+    """The layers of a model that could be sparse, by path."""
     return {name: layer for name, layer in walk(model) if is_dense(layer)}
 
 
 def layers_to_prune(model: nnx.Module, layers: Any = None) -> dict[str, Any]:
-    """The dense layers that are meant, by path.
-
-    Args:
-      model: the module.
-      layers: an `nnx` filter; by default all but the last, the output layer.
+    """The dense layers that an `nnx` filter means, by path; by default all but the output layer.
 
     Raises:
       ValueError: if there is none.
@@ -302,21 +274,13 @@ def layers_to_prune(model: nnx.Module, layers: Any = None) -> dict[str, Any]:
 
 
 def is_dense(layer: Any) -> bool:
-    """Whether something is a dense layer that has a sparse one that does the same.
-
-    Args:
-      layer: anything.
-    """
+    """Whether something is a dense layer that has a sparse one that does the same."""
     # Other classes that are derived from these do something else with a kernel.
     return type(layer) in (nnx.Linear, nnx.Conv) and convertible(layer)
 
 
 def shared_variables(model: nnx.Module) -> set[int]:
-    """The ids of those variables of a model that several modules hold.
-
-    Args:
-      model: the module.
-    """
+    """The ids of those variables of a model that several modules hold."""
     seen: set[int] = set()
     shared: set[int] = set()
 
@@ -340,13 +304,7 @@ def is_tied(layer: Any, shared: set[int]) -> bool:
 
 
 def to_sparse(layer: Any, mask: Any = None, *, capacity: int | None = None) -> Any:
-    """The sparse layer in place of a dense one.
-
-    Args:
-      layer: one for which `is_dense` holds.
-      mask: bool, of the kernel's shape: what to keep; by default what is not zero.
-      capacity: places to make room for.
-    """
+    """The sparse layer in place of a dense one, as its `from_dense` makes it."""
     kind: Any = SparseLinear if isinstance(layer, nnx.Linear) else SparseConv
     return kind.from_dense(layer, mask, capacity=capacity)
 
@@ -354,13 +312,8 @@ def to_sparse(layer: Any, mask: Any = None, *, capacity: int | None = None) -> A
 def replace(node: Any, new: Mapping[int, Any], seen: set[int] | None = None) -> Any:
     """Puts other modules in place of those with these ids, wherever they stand.
 
-    Args:
-      node: a module, or a list, tuple or dict of them; changed in place but for tuples.
-      new: what to put in, by the id of what is there.
-      seen: ids of what has been gone through.
-
-    Returns:
-      The node, or what is in its place.
+    The node, a module or a list, tuple or dict of them, is changed in place but for tuples; returns
+    it, or what is in its place.
     """
     seen = set() if seen is None else seen
     if id(node) in new:
@@ -382,12 +335,7 @@ def replace(node: Any, new: Mapping[int, Any], seen: set[int] | None = None) -> 
 
 
 def by_all_names(model: nnx.Module, layers: Iterable[Any]) -> dict[str, Any]:
-    """Layers by path: by each of them, where a model has a layer twice.
-
-    Args:
-      model: the module.
-      layers: parts of it.
-    """
+    """Layers by path: by each of them, where a model has a layer twice."""
     wanted = set(map(id, layers))
     found: dict[str, Any] = {}
 
@@ -416,5 +364,4 @@ def _by_layer(masks: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, ja
             raise ValueError(
                 f"there is a mask for {name!r}, but the layers are {', '.join(shapes) or 'none'}"
             )
-    wanted = {name: jax.ShapeDtypeStruct(shapes[name], jnp.float32) for name in given}
-    return as_masks(given, wanted)
+    return {name: as_mask(mask, shapes[name], name) for name, mask in given.items()}

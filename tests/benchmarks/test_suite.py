@@ -14,8 +14,8 @@ import pytest
 
 from benchmarks.records import read_lines
 from benchmarks.suite import arms, harness, workloads
+from benchmarks.suite.__main__ import main
 from benchmarks.suite.workloads import Rows, Stream
-from priorityprop_jax.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -121,15 +121,14 @@ def test_train_tunes_freezes_and_resumes(frozen_nowhere, monkeypatch):
     ],
 )
 def test_wrong_arguments_are_one_line(arguments, code, says, capsys):
-    assert main(["bench", "run", *arguments]) == code
+    assert main(["run", *arguments]) == code
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
 
 
 def command(*arguments, **options):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    return [sys.executable, "-c", "import sys; from priorityprop_jax.cli.main import main; "
-            "sys.exit(main())", "bench", *arguments], environment  # fmt: skip
+    return [sys.executable, "-m", "benchmarks.suite", *arguments], environment
 
 
 @pytest.mark.once

@@ -95,19 +95,15 @@ def assert_same(found, expected):
 # Adam by row.
 
 
-def lazy_adam(w, steps, *, learning_rate, weight_decay=0.0, decay_stale=False):
+def lazy_adam(w, steps, *, learning_rate, weight_decay=0.0):
     """The slow reference: one row at a time, in float64."""
     b1, b2, eps = 0.9, 0.999, 1e-8
     w = np.array(w, np.float64)
-    m, v, count, last = np.zeros_like(w), np.zeros_like(w), np.zeros(len(w)), np.zeros(len(w))
+    m, v, count = np.zeros_like(w), np.zeros_like(w), np.zeros(len(w))
     for t, grads in enumerate(steps):
         for row, g in zip(np.asarray(grads.rows), np.asarray(grads.values), strict=True):
             if row >= len(w):
                 continue
-            if decay_stale:
-                for _ in range(int(t - last[row])):
-                    m[row], v[row], count[row] = b1 * m[row], b2 * v[row], count[row] + 1
-            last[row] = t + 1
             count[row] += 1
             m[row] = b1 * m[row] + (1 - b1) * g
             v[row] = b2 * v[row] + (1 - b2) * g * g
@@ -122,11 +118,10 @@ def schedule(step):
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-@pytest.mark.parametrize("decay_stale", [False, True])
-def test_adam_is_the_reference_row_by_row(weight_decay, decay_stale):
+def test_adam_is_the_reference_row_by_row(weight_decay):
     w = make_params()["layers"][0]["kernel"]
     steps = [make_grads(seed) for seed in range(20)]
-    options = {"weight_decay": weight_decay, "decay_stale": decay_stale}
+    options = {"weight_decay": weight_decay}
     found, state = run(lambda: row_sparse_adam(schedule, **options), w, steps)
     expected, m, v, count = lazy_adam(w, steps, learning_rate=schedule, **options)
     assert_close(found, expected)
@@ -137,32 +132,6 @@ def test_adam_is_the_reference_row_by_row(weight_decay, decay_stale):
     counts = row_counts(state, w)["params"]
     np.testing.assert_array_equal(counts, np.bincount(touched[touched < N], minlength=N))
     assert find(state, RowSparseState)[0].step == 20
-
-
-def test_stale_moments_are_those_of_dense_adam():
-    params = make_params()
-    steps = [make_tree(seed) for seed in range(6)]
-    # Every row gets a gradient at last, so that all of them are caught up.
-    steps.append(jax.tree.map(jnp.ones_like, params))
-    _, state = run(lambda: row_sparse_adam(0.1, decay_stale=True), params, steps)
-    _, plain = run(lambda: optax.adam(0.1), params, [densify(grads) for grads in steps])
-    kernels = [state[0].inner_states[i].inner_state for i in (1, 2)]
-    assert_close([adam.mu for adam in kernels], jax.tree.leaves(plain[0].mu)[1:])
-    assert_close([adam.nu for adam in kernels], jax.tree.leaves(plain[0].nu)[1:])
-    assert all((adam.count == 7).all() for adam in kernels)
-
-
-def test_absent_gradients_of_a_bias_count_as_missed_steps():
-    bias = jnp.ones(2)
-    steps = [jnp.ones(2), None, None, jnp.ones(2)]
-    params, tx = bias, row_sparse_adam(0.1, decay_stale=True)
-    state = tx.init(bias)
-    for grads in steps:
-        updates, state = tx.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-    (adam,) = find(state, optax.ScaleByAdamState)
-    np.testing.assert_allclose(adam.mu, 0.1 * (1 + 0.9**3), rtol=1e-6)
-    assert adam.count == 4
 
 
 def test_what_has_no_gradient_stays():
@@ -214,7 +183,7 @@ def test_adam_of_dense_gradients_is_that_of_optax():
     pairs = [
         (row_sparse_adam(schedule, 0.8, 0.9, 1e-3), optax.adam(schedule, 0.8, 0.9, 1e-3)),
         (row_sparse_adam(0.1, weight_decay=0.2), optax.adamw(0.1, weight_decay=0.2)),
-        (row_sparse_adam(0.1, decay_stale=True), optax.adam(0.1)),
+        (row_sparse_adam(0.1), optax.adam(0.1)),
     ]
     for tx, plain in pairs:
         found, expected = (
@@ -256,7 +225,7 @@ def test_state_has_one_structure_and_compiles_once():
     for make_tx in (
         lambda: row_sparse(optax.inject_hyperparams(optax.adamw)(0.1)),
         lambda: row_sparse(weakly_typed),
-        lambda: row_sparse_adam(schedule, weight_decay=0.1, decay_stale=True),
+        lambda: row_sparse_adam(schedule, weight_decay=0.1),
         lambda: row_sparse(optax.sgd(0.1, 0.9)),
     ):
         tx, step = compiled(make_tx)
@@ -374,7 +343,7 @@ def test_odd_leaves():
         "vector": jnp.ones(3),
         "w": jnp.ones((3, 2)),
     }
-    tx = row_sparse_adam(0.1, weight_decay=0.1, decay_stale=True)
+    tx = row_sparse_adam(0.1, weight_decay=0.1)
     grads = {
         "none": None,
         "no_rows": RowSparse(jnp.array([0]), jnp.ones((1, 3)), (0, 3)),
@@ -454,10 +423,10 @@ def large_results(compiled_step, shape):
     "make_tx",
     [
         lambda: row_sparse_adam(schedule),
-        lambda: row_sparse_adam(0.1, weight_decay=0.1, decay_stale=True),
+        lambda: row_sparse_adam(0.1, weight_decay=0.1),
         lambda: optax.chain(clip_by_global_norm(1.0), row_sparse(optax.sgd(0.1, 0.9))),
     ],
-    ids=["adam", "stale adamw", "momentum"],
+    ids=["adam", "adamw", "momentum"],
 )
 def test_nothing_of_the_size_of_a_weight_is_copied(make_tx):
     n, k = 512, 16

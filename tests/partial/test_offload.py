@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from priorityprop_jax.core.rows import RowSparse
 from priorityprop_jax.partial import ActiveState, update_active
 
-BLOCKS = 4
+SLOTS = 4
 INNER = {
     "adam": optax.adam(1e-2),
     "momentum": optax.sgd(1e-2, momentum=0.9),
@@ -24,16 +24,16 @@ INNER = {
 }
 
 
-def make_params(shape=(2, 3), blocks=BLOCKS):
+def make_params(shape=(2, 3), count=SLOTS):
     rng = np.random.default_rng(0)
-    return {f"w{i}": jnp.asarray(rng.normal(size=shape), jnp.float32) for i in range(blocks)}
+    return {f"w{i}": jnp.asarray(rng.normal(size=shape), jnp.float32) for i in range(count)}
 
 
 def make_stack():
     rng = np.random.default_rng(0)
     return {
         "head": jnp.asarray(rng.normal(size=3), jnp.float32),
-        "stack": jnp.asarray(rng.normal(size=(BLOCKS, 2, 3)), jnp.float32),
+        "stack": jnp.asarray(rng.normal(size=(SLOTS, 2, 3)), jnp.float32),
     }
 
 
@@ -76,18 +76,18 @@ class Run:
         self.params = make()
         self.inner, self.axis, self.mode = inner, axis, mode
         self.tx = update_active(inner, stacked_axis=axis)
-        self.blocks = None
+        self.states = None
         if mode == "keep":
             self.state = self.tx.init(self.params)
         else:
-            self.blocks = ActiveState(inner, self.params, mode=mode, stacked_axis=axis)
-            self.state = self.blocks.empty()
+            self.states = ActiveState(inner, self.params, mode=mode, stacked_axis=axis)
+            self.state = self.states.empty()
 
     def step(self, number):
         active = self.sets[number]
-        if self.blocks is not None:
-            self.state = self.blocks.move(self.state, active, self.params)
-            assert self.blocks.resident == active
+        if self.states is not None:
+            self.state = self.states.move(self.state, active, self.params)
+            assert self.states.resident == active
         grads = gradients(self.params, number, active)
         updates, self.state = self.tx.update(grads, self.state, self.params, active=active)
         self.params = optax.apply_updates(self.params, updates)
@@ -96,9 +96,9 @@ class Run:
         """Another run that goes on from a checkpoint of this one, in host memory."""
         other = Run.__new__(Run)
         other.__dict__.update(self.__dict__)
-        saved = jax.device_get(self.blocks.complete(self.state))
-        other.blocks = ActiveState(self.inner, self.params, mode=self.mode, stacked_axis=self.axis)
-        other.state = other.blocks.restore(saved, self.blocks.resident, self.blocks.waiting)
+        saved = jax.device_get(self.states.complete(self.state))
+        other.states = ActiveState(self.inner, self.params, mode=self.mode, stacked_axis=self.axis)
+        other.state = other.states.restore(saved, self.states.resident, self.states.waiting)
         return other
 
 
@@ -123,8 +123,8 @@ def test_an_offloaded_run_is_the_run_that_keeps_its_state(name, model):
         keep.step(step)
         assert_same(offload.params, keep.params)
     seen = frozenset().union(*keep.sets)
-    assert offload.blocks.waiting == seen - keep.sets[-1]
-    assert_same(offload.blocks.complete(offload.state), keep.state)
+    assert set(offload.states.waiting) == seen - keep.sets[-1]
+    assert_same(offload.states.complete(offload.state), keep.state)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -134,10 +134,10 @@ def test_there_and_back_without_a_bit_changed(model):
         run.step(step)
     one, other = run.sets[1], run.sets[2]
     before = jax.device_get(run.state)
-    away = run.blocks.move(run.state, other, run.params)
-    assert run.blocks.resident == other and one <= run.blocks.waiting
-    assert_same(jax.device_get(run.blocks.move(away, one, run.params)), before)
-    assert other <= run.blocks.waiting
+    away = run.states.move(run.state, other, run.params)
+    assert run.states.resident == other and one <= set(run.states.waiting)
+    assert_same(jax.device_get(run.states.move(away, one, run.params)), before)
+    assert other <= set(run.states.waiting)
 
 
 def test_what_waits_is_a_copy():
@@ -145,17 +145,17 @@ def test_what_waits_is_a_copy():
     run.step(0)
     trace = run.state.inner_state[0].trace["w3"]
     expected = np.array(trace)
-    state = run.blocks.move(run.state, {"w0"}, run.params)
+    state = run.states.move(run.state, {"w0"}, run.params)
     trace.delete()  # as a step that donates its state does
-    state = run.blocks.move(state, {"w3"}, run.params)
+    state = run.states.move(state, {"w3"}, run.params)
     np.testing.assert_array_equal(state.inner_state[0].trace["w3"], expected)
 
 
 def test_nothing_moves_where_the_set_stays():
     run = Run("apart", INNER["adam"], "offload")
     run.step(0)
-    assert run.blocks.move(run.state, ["w3"], run.params) is run.state
-    moved = run.blocks.move(run.state, {"w3", "w1"}, run.params)
+    assert run.states.move(run.state, ["w3"], run.params) is run.state
+    moved = run.states.move(run.state, {"w3", "w1"}, run.params)
     assert moved.inner_state[0].mu["w3"] is run.state.inner_state[0].mu["w3"]
 
 
@@ -163,10 +163,10 @@ def test_state_comes_back_to_where_its_parameter_lies():
     mesh = Mesh(np.array(jax.devices()), ("x",))
     sharding = NamedSharding(mesh, PartitionSpec("x"))
     params = {name: jax.device_put(jnp.ones((8, 2)), sharding) for name in ("a", "b")}
-    blocks = ActiveState(optax.adam(0.1), params, mode="offload")
-    state = blocks.move(blocks.empty(), {"a"}, params)
-    state = blocks.move(state, {"b"}, params)
-    state = blocks.move(state, {"a"}, params)
+    states = ActiveState(optax.adam(0.1), params, mode="offload")
+    state = states.move(states.empty(), {"a"}, params)
+    state = states.move(state, {"b"}, params)
+    state = states.move(state, {"a"}, params)
     assert state.inner_state[0].mu["a"].sharding.is_equivalent_to(sharding, 2)
 
 
@@ -177,7 +177,7 @@ def test_state_comes_back_to_where_its_parameter_lies():
 @pytest.mark.parametrize("name", INNER)
 def test_reset_starts_a_slot_afresh(name, model):
     run, inner = Run(model, INNER[name], "reset"), INNER[name]
-    names = run.blocks.slots.names
+    names = run.states.slots.names
 
     def slot(params, slot_name):
         key, _, layer = slot_name.partition("[")
@@ -202,7 +202,7 @@ def test_reset_starts_a_slot_afresh(name, model):
             np.testing.assert_allclose(
                 slot(run.params, slot_name), reference[slot_name], rtol=1e-5, atol=1e-6
             )
-    assert not run.blocks.waiting
+    assert not run.states.waiting
 
 
 def test_the_count_starts_afresh_too():
@@ -225,8 +225,8 @@ def test_fresh_states_are_no_parameters():
 
     inner = optax.GradientTransformation(lambda params: params, update)
     params = make_params()
-    blocks = ActiveState(inner, params, mode="reset")
-    state = blocks.move(blocks.empty(), {"w1"}, params)
+    states = ActiveState(inner, params, mode="reset")
+    state = states.move(states.empty(), {"w1"}, params)
     np.testing.assert_array_equal(state.inner_state["w1"], params["w1"])
     state.inner_state["w1"].delete()
     assert not params["w1"].is_deleted()
@@ -237,9 +237,9 @@ def test_fresh_states_are_no_parameters():
 
 @pytest.mark.parametrize("mode", ["reset", "offload"])
 @pytest.mark.parametrize("k", [1, 4])
-def test_bytes_on_the_device_are_those_of_the_active_blocks(mode, k, request):
-    blocks, names = 8, [f"w{i}" for i in range(8)]
-    params = make_params((32, 32), blocks)
+def test_bytes_on_the_device_are_those_of_the_active_slots(mode, k, request):
+    count, names = 8, [f"w{i}" for i in range(8)]
+    params = make_params((32, 32), count)
     tx = update_active(INNER["adam"])
     full = nbytes(tx.init(params).inner_state)
     gc.collect()
@@ -250,36 +250,36 @@ def test_bytes_on_the_device_are_those_of_the_active_blocks(mode, k, request):
     for first in (0, 3, 4):
         active = set(names[first : first + k])
         if state is None:
-            block_state = ActiveState(INNER["adam"], params, mode=mode)
-            state = block_state.empty()
-        state = block_state.move(state, active, params)
+            states = ActiveState(INNER["adam"], params, mode=mode)
+            state = states.empty()
+        state = states.move(state, active, params)
         updates, state = tx.update(gradients(params, 0, active), state, params, active=active)
         del updates
         gc.collect()
         own = nbytes(state.inner_state)
-        assert own == pytest.approx(k / blocks * full, rel=0.1)
+        assert own == pytest.approx(k / count * full, rel=0.1)
         others = nbytes(state._replace(inner_state=()))
-        assert nbytes(jax.live_arrays()) - base <= 1.1 * k / blocks * full + others
+        assert nbytes(jax.live_arrays()) - base <= 1.1 * k / count * full + others
 
 
 def test_bytes_of_stacked_layers():
     params = {"stack": jnp.ones((8, 32, 32))}
     tx = update_active(INNER["adam"], stacked_axis=lambda path: 0)
     full = nbytes(tx.init(params).inner_state)
-    blocks = ActiveState(INNER["adam"], params, mode="offload", stacked_axis=lambda path: 0)
-    assert nbytes(blocks.empty().inner_state) < 0.01 * full
-    state = blocks.move(blocks.empty(), {"stack[2]", "stack[5]"}, params)
+    states = ActiveState(INNER["adam"], params, mode="offload", stacked_axis=lambda path: 0)
+    assert nbytes(states.empty().inner_state) < 0.01 * full
+    state = states.move(states.empty(), {"stack[2]", "stack[5]"}, params)
     assert state.inner_state[0].mu["stack"].shape == (2, 32, 32)
     assert nbytes(state.inner_state) == pytest.approx(2 / 8 * full, rel=0.1)
-    state = blocks.move(state, set(), params)
+    state = states.move(state, set(), params)
     assert state.inner_state[0].mu["stack"] is None
-    assert blocks.waiting == {"stack[2]", "stack[5]"}
+    assert set(states.waiting) == {"stack[2]", "stack[5]"}
 
 
 def test_only_shapes_of_parameters_are_read():
     shapes = {f"w{i}": jax.ShapeDtypeStruct((100_000, 100_000), jnp.float32) for i in range(3)}
-    blocks = ActiveState(INNER["adam"], shapes, mode="reset")
-    assert blocks.slots.names == ("w0", "w1", "w2")
+    states = ActiveState(INNER["adam"], shapes, mode="reset")
+    assert states.slots.names == ("w0", "w1", "w2")
 
 
 # Checkpoints.
@@ -293,8 +293,8 @@ def test_a_restored_run_goes_on_as_it_would_have(model, mode, stop):
     for step in range(stop):
         run.step(step)
     other = run.restored()
-    assert other.blocks.resident == run.blocks.resident
-    assert other.blocks.waiting == run.blocks.waiting
+    assert other.states.resident == run.states.resident
+    assert_same(other.states.waiting, run.states.waiting)
     assert_same(other.state, run.state)
     for step in range(stop, len(run.sets)):
         run.step(step)
@@ -307,7 +307,7 @@ def test_a_complete_state_has_the_shapes_of_the_full_one():
     run = Run("stacked", INNER["adamw with a schedule"], "reset")
     for step in range(3):
         run.step(step)
-    complete = run.blocks.complete(run.state)
+    complete = run.states.complete(run.state)
     full = jax.eval_shape(run.tx.init, run.params)
     assert jax.tree.structure(complete) == jax.tree.structure(full)
     for a, b in zip(jax.tree.leaves(complete), jax.tree.leaves(full), strict=True):
@@ -323,18 +323,18 @@ def test_a_complete_state_has_the_shapes_of_the_full_one():
 def test_leaves_of_a_group_move_together():
     params = {"a": {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}, "z": jnp.ones(3)}
     options = {"group": lambda path: "a" if path.startswith("a/") else None}
-    blocks = ActiveState(INNER["adam"], params, mode="offload", **options)
-    state = blocks.move(blocks.empty(), {"a"}, params)
+    states = ActiveState(INNER["adam"], params, mode="offload", **options)
+    state = states.move(states.empty(), {"a"}, params)
     assert state.inner_state[0].nu["z"] is None
     assert state.inner_state[0].nu["a"]["w"].shape == (2, 2)
-    state = blocks.move(state, {"z"}, params)
+    state = states.move(state, {"z"}, params)
     assert state.inner_state[0].nu["a"] == {"b": None, "w": None}
-    assert blocks.waiting == {"a"}
+    assert set(states.waiting) == {"a"}
 
 
 def test_an_optimizer_without_state():
-    blocks = ActiveState(optax.sgd(0.1), make_params(), mode="offload")
-    state = blocks.move(blocks.empty(), {"w1"}, make_params())
+    states = ActiveState(optax.sgd(0.1), make_params(), mode="offload")
+    state = states.move(states.empty(), {"w1"}, make_params())
     assert jax.tree.leaves(state.inner_state) == []
 
 
@@ -343,11 +343,11 @@ def test_errors():
     for mode in ("keep", "drop", None):
         with pytest.raises(ValueError, match="mode must be one of"):
             ActiveState(INNER["adam"], params, mode=mode)
-    blocks = ActiveState(INNER["adam"], params, mode="reset")
+    states = ActiveState(INNER["adam"], params, mode="reset")
     with pytest.raises(ValueError, match="no slot is called 'v'"):
-        blocks.move(blocks.empty(), {"w1", "v"}, params)
+        states.move(states.empty(), {"w1", "v"}, params)
     tx = update_active(INNER["adam"])
-    state = blocks.move(blocks.empty(), {"w1"}, params)
+    state = states.move(states.empty(), {"w1"}, params)
     with pytest.raises(ValueError, match="'w2' is active, but its optimizer state is absent"):
         tx.update(gradients(params, 0, {"w2"}), state, params)
 

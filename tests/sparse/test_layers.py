@@ -12,6 +12,7 @@ from flax import nnx
 
 from priorityprop_jax.sparse.layers import SparseConv, SparseIndex, SparseLinear
 from priorityprop_jax.sparse.pattern import carry
+from priorityprop_jax.sparse.swap import sparse_start
 
 
 def pruned(layer, share=0.7, seed=0):
@@ -262,3 +263,73 @@ def test_options_that_do_not_fit():
         SparseConv.from_dense(nnx.Conv(2, 2, 2, input_dilation=2, **PLAIN))
     with pytest.raises(ValueError, match="the mask must be of"):
         SparseLinear.from_dense(nnx.Linear(6, 4, **PLAIN), np.ones((4, 6)))
+
+
+def start_sparse():
+    model = nnx.Sequential(
+        nnx.Conv(3, 4, (2, 2), rngs=nnx.Rngs(0)), nnx.Linear(4, 8, rngs=nnx.Rngs(1))
+    )
+    sparse_start(model, 0.75, layers=nnx.Any(nnx.Linear, nnx.Conv))
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SparseLinear(6, 4, sparsity=0.75, rngs=nnx.Rngs(0)),
+        lambda: SparseConv(6, 4, (2,), sparsity=1.0, rngs=nnx.Rngs(0)),
+        lambda: SparseLinear(6, 4, sparsity=0.5, capacity=20, rngs=nnx.Rngs(0)),
+        lambda: SparseLinear(6, 4, mask=np.eye(6, 4), rngs=nnx.Rngs(0)),
+        start_sparse,
+    ],
+)
+def test_layers_are_the_same_made_under_transformations(make):
+    plain = nnx.state(make())
+    compiled = nnx.state(nnx.jit(make)())
+    abstract = nnx.state(nnx.eval_shape(make))
+    for a, b, c in zip(*map(jax.tree.leaves, (plain, compiled, abstract)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+        assert (a.shape, a.dtype) == (b.shape, b.dtype) == (c.shape, c.dtype)
+
+
+def test_a_checkpoint_restores_into_a_model_that_was_never_made(tmp_path):
+    model = start_sparse()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "model", nnx.state(model))
+        checkpointer.wait_until_finished()
+        abstract = nnx.eval_shape(start_sparse)
+        graph, state = nnx.split(abstract)
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        state = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state
+        )
+        restored = nnx.merge(graph, checkpointer.restore(tmp_path / "model", state))
+    for layer, expected in zip(restored.layers, model.layers, strict=True):
+        layer.check()
+        np.testing.assert_array_equal(layer.kernel(), expected.kernel())
+
+
+def test_the_output_has_the_type_that_was_preferred():
+    x = np.random.default_rng(0).normal(size=(3, 5, 64)).astype(np.float32)
+    for dense in (
+        nnx.Linear(64, 8, dtype=jnp.bfloat16, preferred_element_type=jnp.float32, rngs=nnx.Rngs(0)),
+        nnx.Conv(
+            64, 8, 3, dtype=jnp.bfloat16, preferred_element_type=jnp.float32, rngs=nnx.Rngs(0)
+        ),
+        nnx.Linear(64, 8, preferred_element_type=jnp.bfloat16, rngs=nnx.Rngs(0)),
+    ):
+        kind = SparseConv if isinstance(dense, nnx.Conv) else SparseLinear
+        layer = kind.from_dense(pruned(dense))
+        y, expected = jax.jit(layer)(x), jax.jit(dense)(x)
+        assert y.dtype == expected.dtype == jnp.float32  # also by the bias
+        tolerance = 2e-5 if dense.preferred_element_type == jnp.float32 else 2e-2
+        np.testing.assert_allclose(y, expected, rtol=tolerance, atol=tolerance)
+        assert layer.to_dense().preferred_element_type == dense.preferred_element_type
+
+
+def test_ranks_are_promoted_by_nobody_else():
+    with jax.numpy_rank_promotion("raise"):
+        linear = SparseLinear(6, 4, sparsity=0.5, rngs=nnx.Rngs(0))
+        conv = SparseConv(6, 4, 2, sparsity=0.5, rngs=nnx.Rngs(0))
+        for layer in (linear, conv):
+            run(layer, np.ones((2, 3, 6), np.float32))

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import pathlib
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from priorityprop_jax.sparse import native
+from priorityprop_jax.sparse.functional import sparse_linear
 from priorityprop_jax.sparse.pattern import ConvGeometry, make_pattern
 
 AVAILABLE, STATUS = native.native_status()
@@ -102,6 +104,14 @@ def test_what_is_not_finite_goes_only_where_it_belongs(instruction_set):
     np.testing.assert_array_equal(np.isinf(dx), expected)
     np.testing.assert_array_equal(np.isfinite(dvalues[:-3]), (columns != 3) & (rows != 7))
     assert not dvalues[-3:].any()
+
+
+@needs_native
+def test_starts_of_columns_that_were_never_filled_in_are_an_error(instruction_set):
+    _, pattern, values, x, dy = random_case(6, 8, 5, 0.5)
+    empty = dataclasses.replace(pattern, column_starts=jnp.zeros_like(pattern.column_starts))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="count the same places"):
+        jax.block_until_ready(native.backward(values, empty, x, dy))
 
 
 @needs_native
@@ -223,6 +233,29 @@ def test_status_says_why_there_is_none(monkeypatch):
     _, pattern, values, x, _ = random_case(6, 8, 5, 0.5)
     with pytest.raises(RuntimeError, match="compiler"):
         native.forward(values, pattern, x)
+
+
+def test_a_library_that_cannot_be_loaded_falls_back_with_one_warning(monkeypatch, tmp_path):
+    load = native._load_best.__wrapped__
+    broken = tmp_path / "_priorityprop_base.so"
+    broken.write_bytes(b"no library")
+    monkeypatch.setattr(native, "_installed", lambda: {"base": broken})
+    monkeypatch.setattr(native, "_load_best", functools.cache(load))
+    with pytest.warns(RuntimeWarning, match="cannot be loaded") as warned:
+        for _ in range(3):
+            available, why = native.native_status()
+            assert not available and "cannot be loaded" in why
+    assert len(warned) == 1
+    mask, pattern, values, x, dy = random_case(6, 8, 5, 0.5)
+    y = sparse_linear(x, values, pattern)
+    np.testing.assert_allclose(y, reference(mask, values, x, dy)[0], rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+def test_a_library_of_other_sources_is_not_used(monkeypatch):
+    monkeypatch.setattr(native, "_INTERFACE", 1)
+    assert native._load_best.__wrapped__().name is None
+    assert "other sources" in native._load_best.__wrapped__().status
 
 
 def test_version_of_this_jaxlib_is_known():

@@ -425,3 +425,48 @@ def test_memory_is_that_of_the_non_zeros(backend):
     dense = 4 * features**2
     assert analysis.temp_size_in_bytes < dense / 4
     assert analysis.output_size_in_bytes < dense / 4
+
+
+@pytest.mark.parametrize("case", [NATIVE, NATIVE_CONV, "csr", "masked", "masked conv"])
+def test_no_examples_and_no_places(case):
+    empty = make_pattern(np.zeros((OUT, IN)), capacity=0)
+
+    def product(x, values, pattern):
+        if case.endswith("conv"):
+            options = {"kernel_size": KERNEL, "backend": kernel_name(case)}
+            return sparse_conv(x, values, pattern, **options)
+        return sparse_linear(x, values, pattern, backend=kernel_name(case))
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def run(values, xs, over_values, pattern):
+        def total(values, x):
+            return jnp.sum(product(x, values, pattern) ** 2)
+
+        axes = (0 if over_values else None, 0)
+        return jax.vmap(jax.value_and_grad(total, (0, 1)), axes)(values, xs)
+
+    shape = shape_of_x(case)
+    used = pattern_of(case)
+    none = jnp.zeros((0, *shape))
+    for over_values in (False, True):
+        values = jnp.ones((0,) * over_values + (used.capacity,))
+        value, (dvalues, dx) = run(values, none, over_values, used)
+        assert value.shape == (0,) and dx.shape == none.shape
+        assert dvalues.shape == (0, used.capacity)
+    value, (dvalues, dx) = run(jnp.zeros(0), jnp.ones((2, *shape)), False, empty)
+    assert dvalues.shape == (2, 0) and not value.any() and not dx.any()
+
+
+@pytest.mark.parametrize("case", [NATIVE, "csr", "masked", "masked conv"])
+def test_ranks_are_promoted_by_nobody_else(case):
+    weights, xs = data(case)
+    values = taken(case, weights).astype(np.float32)
+    with jax.numpy_rank_promotion("raise"):
+        few = make_pattern(np.eye(40, 200))  # few enough for the values one by one
+        if case == "csr":
+            jax.jit(jax.grad(lambda v, x: sparse_linear(x, v, few, backend="csr").sum(), (0, 1)))(
+                jnp.ones(40), jnp.ones((3, 200))
+            )
+        jax.block_until_ready(
+            jax.jit(functools.partial(per_example, sparse(case)))(values[0], values, xs)
+        )

@@ -227,3 +227,18 @@ def test_replacing_in_containers():
     node = {"a": [old, (old, 2)], "b": fixed}
     replace(node, {id(old): new})
     assert node["a"][0] is new and node["a"][1][0] is new and node["b"] is fixed
+
+
+def test_layers_that_share_a_kernel_stay_dense():
+    model = Net()
+    model.blocks[0].kernel = model.output.kernel
+    assert sparse_start(model, 0.5) == 3
+    assert model.blocks[0].kernel is model.output.kernel
+    assert type(model.blocks[0]) is nnx.Linear and list(sparse_layers(model)) == [
+        PATHS[0],
+        *PATHS[2:],
+    ]
+    one = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    one.layers[1].kernel = one.layers[0].kernel
+    with pytest.raises(ValueError, match="all share parameters with others"):
+        sparse_start(one, 0.5)

@@ -1,0 +1,52 @@
+"""Numbers, intervals and tables, as the report words them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.suite import statistics
+from benchmarks.suite.statistics import Estimate
+from priorityprop_jax.core.tables import markdown
+
+
+def table(header: str, rows: Sequence[str]) -> str:
+    """Cells are parted by ` | `."""
+    return "\n".join(markdown([line.split(" | ") for line in (header, *rows)]))
+
+
+def number(value: float | None, pattern: str = ".4g") -> str:
+    return "-" if value is None else format(value, pattern)
+
+
+def ratio(estimate: Estimate | None) -> str:
+    if estimate is None or estimate.mean is None:
+        return "-"
+    text = f"{'≥ ' if estimate.charged else ''}{estimate.mean:.2f}x"
+    if estimate.interval is None:
+        return f"{text} (too few for an interval)"
+    return f"{text} ({estimate.interval[0]:.2f} to {estimate.interval[1]:.2f})"
+
+
+def gap(estimate: Estimate) -> str:
+    if estimate.mean is None:
+        return "-"
+    if estimate.interval is None:
+        return f"{estimate.mean:+.4f} (too few for an interval)"
+    return "{:+.4f} ({:+.4f} to {:+.4f})".format(estimate.mean, *estimate.interval)
+
+
+def said(estimate: Estimate, base: str) -> str:
+    may = statistics.claim(estimate.interval, estimate.misses)
+    return f"{ratio(estimate)} over {base} on {estimate.pairs} seeds: {may}."
+
+
+def of(count: int | None, n: int) -> str:
+    return "-" if count is None else f"{count} of {n}"
+
+
+def relative(value: float | None, base: float | None) -> str:
+    return "-" if value is None or not base else f"{value / base:.2f}"
+
+
+def listed(words: Sequence[str]) -> str:
+    return ", ".join(words) if words else "none"
