@@ -38,11 +38,8 @@ def open_folder(folder: Path | None, known: Sequence[Path | None]) -> Iterator[A
 
 def save(manager: ocp.CheckpointManager, arrays: Any, about: Mapping[str, Any]) -> None:
     """Writes arrays, and what else belongs to a run, ready for JSON."""
-    present = {
-        key: jax.random.key_data(leaf) if _is_key(leaf) else leaf
-        for key, leaf in _numbered(arrays)
-        if leaf.size  # Orbax refuses arrays of no elements.
-    }
+    data = lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf  # noqa: E731
+    present = {key: data(leaf) for key, leaf in _numbered(arrays)}
     about = {**about, "format": _FORMAT, "leaves": _describe(arrays)}
     latest = manager.latest_step()
     manager.save(
@@ -65,11 +62,11 @@ def load(source: Path, like: Any, made_by: str) -> tuple[Any, dict[str, Any]]:
             raise FileNotFoundError(f"there is no checkpoint in {folder} to resume from")
         where = f"checkpoint {latest} in {folder}"
         about = _read(manager, latest, where, about=ocp.args.JsonRestore())
-        found = about.get("format") if isinstance(about, dict) else None
-        if found != _FORMAT:
+        written = about.get("format") if isinstance(about, dict) else None
+        if written != _FORMAT:
             raise ValueError(
-                f"{where} has the format {found!r}, but only {_FORMAT!r} can be read: finish that "
-                "run with the version of priorityprop_jax that wrote it, or train anew"
+                f"{where} has the format {written!r}, but only {_FORMAT!r} can be read: finish "
+                "that run with the version of priorityprop_jax that wrote it, or train anew"
             )
         if about["made_by"] != made_by:
             raise ValueError(
@@ -77,18 +74,15 @@ def load(source: Path, like: Any, made_by: str) -> tuple[Any, dict[str, Any]]:
                 f"{about['made_by']}, but this one's is {made_by}. Give the trainer the same step"
             )
         _check_fit(where, about["leaves"], _describe(like))
-        leaves = _numbered(like)
-        wanted = {key: _abstract(leaf) for key, leaf in leaves if leaf.size}
-        arrays = _read(manager, latest, where, arrays=ocp.args.StandardRestore(wanted))
-    restored = [
-        leaf
-        if not leaf.size
-        else jax.random.wrap_key_data(arrays[key], impl=jax.random.key_impl(leaf))
-        if _is_key(leaf)
-        else arrays[key]
-        for key, leaf in leaves
-    ]
-    return jax.tree.unflatten(jax.tree.structure(like), restored), about
+        wanted = {key: _abstract(leaf) for key, leaf in _numbered(like)}
+        found = _read(manager, latest, where, arrays=ocp.args.StandardRestore(wanted))
+    leaves, treedef = jax.tree.flatten(like)
+    for key, leaf in _numbered(like):
+        array = found[key]
+        if _is_key(leaf):
+            array = jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
+        leaves[int(key)] = array
+    return treedef.unflatten(leaves), about
 
 
 def _absolute(path: Path) -> str:
@@ -123,8 +117,9 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _numbered(tree: Any) -> list[tuple[str, Any]]:
-    # Numbers rather than paths, in which a user may have put any character.
-    return [(f"{i:05d}", leaf) for i, leaf in enumerate(jax.tree.leaves(tree))]
+    # Numbers rather than paths, in which a user may have put any character. Orbax refuses arrays of
+    # no elements.
+    return [(f"{i:05d}", leaf) for i, leaf in enumerate(jax.tree.leaves(tree)) if leaf.size]
 
 
 def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:

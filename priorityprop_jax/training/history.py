@@ -97,15 +97,9 @@ class History:
 
 
 class Books:
-    """Where a run stands; the values of its last steps may still be on their way.
+    """Where a run stands: history, ledger, and counts of steps, of epochs and of their batches.
 
-    Attributes:
-      history: of what has arrived.
-      ledger: None where the optimizer counts nothing, or other slots.
-      steps: that were run, as far as they have not failed.
-      epoch: epochs that are closed.
-      batch: steps in the open epoch.
-      log: is told every record.
+    Values of the last steps may still be on their way.
     """
 
     def __init__(self, step: Step, opt_state: Any) -> None:
@@ -113,8 +107,8 @@ class Books:
         fits = counted is not None and len(counted) == len(step.slots)
         self.ledger = Ledger(step.slots, step.unit) if fits else None
         self.history = History()
-        self.steps = self.epoch = self.batch = 0
-        self.log: Callable[[Record], Any] | None = None
+        self.steps = self.epoch = self.batch = 0  # epochs closed, batches of the open one
+        self.log: Callable[[Record], Any] | None = None  # is told every record
         self._step = step
         self._pending: list[tuple[Record, dict[str, Any]]] = []
         self.reset_clock()

@@ -14,15 +14,7 @@ from priorityprop_jax.training.step import Loss, LossFn, Model
 
 
 def as_model(model: Any) -> Model:
-    """Finds out how to train this.
-
-    Args:
-      model: an object with the methods of `Model`, which is taken as it is, a `flax.nnx.Module`, or
-        a pytree of floating-point arrays.
-
-    Raises:
-      TypeError: it is none of these.
-    """
+    """Makes a `Model` of an `nnx` module or a pytree; what has the methods is one already."""
     if all(callable(getattr(model, name, None)) for name in ("split", "join", "loss", "evaluator")):
         return model
     return NnxModel(model) if isinstance(model, nnx.Module) else TreeModel(model)
@@ -51,9 +43,7 @@ class NnxModel(Model):
         """Updates the module."""
         nnx.update(self.module, params, rest)
 
-    def loss(
-        self, loss_fn: LossFn, params: Any, rest: Any, batch: Any, **kwargs: Any
-    ) -> tuple[Any, Any]:
+    def loss(self, loss_fn: LossFn, params, rest, batch, **kwargs) -> tuple[Any, Any]:
         """See `Model`."""
         # A fresh tree: variables may only change at the trace level that made them.
         module = nnx.merge(self._train_graph, params, jax.tree.map(lambda leaf: leaf, rest))
@@ -89,9 +79,7 @@ class TreeModel(Model):
         """Keeps the parameters for the next `split`."""
         self._params = params
 
-    def loss(
-        self, loss_fn: LossFn, params: Any, rest: Any, batch: Any, **kwargs: Any
-    ) -> tuple[Any, Any]:
+    def loss(self, loss_fn: LossFn, params, rest, batch, **kwargs) -> tuple[Any, Any]:
         """See `Model`."""
         return loss_fn(params, batch, **kwargs), rest
 

@@ -22,19 +22,8 @@ class PriorityPropTrainer(Trainer):
 
     The optimizer sees one slot at a time: a clipping by norm inside it clips each slot by itself.
 
-    Args:
-      model: see `Trainer`, as for all that `priorityprop` has not.
-      optimizer: to spend the budget with.
-      loss_fn: `(model or params, batch) -> loss` or `(loss, metrics)`.
-      total_budget: updates a cycle, see `priorityprop`, as for the three that follow.
-      min_updates: the least updates of a slot in a cycle.
-      max_updates: the most updates of a slot in a cycle.
-      recalc_every: steps in a cycle.
-      step: see `Trainer`.
-      metric_fn: see `Trainer`.
-      checkpoint_dir: see `Trainer`.
-      progress: see `Trainer`.
-      **options: of `priorityprop`, such as `spread`, `magnitude` or `group`.
+    The arguments from `total_budget` to `recalc_every` and the **options are those of
+    `priorityprop`, the others those of `Trainer`.
 
     Example:
       >>> import jax.numpy as jnp

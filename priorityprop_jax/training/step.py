@@ -16,6 +16,7 @@ from priorityprop_jax.priority.ledger import find_state
 # (params, rest, batch, **kwargs) -> (loss, (metrics, rest)), pure; kwargs are for `Model.loss`.
 Loss = Callable[..., tuple[jax.Array, tuple[dict[str, jax.Array], Any]]]
 LossFn = Callable[[Any, Any], Any]  # (model, batch) -> loss, or (loss, metrics)
+StepResult = tuple[Any, Any, Any, dict[str, Any]]  # parameters, rest, optimizer state, values
 
 
 class Model(Protocol):
@@ -28,9 +29,7 @@ class Model(Protocol):
     def join(self, params: Any, rest: Any) -> None:
         """Puts trained arrays into the user's object, which keeps them."""
 
-    def loss(
-        self, loss_fn: LossFn, params: Any, rest: Any, batch: Any, **kwargs: Any
-    ) -> tuple[Any, Any]:
+    def loss(self, loss_fn: LossFn, params, rest, batch, **kwargs) -> tuple[Any, Any]:
         """What ``loss_fn`` returns for the model in training mode, and the new rest. Pure."""
         ...
 
@@ -54,14 +53,11 @@ class Step(Protocol):
     def init(self, params: Any) -> Any:
         """The optimizer state before the first step."""
 
-    def __call__(
-        self, params: Any, rest: Any, opt_state: Any, batch: Any
-    ) -> tuple[Any, Any, Any, dict[str, Any]]:
+    def __call__(self, params: Any, rest: Any, opt_state: Any, batch: Any) -> StepResult:
         """Runs one step. The first three arguments are donated.
 
-        Returns:
-          New parameters, rest and optimizer state, and a dict: ``loss`` and the metrics, as arrays
-          on the device, and ``updates``; where they are counted also ``flops`` and ``cached``.
+        Values are ``loss`` and the metrics, as arrays on the device, and ``updates``; where they
+        are counted also ``flops`` and ``cached``.
         """
         ...
 
@@ -84,8 +80,7 @@ class Step(Protocol):
     def restore(self, record: Mapping[str, Any], opt_state: Any) -> Any:
         """The inverse of `record` and `complete`: the state to go on with.
 
-        Raises:
-          ValueError: the record is of a step with other options; nothing has changed then.
+        Raises a ValueError, and changes nothing, if the record is of other options.
         """
         return opt_state
 
@@ -98,24 +93,14 @@ class Step(Protocol):
 
 
 class Setup(NamedTuple):
-    """What a step is made for.
+    """What a step is made for."""
 
-    Attributes:
-      loss: ``(params, rest, batch, **kwargs) -> (loss, (metrics, rest))``, pure; ``kwargs`` only
-        for models whose own `loss` takes them.
-      loss_fn: the user's ``(model, batch) -> loss`` or ``(loss, metrics)``.
-      model: whose loss it is.
-      params: its parameters; only shapes are read.
-      optimizer: the Optax optimizer.
-      plain: makes the step that runs the optimizer on everything, to be wrapped.
-    """
-
-    loss: Loss
-    loss_fn: LossFn
+    loss: Loss  # of the model; only its own `loss` may take more than params, rest and batch
+    loss_fn: LossFn  # the user's
     model: Model
-    params: Any
+    params: Any  # only shapes are read
     optimizer: optax.GradientTransformationExtraArgs
-    plain: Callable[[], Step]
+    plain: Callable[[], Step]  # makes the step of all gradients, to be wrapped
 
 
 MakeStep = Callable[[Setup], Step]
@@ -124,11 +109,7 @@ MakeStep = Callable[[Setup], Step]
 class PlainStep(Step):
     """The step of an Optax optimizer: all gradients, one compiled and donated program.
 
-    Args:
-      loss: ``(params, rest, batch) -> (loss, (metrics, rest))``, pure.
-      params: the parameters; only shapes are read.
-      optimizer: any; it is given ``value``, ``grad`` and ``value_fn``, of the batch.
-      slots: of the parameters; by default a slot a leaf.
+    The optimizer is given ``value``, ``grad`` and ``value_fn``. By default a slot is a leaf.
     """
 
     unit = "updates"
@@ -153,9 +134,7 @@ class PlainStep(Step):
             self._program, donate_argnums=(0, 1, 2), out_shardings=(*layout, None)
         )
 
-    def __call__(
-        self, params: Any, rest: Any, opt_state: Any, batch: Any
-    ) -> tuple[Any, Any, Any, dict[str, Any]]:
+    def __call__(self, params: Any, rest: Any, opt_state: Any, batch: Any) -> StepResult:
         """See `Step`."""
         traces, start = self.traces, time.perf_counter()
         result = self.compiled(params, rest, opt_state, batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -17,6 +18,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from priorityprop_jax.core.layout import layout_of, put_beside
+from priorityprop_jax.core.program import abstract
 from priorityprop_jax.core.slots import Slots
 from priorityprop_jax.priority.ledger import Ledger
 from priorityprop_jax.training import checkpoints
@@ -44,10 +46,8 @@ class Trainer:
       model: a `flax.nnx.Module`, a pytree of parameters, or an object with the methods of `Model`.
       optimizer: the Optax optimizer. It is given the extra arguments ``value`` (the loss),
         ``grad`` and ``value_fn``.
-      loss_fn: `(model or params, batch) -> loss` or `(loss, metrics)`, a scalar and a dict of
-        scalars.
-      step: makes the step that is run, from a `Setup`; by default the optimizer is given all
-        gradients.
+      loss_fn: `(model or params, batch) -> loss` or `(loss, metrics)`, metrics a dict of scalars.
+      step: makes the step that is run; by default the optimizer is given all gradients.
       metric_fn: `(model or params, batch) -> dict` of scalars, to evaluate with; by default the
         loss and the metrics of `loss_fn`.
       checkpoint_dir: a folder for a checkpoint at the end of each epoch and one when interrupted;
@@ -113,12 +113,10 @@ class Trainer:
             raise ValueError("the model has no parameters to train")
         check_params(params)
         loss, tx = loss_of(self._model, loss_fn), optax.with_extra_args_support(optimizer)
-
-        def plain() -> Step:
-            return PlainStep(loss, params, tx, slots)
-
-        setup = Setup(loss, loss_fn, self._model, params, tx, plain)
-        self.step = plain() if step is None else step(setup)
+        shapes = jax.tree.map(abstract, params)  # A step may keep them, but not the arrays.
+        plain = functools.partial(PlainStep, loss, shapes, tx, slots)
+        setup = Setup(loss, loss_fn, self._model, shapes, tx, plain)
+        self.step: Step = plain() if step is None else step(setup)
         if jax.process_count() > 1:
             self.step.check_processes()
         # Some optimizers keep the parameters themselves or one array twice in their state, and a
@@ -387,7 +385,7 @@ def _bar(loader: Any, epochs: int, done: int, progress: bool) -> tqdm:
 
 
 def _are_usable(tree: Any) -> bool:
-    """Whether no array is deleted, or the result of a step that has failed."""
+    """Whether no array is deleted, or came out of a step that has failed."""
     try:
         jax.block_until_ready(tree)
     except Exception:  # JAX raises many kinds.
