@@ -74,11 +74,15 @@ def show_names(app, page, source):
 
     def entry(room, name):
         thing = getattr(importlib.import_module(f"priorityprop_jax.{room}"), name)
-        if not inspect.isclass(thing):
-            return f".. autofunction:: {name}\n" if callable(thing) else f".. autodata:: {name}\n"
-        if issubclass(thing, Exception):
-            return f".. autoexception:: {name}\n"
-        return f".. autoclass:: {name}\n   :members:\n"
+        doors = [importlib.import_module(f"priorityprop_jax.{other}") for other in ROOMS]
+        first = next(door for door in doors if getattr(door, name, None) is thing)
+        kind, options = "function" if callable(thing) else "data", []
+        if inspect.isclass(thing):
+            kind = "exception" if issubclass(thing, Exception) else "class"
+            options = [":members:"] if kind == "class" else []
+        if first.__name__ != f"priorityprop_jax.{room}":  # links lead to one place
+            options.append(":no-index:")
+        return "\n   ".join([f".. auto{kind}:: {name}", *options]) + "\n"
 
     def both(match):
         room, listed = match[1], match[2].split()

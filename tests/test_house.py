@@ -37,9 +37,7 @@ EXCEPTIONS: dict[str, set[str]] = {
     "package": {
         "lines",
     },
-    "readme": {
-        "lines",
-    },
+    "readme": set(),
 }
 
 
