@@ -84,7 +84,10 @@ def _count(jaxpr: Any, live: Any, products_only: bool) -> tuple[float, list[bool
                     read = inputs
             total += max(counts) if name == "cond" else _times(eqn) * sum(counts)
         elif name == "scan":
-            total += _times(eqn) * _count(inner[0], _scanned(eqn, used), products_only)[0]
+            # What a loop carries is read by its next round.
+            carried = eqn.params["num_carry"]
+            live = [True] * carried + used[carried:]
+            total += _times(eqn) * _count(inner[0], live, products_only)[0]
         else:
             total += _flops(eqn, name, products_only)
         needed.update(
@@ -127,12 +130,6 @@ def _times(eqn: Any) -> float:
     return 1
 
 
-def _scanned(eqn: Any, used: list[bool]) -> list[bool]:
-    """Which results of a loop's body count: all that it carries, and the rows that are read."""
-    carried = eqn.params["num_carry"]
-    return [True] * carried + used[carried:]
-
-
 def _parts(values: Any) -> list[Any]:
     """The jaxprs among the parameters of an equation."""
     found = []
@@ -153,30 +150,17 @@ def constants(jaxpr: Any) -> Iterator[Any]:
 
 
 class Program(NamedTuple):
-    """A compiled program.
-
-    Attributes:
-      run: calls it.
-      flops: of one run, see `program_flops`, on all devices together.
-      seconds: of wall time that tracing and compiling took.
-    """
+    """A compiled program."""
 
     run: Callable[..., Any]
-    flops: float
-    seconds: float
+    flops: float  # of one run, see `program_flops`, on all devices together
+    seconds: float  # of wall time that tracing and compiling took
 
 
 def build(
     function: Callable[..., Any], arguments: Any, out: Any, donate: tuple[int, ...] = ()
 ) -> Program:
-    """Compiles a function for arguments like these.
-
-    Args:
-      function: pure.
-      arguments: its positional arguments.
-      out: shardings of its results, see `layout_of`.
-      donate: which arguments it may write over.
-    """
+    """Compiles a pure function for arguments like these; ``out``: see `layout_of`."""
     start = time.perf_counter()
     traced = jax.jit(function, donate_argnums=donate, out_shardings=out).trace(*arguments)
     program = traced.lower().compile()
@@ -205,8 +189,3 @@ def analysis(compiled: Any) -> Mapping[str, float]:
     if isinstance(analysis, list):  # older JAX: one a device
         analysis = analysis[0]
     return {key: float(analysis.get(key, 0.0)) for key in ("flops", "bytes accessed")}
-
-
-def has_shape(x: Any) -> bool:
-    """Whether this is an array, or stands for one."""
-    return hasattr(x, "shape")

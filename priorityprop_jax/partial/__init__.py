@@ -2,6 +2,7 @@
 
 from priorityprop_jax.partial.choose import choose_active
 from priorityprop_jax.partial.costs import StepCosts, measure_costs
+from priorityprop_jax.partial.engine import step
 from priorityprop_jax.partial.freeze import freeze
 from priorityprop_jax.partial.grad import value_and_grad
 from priorityprop_jax.partial.offload import ActiveState
@@ -15,7 +16,6 @@ from priorityprop_jax.partial.stages import (
     scanned_stages,
     stack_params,
 )
-from priorityprop_jax.partial.step import step
 from priorityprop_jax.partial.update import ActiveUpdatesState, update_active
 from priorityprop_jax.partial.variants import Variants, merge_upward
 

@@ -71,14 +71,7 @@ class Account:
         state_bytes: Sequence[float],
         seconds: float,
     ) -> dict[str, Any]:
-        """What was spent, in all, by active set and by layer.
-
-        Args:
-          costs: FLOPs of steps, or None if unknown.
-          counts: updates of each slot.
-          state_bytes: of each slot, on the device.
-          seconds: wall time, shared among layers as FLOPs are.
-        """
+        """What was spent, in all, by active set and by layer; see `PartialStep.report`."""
         total = lambda field: sum(getattr(spent, field) for spent in self.spent.values())  # noqa: E731
         return {
             "steps": self.steps,

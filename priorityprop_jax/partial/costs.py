@@ -110,8 +110,9 @@ def measure_costs(
       >>> from priorityprop_jax.partial.costs import measure_costs
       >>> params = {"Dense_0": jnp.ones((64, 64)), "Dense_1": jnp.ones((64, 64))}
       >>> loss_fn = lambda p, x: jnp.sum(jnp.tanh(x @ p["Dense_0"]) @ p["Dense_1"])
-      >>> costs = measure_costs(loss_fn, params, jnp.ones((8, 64)), find_slots(params))
-      >>> costs.floors[0] < costs.floors[1] < costs.full
+      >>> slots = find_slots(params)
+      >>> costs = measure_costs(loss_fn, params, jnp.ones((8, 64)), slots)
+      >>> costs.of(slots, ["Dense_1"]) < costs.full
       True
     """
     if unit not in UNITS:

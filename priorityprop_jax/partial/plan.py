@@ -74,16 +74,10 @@ class Planner:
         self._warned = False
 
     def know(self, costs: StepCosts, forward: Callable[[], Sequence[float]] | None) -> None:
-        """Takes in what steps cost.
+        """Takes in what steps cost; raises if the budget does not pay for the cheapest.
 
-        Args:
-          costs: of all slots.
-          forward: where outputs are cached, gives the FLOPs of the forward pass in front of each
-            depth.
-
-        Raises:
-          ValueError: the costs are of other slots; or the budget does not pay for the cheapest step
-            of a policy that spends it.
+        Where outputs are cached, ``forward`` gives the FLOPs of the forward pass in front of each
+        depth.
         """
         if len(costs.own) != len(self._slots) or len(costs.floors) <= max(self._slots.depths):
             raise ValueError(
@@ -128,17 +122,9 @@ class Planner:
         return amount * self._full() if unit == "share" else amount
 
     def new_cycle(self, values: np.ndarray, counts: np.ndarray) -> list[int]:
-        """Plans the next cycle.
+        """Plans the next cycle; returns the updates that each slot has in it.
 
-        Args:
-          values: ``[slots]``, what an update of each is expected to be worth.
-          counts: ``[slots]``, updates so far.
-
-        Returns:
-          Updates that each slot has in it.
-
-        Raises:
-          ValueError: the policy gives something else than sets of slots.
+        ``values`` and ``counts`` are over slots: what an update is worth, and updates so far.
         """
         done, steps = self._account.steps, self._options.recalc_every
         allowed = self._allowance() * (done + steps) - self._account.charged

@@ -85,12 +85,6 @@ def by_priority(*, scoring_share: float = 0.1, always: Iterable[int] = (0,)) -> 
     Args:
       scoring_share: the share of the budget to spend on full steps after the first; 0 for none.
       always: depths whose slots are always active; the output layer by default.
-
-    Returns:
-      The policy.
-
-    Raises:
-      ValueError: if ``scoring_share`` is not in [0, 1].
     """
     if not 0 <= scoring_share <= 1:
         raise ValueError(f"scoring_share must be in [0, 1], got {scoring_share}")
@@ -121,11 +115,7 @@ def by_priority(*, scoring_share: float = 0.1, always: Iterable[int] = (0,)) -> 
 def at_random(*, always: Iterable[int] = (0,)) -> Policy:
     """Layers drawn at random each cycle, as many as the budget pays: the control for `by_priority`.
 
-    Args:
-      always: depths whose slots are always active; the output layer by default.
-
-    Returns:
-      The policy.
+    Slots at the depths ``always`` are always active; the output layer's by default.
     """
     always = tuple(always)
 
@@ -142,26 +132,13 @@ def at_random(*, always: Iterable[int] = (0,)) -> Policy:
 
 
 def suffix(k: int) -> Policy:
-    """The output layer and the ``k`` layers before it, all along.
-
-    Args:
-      k: number of layers, at least 0.
-
-    Returns:
-      The policy.
-    """
+    """The output layer and the ``k`` layers before it, all along; ``k`` is at least 0."""
     _check_layers("suffix", k, 0)
     return lambda at: [at.at_depths(range(k + 1))] * at.steps
 
 
 def lisa(k: int) -> Policy:
     """LISA: input and output layers always, and ``k`` random layers between them each cycle.
-
-    Args:
-      k: number of layers, at least 1.
-
-    Returns:
-      The policy.
 
     References:
       LISA (Pan et al., 2024), https://arxiv.org/abs/2403.17919
@@ -181,13 +158,8 @@ def badam(k: int = 1) -> Policy:
     """BAdam: ``k`` layers a cycle in turn, from the output to the input and again.
 
     The output layer is active all along, as a new classifier has to be learned whoever has the
-    turn; the input layer (embeddings) has no turn, as in the paper.
-
-    Args:
-      k: layers that have their turn together, at least 1.
-
-    Returns:
-      The policy. Use it with ``state="reset"``, as the paper does.
+    turn; the input layer (embeddings) has no turn, as in the paper, which resets optimizer states
+    between turns: ``state="reset"``.
 
     References:
       BAdam (Luo, Yu, Li, 2024), https://arxiv.org/abs/2404.02827
@@ -204,11 +176,7 @@ def badam(k: int = 1) -> Policy:
 
 
 def full() -> Policy:
-    """Every slot at every step: ordinary training.
-
-    Returns:
-      The policy.
-    """
+    """Every slot at every step: ordinary training."""
     return lambda at: [at.everything] * at.steps
 
 

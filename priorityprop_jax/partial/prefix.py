@@ -53,18 +53,9 @@ class Prefix:
     def enter(
         self, params: Any, rest: Any, batch: Any, start: int, upcoming: Iterable[int]
     ) -> tuple[Any, Any, float, bool]:
-        """Makes what enters a stage.
+        """What enters stage ``start`` (None for stage 0), the state, FLOPs, whether it was cached.
 
-        Args:
-          params: by stage name.
-          rest: by stage name.
-          batch: with ``"x"``, and for a cache ``"id"``.
-          start: the stage; for 0 nothing is done.
-          upcoming: those of the steps to come.
-
-        Returns:
-          What enters it (None for stage 0), the state behind it, the FLOPs spent, and whether a
-          cache served them.
+        ``upcoming`` are the stages that the steps to come start at.
         """
         if start == 0:
             self.at = self._reopen_at = None  # every stage changes

@@ -39,8 +39,8 @@ class PrefixCache:
     Args:
       directory: the folder of the cache, made if need be; None keeps the cache in memory.
       examples: how many examples there are, ids being below.
-      dtype: what floating arrays of more bits are stored as: ``"bfloat16"``, or ``"float32"``,
-        which is exact for arrays of up to 32 bits. See `rounded`.
+      dtype: what floating arrays of more bits are stored as, ``"bfloat16"`` or ``"float32"``; see
+        `rounded`.
       max_bytes: the most that the cache may hold. If not all examples fit, the first ids are
         cached, and any batch with another one in it is a miss.
 
@@ -104,8 +104,8 @@ class PrefixCache:
           like: the outputs of one example, a pytree of `jax.ShapeDtypeStruct`.
 
         Raises:
-          TypeError: `like` has something else in it than arrays that can be stored.
-          ValueError: another process (or another `PrefixCache`) has the directory open.
+          TypeError, ValueError: `like` has something else in it than arrays that can be stored, or
+            another process (or another `PrefixCache`) has the directory open.
         """
         fields: list[Any] = [("check", "u4"), ("inputs", "u4")]
         leaves, _ = jax.tree_util.tree_flatten_with_path(like)

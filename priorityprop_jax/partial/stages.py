@@ -37,9 +37,8 @@ class Stages:
       write_back: puts params and state of all stages back to where they came from, or None.
 
     Raises:
-      TypeError: a name is no string, or params or state no mapping.
-      ValueError: there are no stages; a name occurs twice, is empty or has a ``/`` in it; or
-        functions, params or state are not those of the stages.
+      TypeError, ValueError: there are no stages, a name is no string, occurs twice, is empty or has
+        a ``/`` in it; or functions, params or state are not those of the stages.
 
     Example:
       >>> from priorityprop_jax.partial.stages import chain, function_stage
@@ -94,12 +93,7 @@ class Stages:
           train: whether to run in training mode.
 
         Returns:
-          What the last of them returns (`x` if none runs), and the state of all stages; that of
-          those not run is as given.
-
-        Raises:
-          TypeError: params or state is no mapping.
-          ValueError: not `0 <= start <= stop <= stages`, or params or state of a stage are missing.
+          What the last of them returns (`x` if none runs), and the state of all stages.
         """
         stop = len(self) if stop is None else stop
         if not 0 <= start <= stop <= len(self):
@@ -139,18 +133,9 @@ class Stages:
     ) -> tuple[Any, dict[str, Any]]:
         """What a loss returns for the stages from `start` on in training mode, and the new state.
 
-        Args:
-          loss_fn: ``(model, batch) -> result``, where ``model`` maps inputs to outputs.
-          params: by stage name, as is `rest`.
-          rest: the state.
-          batch: what `loss_fn` is given.
-          x: what stage `start` is given, which is what the stages before it make of ``batch["x"]``;
-            by default stage 0 is given what `loss_fn` calls the model with.
-          start: the first stage to run, static.
-
-        Raises:
-          ValueError: `loss_fn` calls the model never or twice, or, where `x` is given, with
-            something else than ``batch["x"]``.
+        Stage `start` is given `x`, what the stages before it make of ``batch["x"]``; by default
+        stage 0 is given what `loss_fn` calls the model with. `loss_fn` must call it once, and where
+        `x` is given, with ``batch["x"]`` itself.
         """
         states = []
 
@@ -203,9 +188,8 @@ def chain(*parts: Stages) -> Stages:
       The stages of all. Its `write_back` writes to those parts that have one.
 
     Raises:
-      TypeError: a part is no `Stages`.
-      ValueError: there is no part, two have a stage of the same name, or an array of one `nnx`
-        part is held by another one (tied weights).
+      TypeError, ValueError: a part is no `Stages`, there is none, two have a stage of the same
+        name, or an array of one `nnx` part is held by another one (tied weights).
     """
     for part in parts:
         if not isinstance(part, Stages):
@@ -250,10 +234,6 @@ def function_stage(
 
     Returns:
       The chain, without state.
-
-    Raises:
-      TypeError: a function is none.
-      ValueError: the name is empty or has a ``/`` in it.
 
     Example:
       >>> import jax
@@ -302,9 +282,7 @@ def scanned_stages(
       The layers in order, without state.
 
     Raises:
-      TypeError: `apply` is no function.
-      ValueError: there is no array, or the arrays do not have the same number of layers along
-        `axis`.
+      ValueError: there is no array, or the numbers of layers along `axis` differ.
 
     Example:
       >>> import jax.numpy as jnp
@@ -376,9 +354,8 @@ def nnx_stages(modules: Sequence[tuple[str, Any]]) -> Stages:
       The chain. Its `write_back` puts parameters and state into the modules.
 
     Raises:
-      TypeError: a stage is no pair, no module and no function.
-      ValueError: there are no stages; a name occurs twice, is empty or has a ``/`` in it; or two
-        stages share a variable, such as tied weights.
+      TypeError, ValueError: as `Stages` does; or a stage is no pair, no module and no function, or
+        two share a variable, such as tied weights.
 
     Example:
       >>> import jax.numpy as jnp

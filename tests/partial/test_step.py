@@ -1,4 +1,4 @@
-"""Tests of `priorityprop_jax.partial.step`, in a trainer."""
+"""Tests of `partial.step`, in a trainer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ import pytest
 from flax import nnx
 
 from priorityprop_jax.core.slots import find_slots
+from priorityprop_jax.partial import engine
 from priorityprop_jax.partial.costs import StepCosts, measure_costs
+from priorityprop_jax.partial.engine import step
 from priorityprop_jax.partial.policies import make_policy
 from priorityprop_jax.partial.prefix_cache import PrefixCache
 from priorityprop_jax.partial.stages import (
@@ -30,12 +32,9 @@ from priorityprop_jax.partial.stages import (
     nnx_stages,
     scanned_stages,
 )
-from priorityprop_jax.partial.step import step
 from priorityprop_jax.partial.update import update_active
 from priorityprop_jax.training import Trainer
 
-# The package has a function of that name.
-STEP = sys.modules["priorityprop_jax.partial.step"]
 ROWS, SIZE, WIDTH = 48, 8, 8
 NAMES = ("embed", "block_0", "block_1", "block_2", "head")
 X = np.random.default_rng(0).normal(size=(1024, 6)).astype(np.float32)
@@ -610,7 +609,7 @@ class TestAccount:
     def test_costs_that_nobody_spends_are_not_measured(self, policy, monkeypatch):
         trainer = _trainer(policy=policy)
         with monkeypatch.context() as patch:
-            patch.setattr(STEP, "measure_costs", None)
+            patch.setattr(engine, "measure_costs", None)
             trainer.train(_batches())
         report = trainer.get_step_report()  # where they are asked for after all
         assert sum(row["flops"] for row in report["layers"]) > 0
@@ -651,7 +650,7 @@ class TestAccount:
         given = StepCosts((0.0,) * 5, (1.0, 2.0, 3.0, 4.0, 5.0), unit)
         trainer = _trainer(policy="random", costs=given, share=0.6)
         with monkeypatch.context() as patch:
-            patch.setattr(STEP, "measure_costs", None)
+            patch.setattr(engine, "measure_costs", None)
             trainer.train(_batches(), 2)
         assert trainer.step._planner.costs == given
         if unit == "bytes":
