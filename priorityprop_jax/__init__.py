@@ -1,6 +1,6 @@
 """Spend backprop where it matters: budgeted training for Flax and Optax.
 
-The names below are the whole of the front door; everything else is in a room of its feature, such
+The names below are the whole of the front door; everything else is in the room of its feature, such
 as `priorityprop_jax.partial`. A room is imported when it is first used.
 """
 
@@ -53,18 +53,18 @@ __all__ = [
 _ROOMS = frozenset(
     {"core", "highway", "meprop", "models", "partial", "priority", "rnn", "sparse", "training"}
 )
-_FLAT = {  # the room of every name
-    "History": "training",
-    "Ledger": "priority",
-    "NonFiniteLossError": "training",
-    "PriorityPropState": "priority",
-    "PriorityPropTrainer": "training",
+_ROOM_OF = {
     "Slots": "core",
-    "Trainer": "training",
-    "allocate": "priority",
     "find_slots": "core",
+    "Ledger": "priority",
+    "PriorityPropState": "priority",
+    "allocate": "priority",
     "priorityprop": "priority",
     "scale_by_priority": "priority",
+    "History": "training",
+    "NonFiniteLossError": "training",
+    "PriorityPropTrainer": "training",
+    "Trainer": "training",
 }
 
 if not TYPE_CHECKING:  # type checkers are to see the names above, and to report all others
@@ -72,8 +72,8 @@ if not TYPE_CHECKING:  # type checkers are to see the names above, and to report
     def __getattr__(name: str) -> Any:
         if name in _ROOMS:
             return importlib.import_module(f"{__name__}.{name}")
-        if name in _FLAT:
-            value = getattr(importlib.import_module(f"{__name__}.{_FLAT[name]}"), name)
+        if name in _ROOM_OF:
+            value = getattr(importlib.import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
             globals()[name] = value
             return value
         from priorityprop_jax._renamed import old_name

@@ -6,66 +6,30 @@ import importlib
 import warnings
 from typing import Any
 
-# What has moved: the old name, and its room and name there.
-MOVED = {
+# What has moved under the same name: its room.
+_ROOMS = {
+    "core": "RowSparse",
+    "highway": "HighwayReport format_quality gradient_quality gradient_quality_table "
+    "highway_nnx highway_report highway_scan plot_quality",
+    "meprop": "LinenMePropRNN meprop_conv_general_dilated meprop_dot_general restore "
+    "row_counts row_sparse row_sparse_adam",
+    "partial": "PrefixCache Situation Stages StepCosts Variants active_sets chain "
+    "choose_active function_stage make_policy measure_costs merge_upward nnx_stages "
+    "scanned_stages stack_params update_active",
+    "priority": "TopKUpdatesState repeats top_k_updates",
+    "rnn": "LinenLeanRNN highway_rnn lean_rnn",
+    "sparse": "SparseConv SparseIndex SparseLinear SparsePattern apply_further_mask densify "
+    "gradual_pruning magnitude_masks make_pattern prune sparse_backend sparse_conv "
+    "sparse_linear sparse_start sparsify",
+    "training": "WorkerLostError",
+}
+MOVED = {name: f"{room}.{name}" for room, names in _ROOMS.items() for name in names.split()}
+# And under a new one.
+MOVED |= {
     "BlockState": "partial.ActiveState",
-    "HighwayReport": "highway.HighwayReport",
-    "LinenLeanRNN": "rnn.LinenLeanRNN",
-    "LinenMePropRNN": "meprop.LinenMePropRNN",
-    "PrefixCache": "partial.PrefixCache",
-    "RowSparse": "core.rows.RowSparse",
-    "Situation": "partial.Situation",
-    "SparseConv": "sparse.SparseConv",
-    "SparseIndex": "sparse.SparseIndex",
-    "SparseLinear": "sparse.SparseLinear",
-    "SparsePattern": "sparse.SparsePattern",
-    "Stages": "partial.Stages",
-    "StepCosts": "partial.StepCosts",
-    "TopKUpdatesState": "priority.top_k.TopKUpdatesState",
-    "Variants": "partial.Variants",
-    "WorkerLostError": "training.WorkerLostError",
-    "active_sets": "partial.active_sets",
-    "apply_further_mask": "sparse.apply_further_mask",
-    "chain": "partial.chain",
-    "choose_active": "partial.choose_active",
-    "densify": "sparse.densify",
-    "format_quality": "highway.format_quality",
-    "function_stage": "partial.function_stage",
-    "gradient_quality": "highway.gradient_quality",
-    "gradient_quality_table": "highway.gradient_quality_table",
-    "gradual_pruning": "sparse.gradual_pruning",
-    "highway_nnx": "highway.highway_nnx",
-    "highway_report": "highway.highway_report",
-    "highway_rnn": "rnn.highway_rnn",
-    "highway_scan": "highway.highway_scan",
-    "lean_rnn": "rnn.lean_rnn",
-    "magnitude_masks": "sparse.magnitude_masks",
-    "make_pattern": "sparse.make_pattern",
-    "make_policy": "partial.make_policy",
-    "measure_costs": "partial.measure_costs",
-    "meprop_conv_general_dilated": "meprop.meprop_conv_general_dilated",
-    "meprop_dot_general": "meprop.meprop_dot_general",
     "meprop_value_and_grad": "meprop.value_and_grad",
-    "merge_upward": "partial.merge_upward",
     "nnx_partial_value_and_grad": "partial.value_and_grad",
-    "nnx_stages": "partial.nnx_stages",
     "partial_value_and_grad": "partial.value_and_grad",
-    "plot_quality": "highway.plot_quality",
-    "prune": "sparse.prune",
-    "repeats": "priority.schedule.repeats",
-    "restore": "meprop.restore",
-    "row_counts": "meprop.row_counts",
-    "row_sparse": "meprop.row_sparse",
-    "row_sparse_adam": "meprop.row_sparse_adam",
-    "scanned_stages": "partial.scanned_stages",
-    "sparse_backend": "sparse.sparse_backend",
-    "sparse_conv": "sparse.sparse_conv",
-    "sparse_linear": "sparse.sparse_linear",
-    "sparse_start": "sparse.sparse_start",
-    "sparsify": "sparse.sparsify",
-    "stack_params": "partial.stack_params",
-    "top_k_updates": "priority.top_k.top_k_updates",
-    "update_active": "partial.update_active",
 }
 
 # What is gone: the old name, and what to use instead.
@@ -85,11 +49,7 @@ GONE: dict[str, str] = {
 
 
 def old_name(name: str) -> Any:
-    """What a name of the old flat door stands for now.
-
-    Raises:
-      AttributeError: if it is gone, or has never been; says what to use instead.
-    """
+    """What a name of the old flat door stands for now; an AttributeError where it is gone."""
     if name in GONE:
         raise AttributeError(f"priorityprop_jax.{name} is gone: {GONE[name]}")
     if name not in MOVED:

@@ -13,7 +13,7 @@ import numpy as np
 from priorityprop_jax.core.slots import Slots
 from priorityprop_jax.partial.choose import choose_active
 from priorityprop_jax.partial.costs import StepCosts
-from priorityprop_jax.priority.schedule import repeats
+from priorityprop_jax.priority.allocation import repeats
 from priorityprop_jax.priority.scores import priority
 
 

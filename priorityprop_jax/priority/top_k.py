@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from priorityprop_jax.core.selection import resolve_k
+
 
 class TopKUpdatesState(NamedTuple):
     """State of `top_k_updates`."""
@@ -31,10 +33,11 @@ def top_k_updates(
 
     The threshold is found by bisection on the bits of ``|u|``: exact, no sort, and on a mesh no
     gather. Among equals the earlier element goes first. NaN ranks above all and is let through.
+    Absent updates (None) stay absent, and what was held back of them waits.
 
     Args:
       k: an int, the number of elements; or a float in ``(0, 1]``, the fraction of them (rounded
-        up). Per leaf an int is capped by the size of the leaf. Static.
+        to the nearest, at least one). Per leaf an int is capped by the size of the leaf. Static.
       per: ``"leaf"``, the largest of each leaf; or ``"global"``, of all leaves together.
       error_feedback: whether to keep what is held back, in the dtype of the parameters.
 
@@ -46,7 +49,7 @@ def top_k_updates(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from priorityprop_jax import top_k_updates
+      >>> from priorityprop_jax.priority import top_k_updates
       >>> tx = top_k_updates(2)
       >>> updates, _ = tx.update(jnp.array([0.1, -3.0, 0.5, 2.0]), tx.init(jnp.zeros(4)))
       >>> updates.tolist()
@@ -71,7 +74,7 @@ def top_k_updates(
     def update_fn(updates, state, params=None):
         del params
         if error_feedback:
-            updates = jax.tree.map(lambda u, r: u + r.astype(u.dtype), updates, state.residual)
+            updates = _where_present(lambda u, r: u + r.astype(u.dtype), updates, state.residual)
         leaves, treedef = jax.tree.flatten(updates)
         if per == "global":
             masks = _top_k_masks(leaves, k)
@@ -80,8 +83,9 @@ def top_k_updates(
         kept = [jnp.where(m, u, jnp.zeros_like(u)) for m, u in zip(masks, leaves, strict=True)]
         if error_feedback:
             held = [jnp.where(m, jnp.zeros_like(u), u) for m, u in zip(masks, leaves, strict=True)]
-            residual = jax.tree.map(
-                lambda h, r: h.astype(r.dtype), treedef.unflatten(held), state.residual
+            held = treedef.unflatten(held)
+            residual = _where_present(
+                lambda h, r: h.astype(r.dtype), held, state.residual, keep=True
             )
             state = TopKUpdatesState(residual)
         return treedef.unflatten(kept), state
@@ -89,25 +93,37 @@ def top_k_updates(
     return optax.GradientTransformation(init_fn, update_fn)
 
 
+def _where_present(function: Any, updates: Any, residual: Any, *, keep: bool = False) -> Any:
+    """Maps both; where an update is absent the result is None, or with `keep` the residual."""
+    return jax.tree.map(
+        lambda u, r: (r if keep else None) if u is None else function(u, r),
+        updates,
+        residual,
+        is_leaf=lambda x: x is None,
+    )
+
+
 def _top_k_masks(leaves: Sequence[jax.Array], k: int | float) -> list[jax.Array]:
     """Masks of the k elements of all leaves together that are largest in magnitude."""
     size = sum(leaf.size for leaf in leaves)
-    k = min(k, size) if isinstance(k, int) else -int(-size * k // 1)
+    k = min(k, size) if isinstance(k, int) else resolve_k(k, size)
     if k == size:
         return [jnp.ones(leaf.shape, bool) for leaf in leaves]
-    # Magnitudes as integers of the same order; 31 bits, as they have no sign.
-    bits = [
-        lax.bitcast_convert_type(jnp.abs(leaf).astype(jnp.float32), jnp.int32) for leaf in leaves
-    ]
+    # Magnitudes as integers of the same order; a bit less than they have, as they have no sign.
+    double = any(leaf.dtype in (jnp.float64, jnp.complex128) for leaf in leaves)
+    wide, integer = (jnp.float64, jnp.int64) if double else (jnp.float32, jnp.int32)
+    highest = jnp.iinfo(integer).bits - 2
+    bits = [lax.bitcast_convert_type(jnp.abs(leaf).astype(wide), integer) for leaf in leaves]
 
     def count(at_least: jax.Array) -> jax.Array:
         return sum((jnp.sum(b >= at_least, dtype=jnp.int32) for b in bits), start=jnp.int32(0))
 
     def bisect(i: Any, threshold: jax.Array) -> jax.Array:
-        higher = threshold | (jnp.int32(1) << (30 - i))
+        higher = threshold | (integer(1) << (highest - i).astype(integer))
         return jnp.where(count(higher) >= k, higher, threshold)
 
-    threshold = lax.fori_loop(0, 31, bisect, jnp.int32(0))  # the k-th largest
+    # The k-th largest.
+    threshold = lax.fori_loop(jnp.int32(0), jnp.int32(highest + 1), bisect, integer(0))
     above = [b > threshold for b in bits]
     equal = [b == threshold for b in bits]
     room = k - sum((jnp.sum(m, dtype=jnp.int32) for m in above), start=jnp.int32(0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,20 +11,18 @@ import numpy as np
 import optax
 from jax import lax
 
-from priorityprop_jax.core.slots import Slots, find_slots
-from priorityprop_jax.priority.allocation import allocate
+from priorityprop_jax.core.slots import Slots
+from priorityprop_jax.priority.allocation import allocate, repeats
+from priorityprop_jax.priority.apply import Work
+from priorityprop_jax.priority.options import DEFAULT_BUDGET, Budget, Options
 from priorityprop_jax.priority.per_slot import PerSlot
-from priorityprop_jax.priority.schedule import check_spread, repeats
 from priorityprop_jax.priority.scores import (
     Magnitude,
-    check_magnitude,
     cost_vector,
     depth_factors,
     magnitude,
     priority,
 )
-
-Budget = int | float | jax.Array | Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike] | None
 
 
 class PriorityPropState(NamedTuple):
@@ -49,7 +46,7 @@ class PriorityPropState(NamedTuple):
 
 def priorityprop(
     inner: optax.GradientTransformation,
-    total_budget: Budget = 100,
+    total_budget: Budget = DEFAULT_BUDGET,
     min_updates: jax.typing.ArrayLike = 1,
     max_updates: jax.typing.ArrayLike = 20,
     recalc_every: jax.typing.ArrayLike = 10,
@@ -92,7 +89,8 @@ def priorityprop(
       inner: any Optax optimizer.
       total_budget: updates to hand out in one cycle. An int; or a float, as a fraction of the full
         budget (``recalc_every`` times the number of slots); or a schedule, a function of the step
-        that returns either; or None, the full budget. Traceable.
+        that returns either; or None, the full budget. Traceable. PriorityProp's 100 is meant for
+        ten slots; left out, it becomes ten updates a slot, within the two bounds that follow.
       min_updates: the least updates of a slot in a cycle; 0 is allowed. Traceable.
       max_updates: the most updates of a slot in a cycle. Traceable; no slot is ever updated twice
         at one step where it is a Python int of at most ``recalc_every``, which compiles to less.
@@ -137,7 +135,7 @@ def priorityprop(
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
         raise TypeError(f"inner must be an optax.GradientTransformation, got {inner!r}")
     inner = optax.with_extra_args_support(inner)
-    options = _Options(
+    options = Options(
         total_budget, min_updates, max_updates, recalc_every, spread, magnitude, magnitude_decay,
         depth_base, depth_factor, costs, stacked_axis, group,
     )  # fmt: skip
@@ -156,7 +154,10 @@ def priorityprop(
         grads = per_slot.flatten(updates)
         parameters = None if params is None else per_slot.flatten(params)
         present = _present(slots, grads)
-        work = per_slot.begin(grads, state.inner_state, parameters, extra_args)
+        options.check_present(slots, present)
+        work = Work(
+            per_slot, grads, per_slot.state_leaves(state.inner_state), parameters, extra_args
+        )
 
         def magnitudes():
             if options.magnitude == "gain":
@@ -164,17 +165,17 @@ def priorityprop(
             return _magnitudes(slots, grads, options.magnitude)
 
         state, counts = _plan(options, slots, state, magnitudes, present)
-        if options.is_plain(slots, present):
+        if options.is_plain(slots):
             new_updates, inner_state = work.apply_plain(updates, counts)
-            return new_updates, _advance(options, state, counts)._replace(inner_state=inner_state)
-        new_updates, inner_state = work.apply(counts, at_most_one=options.at_most_one())
+        else:
+            new_updates, inner_state = work.apply(counts, at_most_one=options.at_most_one())
         return new_updates, _advance(options, state, counts)._replace(inner_state=inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def scale_by_priority(
-    total_budget: Budget = 100,
+    total_budget: Budget = DEFAULT_BUDGET,
     min_updates: jax.typing.ArrayLike = 1,
     max_updates: jax.typing.ArrayLike = 20,
     recalc_every: jax.typing.ArrayLike = 10,
@@ -230,7 +231,7 @@ def scale_by_priority(
       >>> updates["Dense_0"].tolist(), state[1].allocation.tolist()
       ([-6.0, -6.0], [25, 15])
     """
-    options = _Options(
+    options = Options(
         total_budget, min_updates, max_updates, recalc_every, spread, magnitude, magnitude_decay,
         depth_base, depth_factor, costs, stacked_axis, group,
     )  # fmt: skip
@@ -248,6 +249,7 @@ def scale_by_priority(
         treedef = jax.tree.structure(updates if params is None else params)
         leaves = treedef.flatten_up_to(updates)
         present = _present(slots, leaves)
+        options.check_present(slots, present)
         state, counts = _plan(
             options,
             slots,
@@ -255,7 +257,7 @@ def scale_by_priority(
             lambda: _magnitudes(slots, leaves, options.magnitude),
             present,
         )
-        if options.is_plain(slots, present):
+        if options.is_plain(slots):
             return updates, _advance(options, state, counts)
         scaled = list(leaves)
         for bundle in slots.bundles:
@@ -276,124 +278,6 @@ def _times(update: jax.Array, times: jax.Array, axis: int | None) -> jax.Array:
     times = times.reshape(shape)
     # A slot without an update gets zeros even where its update is NaN.
     return jnp.where(times == 0, jnp.zeros_like(update), update * times.astype(update.dtype))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Options:
-    """What both transformations are made with; documented at `priorityprop`."""
-
-    total_budget: Any
-    min_updates: Any
-    max_updates: Any
-    recalc_every: Any
-    spread: str
-    magnitude: Magnitude
-    magnitude_decay: Any
-    depth_base: Any
-    depth_factor: Callable[[str], float] | None
-    costs: Mapping[str, float] | None
-    stacked_axis: Callable[[str], int | None] | None
-    group: Callable[[str], str | None] | None
-
-    def check(self, extra_magnitudes: Sequence[str] = ()) -> None:
-        """Raises for what is wrong whatever the parameters are."""
-        check_spread(self.spread)
-        check_magnitude(self.magnitude, extra_magnitudes)
-        for name, least in (("min_updates", 0), ("max_updates", 1), ("recalc_every", 1)):
-            value = getattr(self, name)
-            if isinstance(value, float | bool):
-                raise TypeError(f"{name} must be a whole number, got {value!r}")
-            if _is_static(value) and not least <= value < 2**31:
-                raise ValueError(f"{name} must be at least {least} and below 2**31, got {value}")
-        if _is_static(self.recalc_every) and self.recalc_every > 46_340:
-            raise ValueError(f"recalc_every must be at most 46,340, got {self.recalc_every}")
-        if _is_static(self.min_updates, self.max_updates) and self.min_updates > self.max_updates:
-            raise ValueError(
-                f"min_updates={self.min_updates} is more than max_updates={self.max_updates}"
-            )
-        if _is_static(self.magnitude_decay) and not 0 <= self.magnitude_decay < 1:
-            raise ValueError(f"magnitude_decay must be in [0, 1), got {self.magnitude_decay}")
-        if _is_static(self.depth_base) and not 0 < self.depth_base < float("inf"):
-            raise ValueError(f"depth_base must be finite and above 0, got {self.depth_base}")
-        budget = self.total_budget
-        if isinstance(budget, bool | str):
-            raise TypeError(f"total_budget must be an int, a float or a schedule, got {budget!r}")
-        if _is_static(budget) and not 0 <= budget < 2**31:
-            raise ValueError(f"total_budget must be at least 0 and below 2**31, got {budget}")
-        if budget is None and _is_static(self.max_updates, self.recalc_every):
-            if not self.min_updates <= self.recalc_every <= self.max_updates:
-                raise ValueError(
-                    f"the full budget gives every slot recalc_every={self.recalc_every} updates on "
-                    f"average, outside min_updates={self.min_updates} to "
-                    f"max_updates={self.max_updates}"
-                )
-
-    def slots(self, params: Any) -> Slots:
-        return find_slots(params, stacked_axis=self.stacked_axis, group=self.group)
-
-    def at_most_one(self) -> bool:
-        """Whether no slot can be updated twice at one step, whatever the budget."""
-        known = _is_static(self.max_updates, self.recalc_every)
-        return known and self.max_updates <= self.recalc_every
-
-    def is_plain(self, slots: Slots, present: np.ndarray) -> bool:
-        """Whether every slot is known to get one update at every step: ordinary training.
-
-        Raises:
-          ValueError: if so, and gradients are absent.
-        """
-        numbers = (self.min_updates, self.max_updates, self.recalc_every)
-        if not (_is_static(*numbers) and len(set(numbers)) == 1):
-            return False
-        if not present.all():
-            absent = slots.names[int(np.argmin(present))]
-            raise ValueError(
-                f"min_updates = max_updates = recalc_every = {self.recalc_every} updates every "
-                f"slot at every step, but the gradient of {absent!r} is absent; lower min_updates"
-            )
-        return len(slots) > 0 and all(bundle.layers is None for bundle in slots.bundles)
-
-    def check_feasible(self, slots: Slots) -> None:
-        """Raises a ValueError where the number of slots makes a static budget infeasible."""
-        numbers = (self.min_updates, self.max_updates, self.recalc_every)
-        known = self.total_budget is None or _is_static(self.total_budget)
-        if not (known and _is_static(*numbers) and len(slots)):
-            return
-        budget = _whole_budget(self.total_budget, self.recalc_every, len(slots))
-        least, most = len(slots) * self.min_updates, len(slots) * self.max_updates
-        if max(budget, least) >= 2**31:
-            raise ValueError(f"a cycle can hand out less than 2**31 updates, not {budget}")
-        if budget < least:
-            raise ValueError(
-                f"total_budget={self.total_budget} is {budget} updates a cycle, but {len(slots)} "
-                f"slots with min_updates={self.min_updates} need {least}: raise total_budget, "
-                "lower min_updates (0 is allowed), or give the budget as a fraction, such as 0.5"
-            )
-        if budget > most:
-            raise ValueError(
-                f"total_budget={self.total_budget} is {budget} updates a cycle, but {len(slots)} "
-                f"slots with max_updates={self.max_updates} can take {most}: lower total_budget, "
-                "raise max_updates, or give the budget as a fraction, such as 0.5"
-            )
-
-
-def _is_static(*values: Any) -> bool:
-    return all(isinstance(value, int | float | np.integer | np.floating) for value in values)
-
-
-def _whole_budget(budget: Any, recalc_every: Any, slots: int) -> Any:
-    """The budget in updates a cycle: a Python int where all is static, else an int32 scalar."""
-    if budget is None:
-        return recalc_every * slots
-    if _is_static(budget, recalc_every):
-        if isinstance(budget, int | np.integer):
-            return int(budget)
-        return int(np.floor(budget * recalc_every * slots + 0.5))
-    budget = jnp.asarray(budget)
-    if jnp.issubdtype(budget.dtype, jnp.floating):
-        budget = jnp.floor(budget * (recalc_every * slots) + 0.5)
-        budget = jnp.where(jnp.isnan(budget), 0, jnp.clip(budget, 0, 2**30))
-    return budget.astype(jnp.int32)
 
 
 def new_state(slots: Slots, inner_state: Any) -> PriorityPropState:
@@ -455,7 +339,7 @@ def _magnitudes(slots: Slots, leaves: Sequence[Any], kind: Magnitude) -> jax.Arr
 
 
 def _plan(
-    options: _Options,
+    options: Options,
     slots: Slots,
     state: PriorityPropState,
     magnitudes: Callable[[], jax.Array],
@@ -479,7 +363,7 @@ def _plan(
         budget = options.total_budget
         if callable(budget):
             budget = jnp.asarray(budget(state.step))
-        budget = jnp.asarray(_whole_budget(budget, options.recalc_every, len(slots)), jnp.int32)
+        budget = jnp.asarray(options.budget(budget, len(slots)), jnp.int32)
         least = jnp.asarray(len(slots) * options.min_updates, jnp.int32)
         allocation = allocate(priorities, budget, options.min_updates, options.max_updates)
         clamped = (budget < least) | (jnp.sum(allocation) < budget)
@@ -499,7 +383,7 @@ def _plan(
     return light._replace(inner_state=state.inner_state), counts * present.astype(np.int32)
 
 
-def _advance(options: _Options, state: PriorityPropState, counts: jax.Array) -> PriorityPropState:
+def _advance(options: Options, state: PriorityPropState, counts: jax.Array) -> PriorityPropState:
     following = state.cycle_step + 1
     return state._replace(
         step=optax.safe_increment(state.step),

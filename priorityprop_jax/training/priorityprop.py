@@ -9,7 +9,8 @@ import numpy as np
 import optax
 
 from priorityprop_jax.core.slots import find_slots
-from priorityprop_jax.priority.transform import Budget, priorityprop
+from priorityprop_jax.priority.options import DEFAULT_BUDGET, Budget
+from priorityprop_jax.priority.transform import priorityprop
 from priorityprop_jax.training.checkpoints import Path
 from priorityprop_jax.training.evaluation import MetricFn
 from priorityprop_jax.training.model import as_model
@@ -43,7 +44,7 @@ class PriorityPropTrainer(Trainer):
         model: Any,
         optimizer: optax.GradientTransformation,
         loss_fn: LossFn,
-        total_budget: Budget = 100,
+        total_budget: Budget = DEFAULT_BUDGET,
         min_updates: jax.typing.ArrayLike = 1,
         max_updates: jax.typing.ArrayLike = 20,
         recalc_every: jax.typing.ArrayLike = 10,

@@ -15,7 +15,8 @@ from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from priorityprop_jax import find_slots, priorityprop, scale_by_priority, top_k_updates
+from priorityprop_jax import find_slots, priorityprop, scale_by_priority
+from priorityprop_jax.priority import top_k_updates
 from tests.priority.test_transform import (
     STACKED,
     assert_same,

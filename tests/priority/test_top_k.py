@@ -8,13 +8,14 @@ import numpy as np
 import optax
 import pytest
 
-from priorityprop_jax import top_k_updates
+from priorityprop_jax.priority import top_k_updates
 
 
 def reference(leaves, k):
     """Keeps the k largest magnitudes of all leaves together, the earlier element among equals."""
     together = np.concatenate([np.abs(np.asarray(x)).reshape(-1) for x in leaves])
-    k = min(k, together.size) if isinstance(k, int) else int(np.ceil(k * together.size))
+    k = min(k, together.size) if isinstance(k, int) else max(1, round(k * together.size))
+    k = min(k, together.size)
     keep = np.zeros(together.size, bool)
     keep[np.argsort(-together, kind="stable")[:k]] = True
     parts = np.split(keep, np.cumsum([x.size for x in leaves])[:-1])
@@ -69,7 +70,7 @@ def test_error_feedback_delays_and_never_loses():
         sent = jax.tree.map(np.add, sent, kept)
         given = jax.tree.map(np.add, given, updates)
         for name in params:
-            assert np.sum(np.asarray(kept[name]) != 0) <= -(-params[name].size // 10)
+            assert np.sum(np.asarray(kept[name]) != 0) <= max(1, round(params[name].size / 10))
             np.testing.assert_allclose(
                 sent[name] + state.residual[name], given[name], rtol=1e-5, atol=1e-5
             )
@@ -114,3 +115,32 @@ def test_impossible_k_is_refused(k):
         top_k_updates(k)
     with pytest.raises(ValueError, match="per must be"):
         top_k_updates(3, per="layer")
+
+
+def test_a_fraction_is_the_nearest_whole_number():
+    for fraction, kept in ((0.07, 7), (0.29, 29), (0.001, 1), (0.995, 100)):
+        tx = top_k_updates(fraction)
+        updates, _ = tx.update(jnp.arange(1.0, 101.0), tx.init(jnp.zeros(100)))
+        assert int(jnp.sum(updates != 0)) == kept, fraction
+
+
+@pytest.mark.parametrize("per", ["leaf", "global"])
+def test_magnitudes_of_double_precision_are_told_apart(per):
+    with jax.enable_x64(True):
+        updates = {"a": jnp.array([1e-60, 1e-50, 0.0]), "b": jnp.array([1.0], jnp.float32)}
+        tx = top_k_updates(1 if per == "leaf" else 2, per=per)
+        kept, _ = jax.jit(tx.update)(updates, tx.init(updates))
+        assert kept["a"].dtype == jnp.float64 and kept["a"].tolist() == [0.0, 1e-50, 0.0]
+        assert kept["b"].tolist() == [1.0]
+
+
+def test_absent_updates_keep_what_was_held_back_of_them():
+    tx = top_k_updates(1, error_feedback=True)
+    state = tx.init({"a": jnp.zeros(3), "b": jnp.zeros(3)})
+    updates = {"a": jnp.array([1.0, 2.0, 3.0]), "b": jnp.array([1.0, 2.0, 3.0])}
+    _, state = tx.update(updates, state)
+    kept, state = jax.jit(tx.update)(updates | {"a": None}, state)
+    assert kept["a"] is None and kept["b"].tolist() == [0.0, 4.0, 0.0]
+    assert state.residual["a"].tolist() == [1.0, 2.0, 0.0]
+    kept, _ = tx.update({"a": jnp.zeros(3), "b": None}, state)
+    assert kept["a"].tolist() == [0.0, 2.0, 0.0] and kept["b"] is None

@@ -1,4 +1,4 @@
-"""Tests of `priorityprop_jax.priority.schedule`."""
+"""Tests of `repeats`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from priorityprop_jax import repeats
-from priorityprop_jax.priority.schedule import SPREADS, check_spread
+from priorityprop_jax.priority.allocation import SPREADS, check_spread, repeats
 
 LARGEST = 2**31 - 1
 LONGEST = 46_340

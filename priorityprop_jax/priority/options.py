@@ -1,0 +1,150 @@
+"""What a budget of updates is made with, checked, and worked out for a number of slots."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from priorityprop_jax.core.slots import Slots, find_slots
+from priorityprop_jax.priority.allocation import check_spread
+from priorityprop_jax.priority.scores import Magnitude, check_magnitude
+
+Budget = int | float | jax.Array | Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike] | None
+
+
+class _ForTenSlots(int):
+    """A budget that nobody has asked for: it is meant for ten slots and grows with their number."""
+
+
+DEFAULT_BUDGET = _ForTenSlots(100)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of `priorityprop` and `scale_by_priority`; documented there."""
+
+    total_budget: Any
+    min_updates: Any
+    max_updates: Any
+    recalc_every: Any
+    spread: str
+    magnitude: Magnitude
+    magnitude_decay: Any
+    depth_base: Any
+    depth_factor: Callable[[str], float] | None
+    costs: Mapping[str, float] | None
+    stacked_axis: Callable[[str], int | None] | None
+    group: Callable[[str], str | None] | None
+
+    def check(self, extra_magnitudes: Sequence[str] = ()) -> None:
+        """Raises for what is wrong whatever the parameters are."""
+        check_spread(self.spread)
+        check_magnitude(self.magnitude, extra_magnitudes)
+        for name, least in (("min_updates", 0), ("max_updates", 1), ("recalc_every", 1)):
+            value = getattr(self, name)
+            if isinstance(value, float | bool):
+                raise TypeError(f"{name} must be a whole number, got {value!r}")
+            if _is_static(value) and not least <= value < 2**31:
+                raise ValueError(f"{name} must be at least {least} and below 2**31, got {value}")
+        if _is_static(self.recalc_every) and self.recalc_every > 46_340:
+            raise ValueError(f"recalc_every must be at most 46,340, got {self.recalc_every}")
+        if _is_static(self.min_updates, self.max_updates) and self.min_updates > self.max_updates:
+            raise ValueError(
+                f"min_updates={self.min_updates} is more than max_updates={self.max_updates}"
+            )
+        if _is_static(self.magnitude_decay) and not 0 <= self.magnitude_decay < 1:
+            raise ValueError(f"magnitude_decay must be in [0, 1), got {self.magnitude_decay}")
+        if _is_static(self.depth_base) and not 0 < self.depth_base < float("inf"):
+            raise ValueError(f"depth_base must be finite and above 0, got {self.depth_base}")
+        budget = self.total_budget
+        if isinstance(budget, bool | str):
+            raise TypeError(f"total_budget must be an int, a float or a schedule, got {budget!r}")
+        if _is_static(budget) and not 0 <= budget < 2**31:
+            raise ValueError(f"total_budget must be at least 0 and below 2**31, got {budget}")
+        if budget is None and _is_static(self.max_updates, self.recalc_every):
+            if not self.min_updates <= self.recalc_every <= self.max_updates:
+                raise ValueError(
+                    f"the full budget gives every slot recalc_every={self.recalc_every} updates on "
+                    f"average, outside min_updates={self.min_updates} to "
+                    f"max_updates={self.max_updates}"
+                )
+
+    def slots(self, params: Any) -> Slots:
+        """The slots of parameters."""
+        return find_slots(params, stacked_axis=self.stacked_axis, group=self.group)
+
+    def at_most_one(self) -> bool:
+        """Whether no slot can be updated twice at one step, whatever the budget."""
+        known = _is_static(self.max_updates, self.recalc_every)
+        return known and self.max_updates <= self.recalc_every
+
+    def is_plain(self, slots: Slots) -> bool:
+        """Whether every slot is known to get one update at every step: ordinary training."""
+        numbers = (self.min_updates, self.max_updates, self.recalc_every)
+        known = _is_static(*numbers) and len(set(numbers)) == 1
+        return known and len(slots) > 0 and all(b.layers is None for b in slots.bundles)
+
+    def check_present(self, slots: Slots, present: np.ndarray) -> None:
+        """Raises a ValueError where a gradient is absent though every slot gets every update."""
+        numbers = (self.min_updates, self.max_updates, self.recalc_every)
+        if _is_static(*numbers) and len(set(numbers)) == 1 and not present.all():
+            absent = slots.names[int(np.argmin(present))]
+            raise ValueError(
+                f"min_updates = max_updates = recalc_every = {self.recalc_every} updates every "
+                f"slot at every step, but the gradient of {absent!r} is absent; lower min_updates"
+            )
+
+    def check_feasible(self, slots: Slots) -> None:
+        """Raises a ValueError where the number of slots makes a static budget infeasible."""
+        numbers = (self.min_updates, self.max_updates, self.recalc_every)
+        known = self.total_budget is None or _is_static(self.total_budget)
+        if not (known and _is_static(*numbers) and len(slots)):
+            return
+        budget = self.budget(self.total_budget, len(slots))
+        least, most = len(slots) * self.min_updates, len(slots) * self.max_updates
+        if max(budget, least) >= 2**31:
+            raise ValueError(f"a cycle can hand out less than 2**31 updates, not {budget}")
+        if least <= budget <= most:
+            return
+        limit = (
+            f"with min_updates={self.min_updates} need {least}: raise total_budget, lower "
+            "min_updates (0 is allowed),"
+            if budget < least
+            else f"with max_updates={self.max_updates} can take {most}: lower total_budget, raise "
+            "max_updates,"
+        )
+        raise ValueError(
+            f"total_budget={self.total_budget} is {budget} updates a cycle, but {len(slots)} slots "
+            f"{limit} give the budget as a fraction, such as 0.5, or leave total_budget out: the "
+            "default fits every number of slots"
+        )
+
+    def budget(self, budget: Any, slots: int) -> Any:
+        """A budget in updates a cycle: a Python int where all is static, else an int32 scalar."""
+        if budget is None:
+            return self.recalc_every * slots
+        if isinstance(budget, _ForTenSlots):
+            wanted = int(budget) * slots // 10
+            least, most = self.min_updates * slots, self.max_updates * slots
+            if _is_static(least, most):
+                return int(min(max(wanted, least), most))
+            return jnp.clip(jnp.asarray(wanted, jnp.int32), least, most).astype(jnp.int32)
+        if _is_static(budget, self.recalc_every):
+            if isinstance(budget, int | np.integer):
+                return int(budget)
+            return int(np.floor(budget * self.recalc_every * slots + 0.5))
+        budget = jnp.asarray(budget)
+        if jnp.issubdtype(budget.dtype, jnp.floating):
+            full = jnp.asarray(self.recalc_every * slots, budget.dtype)
+            budget = jnp.floor(budget * full + 0.5)
+            budget = jnp.where(jnp.isnan(budget), 0, jnp.clip(budget, 0, 2**30))
+        return budget.astype(jnp.int32)
+
+
+def _is_static(*values: Any) -> bool:
+    return all(isinstance(value, int | float | np.integer | np.floating) for value in values)

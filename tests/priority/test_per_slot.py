@@ -1,0 +1,166 @@
+"""One slot at a time: masks, labels, random keys and hyperparameters of the inner optimizer."""
+
+import contextlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from priorityprop_jax import priorityprop
+from tests.priority.test_transform import gradients, make_params, train
+
+PLAIN = dict(total_budget=None, min_updates=0, max_updates=4, recalc_every=1)  # but slot by slot
+
+
+def by_map(test):
+    return lambda tree: jax.tree.map(test, tree)
+
+
+def by_path(test):
+    def label(path, x):
+        return test(np.zeros(2 if path[-1].key == "kernel" else 1))
+
+    return lambda tree: jax.tree_util.tree_map_with_path(label, tree)
+
+
+def by_name(test):
+    return lambda tree: {
+        layer: {name: test(np.zeros(2) if name == "kernel" else np.zeros(())) for name in leaves}
+        for layer, leaves in tree.items()
+    }
+
+
+def by_shape(test):
+    return lambda tree: {
+        layer: {name: test(x) for name, x in leaves.items()} for layer, leaves in tree.items()
+    }
+
+
+FUNCTIONS = {
+    "map": (by_map, lambda x: x.ndim > 1),
+    "path": (by_path, lambda x: x.size > 1),
+    "name": (by_name, lambda x: x.ndim > 0),
+    "shape": (by_shape, lambda x: x.ndim > 1 and x.size > 6),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrapper"),
+    [("map", "masked"), ("path", "labels"), ("name", "labels"), ("shape", "masked")]
+    + [("shape", "labels"), ("name", "decay")],
+)
+def test_masks_and_labels_may_be_functions_of_the_tree(kind, wrapper):
+    make, test = FUNCTIONS[kind]
+    inner = {
+        "masked": lambda: optax.masked(optax.adam(0.1), make(test)),
+        "labels": lambda: optax.partition(
+            {"yes": optax.adam(0.1), "no": optax.sgd(0.3, momentum=0.9)},
+            make(lambda x: "yes" if test(x) else "no"),
+        ),
+        "decay": lambda: optax.adamw(0.1, weight_decay=0.5, mask=make(test)),
+    }[wrapper]()
+    params = make_params()
+    plain, _ = train(inner, params, 4)
+    ours, _ = train(
+        priorityprop(inner, **PLAIN, depth_base=1.0, magnitude=lambda g: 1.0), params, 4
+    )
+    chex.assert_trees_all_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_an_error_of_the_users_own_is_passed_on():
+    def broken(tree):
+        raise AttributeError("of my own")
+
+    params = make_params()
+    tx = priorityprop(optax.masked(optax.sgd(0.1), broken), 0.5)
+    with pytest.raises((AttributeError, TypeError), match="of my own"):
+        tx.init(params)
+
+
+@pytest.mark.parametrize("key", [jax.random.key(3), jax.random.PRNGKey(3)], ids=["typed", "raw"])
+def test_every_slot_draws_noise_of_its_own(key):
+    params = {
+        "a": jnp.zeros(64),
+        "b": jnp.zeros(64),
+        "stack": jnp.zeros((3, 64)),
+    }
+    inner = optax.chain(raw_noise(key) if key.dtype == jnp.uint32 else noise(key), optax.sgd(1.0))
+    tx = priorityprop(inner, **PLAIN, stacked_axis=lambda path: 0 if path == "stack" else None)
+    state = tx.init(params)
+    step = jax.jit(tx.update)
+    draws = []
+    for _ in range(2):
+        updates, after = step(params, state, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+        state = after
+        draws += [updates["a"], updates["b"], *updates["stack"]]
+    correlation = np.corrcoef(np.stack(draws))
+    assert np.all(np.abs(correlation - np.eye(len(draws))) < 0.6)
+
+
+def noise(key):
+    return optax.add_noise(1.0, 0.5, key=key)
+
+
+def raw_noise(key):
+    """As Optax kept its keys before they had a type."""
+
+    def update(updates, state, params=None):
+        del params
+        new, own = jax.random.split(state["rng_key"])
+        drawn = jax.tree.map(lambda u: u + jax.random.normal(own, u.shape), updates)
+        return drawn, {"rng_key": new}
+
+    return optax.GradientTransformation(lambda params: {"rng_key": key}, update)
+
+
+def test_noise_of_ordinary_training_is_the_inner_optimizers():
+    inner = lambda: optax.chain(noise(jax.random.key(3)), optax.sgd(0.1))  # noqa: E731
+    params = make_params()
+    plain, _ = train(inner(), params, 4)
+    ours, _ = train(priorityprop(inner(), None, 5, 5, 5), params, 4)
+    chex.assert_trees_all_equal(ours, plain)
+
+
+@pytest.mark.parametrize("value", [0.5, np.float32(0.5), jnp.float32(0.5)], ids=repr)
+def test_a_hyperparameter_is_set_to_one_number_for_all_slots(value):
+    params = make_params()
+    tx = priorityprop(optax.inject_hyperparams(optax.sgd)(learning_rate=0.1), None, 0, 1, 1)
+    state = optax.tree.set(tx.init(params), learning_rate=value)
+    grads = gradients(params, 0)
+    step = jax.jit(tx.update)
+    for _ in range(2):
+        updates, state = step(grads, state, params)
+        chex.assert_trees_all_close(updates, jax.tree.map(lambda g: -0.5 * g, grads), rtol=1e-6)
+    assert state.inner_state.hyperparams["learning_rate"].shape == (6,)
+
+
+MODES = {
+    "strict promotion": lambda: jax.numpy_dtype_promotion("strict"),
+    "debug nans": lambda: jax.debug_nans(True),
+    "ranks": lambda: jax.numpy_rank_promotion("raise"),
+    "double": lambda: jax.enable_x64(True),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_under_every_mode_of_jax(mode):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(MODES[mode]())
+        dtype = jnp.float64 if mode == "double" else jnp.bfloat16
+        params = {"a": jnp.ones((2, 3), dtype), "stack": jnp.ones((2, 3), jnp.float32)}
+        for options in (
+            dict(total_budget=0.5, max_updates=30, magnitude="gain", magnitude_decay=0.5),
+            dict(total_budget=lambda step: 0.5, depth_base=jnp.float32(1.1), max_updates=10),
+        ):
+            tx = priorityprop(
+                optax.sgd(0.1, momentum=0.9),
+                **options,
+                stacked_axis=lambda path: 0 if path == "stack" else None,
+            )
+            updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+            chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+            assert int(state.allocation.sum()) == 15
