@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from priorityprop_jax.priority.allocation import repeats
 
 from priorityprop_jax import find_slots
 from priorityprop_jax.partial import policies
 from priorityprop_jax.partial.choose import choose_active
 from priorityprop_jax.partial.costs import StepCosts
 from priorityprop_jax.partial.policies import Situation, active_sets, make_policy
+from priorityprop_jax.priority.allocation import repeats
 
 properties = settings(derandomize=True, deadline=None, max_examples=150)
 
