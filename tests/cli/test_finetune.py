@@ -22,7 +22,7 @@ from priorityprop_jax.training.loader import ArrayLoader
 pytest.importorskip("tokenizers", reason="priorityprop-jax[finetune] is not installed")
 safetensors = pytest.importorskip("safetensors.numpy")
 
-budgeted = importlib.import_module("priorityprop_jax.partial.step")
+budgeted = importlib.import_module("priorityprop_jax.partial.engine")
 pytestmark = pytest.mark.usefixtures("compile_once")
 
 FILES = {"config.json", "losses.png", "metrics.jsonl", "report.json", "report.md", "checkpoint"}
