@@ -19,6 +19,7 @@ from priorityprop_jax.cli.runs import (
     new_directory,
     open_run,
     result,
+    resumable,
     save,
     table,
     train_arm,
@@ -117,7 +118,9 @@ def run(arguments: argparse.Namespace) -> int:
         f"sst2: policy {config.policy}, {config.epochs} x {len(task.train_data)} steps in cycles "
         f"of {config.recalc_every}\nwriting to {directory}/"
     )
-    return _train(directory, config, task, step)
+    with resumable(directory):
+        _train(directory, config, task, step)
+    return 0
 
 
 def _load(config: Config) -> Task:
@@ -171,8 +174,8 @@ def _schedule(steps: int) -> Any:
     return optax.join_schedules([up, optax.linear_schedule(1, 0, max(1, steps - first))], [first])
 
 
-def _train(directory: Path, config: Config, task: Task, step: Any) -> int:
-    """Trains, and writes the report; the exit code."""
+def _train(directory: Path, config: Config, task: Task, step: Any) -> None:
+    """Trains, and writes the report."""
     import optax
 
     from priorityprop_jax.partial.prefix_cache import PrefixCache
@@ -194,8 +197,7 @@ def _train(directory: Path, config: Config, task: Task, step: Any) -> int:
     model: Any = task.model
     try:
         trainer = Trainer(nnx_stages(model.stages()), optimizer, task.loss_fn, step)
-        if not train_arm(directory, config.policy, trainer, task, config.epochs):
-            return 130
+        train_arm(directory, config.policy, trainer, task, config.epochs)
     finally:
         if cache is not None:
             cache.close()
@@ -210,7 +212,6 @@ def _train(directory: Path, config: Config, task: Task, step: Any) -> int:
     draw_losses(directory / "losses.png", written.title, {config.policy: trainer.history})
     save(directory, record, written)
     shutil.rmtree(directory / "cache", ignore_errors=True)
-    return 0
 
 
 # The report.

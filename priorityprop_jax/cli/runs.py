@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -172,11 +173,22 @@ def write(path: Path, text: str) -> None:
 # Training.
 
 
-def train_arm(directory: Path, name: str, trainer: Trainer, task: Task, epochs: int) -> bool:
-    """Trains, from the latest checkpoint if there is one; whether it came to its end.
+@contextlib.contextmanager
+def resumable(directory: Path) -> Iterator[None]:
+    """Says how to go on with a run that Ctrl-C ends."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"go on with: priorityprop {command_of(directory)} --resume {directory}")
+        raise
+
+
+def train_arm(directory: Path, name: str, trainer: Trainer, task: Task, epochs: int) -> None:
+    """Trains, from the latest checkpoint if there is one.
 
     Raises:
       Failure: the checkpoint does not fit, or the data do not.
+      KeyboardInterrupt: Ctrl-C was pressed; the run can be gone on with.
     """
     from tqdm import tqdm
 
@@ -203,15 +215,14 @@ def train_arm(directory: Path, name: str, trainer: Trainer, task: Task, epochs: 
     except ValueError as error:
         raise Failure(str(error)) from error
     if history.interrupted:
-        command = command_of(directory)
-        print(f"interrupted; go on with: priorityprop {command} --resume {directory}")
-    return not history.interrupted
+        raise KeyboardInterrupt
 
 
 def write_metrics(path: Path, arm: str, history: History) -> None:
     """Writes all of an arm's records, one a line, in the order of its steps; others' lines stay."""
     kept = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    lines = [line for line in kept if json.loads(line)["arm"] != arm]
+    mine = json.dumps({"arm": arm})[:-1] + ","
+    lines = [line for line in kept if line.endswith("}") and not line.startswith(mine)]
     records = [{"kind": "step", **r} for r in history.steps]
     records += [{"kind": "eval", **r} for r in history.evals]
     records.sort(key=lambda record: record["step"])  # a step stays before its evaluation

@@ -19,6 +19,7 @@ from priorityprop_jax.cli.runs import (
     new_directory,
     open_run,
     result,
+    resumable,
     save,
     table,
     train_arm,
@@ -174,14 +175,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     print(f"digits: {config.method}, {task.epochs} epochs\nwriting to {directory}/")
     arms = {config.optimizer: (plain, other), config.method: (ours, task)}
-    for name, (trainer, own) in arms.items():
-        if not train_arm(directory, name, trainer, own, task.epochs):
-            return 130
+    with resumable(directory):
+        for name, (trainer, own) in arms.items():
+            train_arm(directory, name, trainer, own, task.epochs)
+        results = {name: result(*arm) for name, arm in arms.items()}
     ledger = None if config.method == "sparse" else ours.get_priority_report()
     record = {
         "command": "train",
         "config": vars(config),
-        "results": {name: result(*arm) for name, arm in arms.items()},
+        "results": results,
         "ledger": None if ledger is None else ledger.as_dict(),
         "layers": layer_table(ours.model) if ledger is None else None,
     }
