@@ -23,7 +23,7 @@ class PriorityPropTrainer(Trainer):
 
     The optimizer sees one slot at a time: a clipping by norm inside it clips each slot by itself.
 
-    The arguments from `total_budget` to `recalc_every` and the **options are those of
+    The arguments from `total_budget` to `recalc_every` and the ``options`` are those of
     `priorityprop`, the others those of `Trainer`.
 
     Example:
