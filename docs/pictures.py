@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from priorityprop_jax import allocate, repeats
+from priorityprop_jax import allocate
+from priorityprop_jax.priority import repeats
 
 SPENT, IDLE, FORWARD, LINE = "#d1495b", "#e7e9ee", "#30638e", "#3c4250"
 # White behind the drawing keeps it readable on a dark page; the rest makes the bytes the same
