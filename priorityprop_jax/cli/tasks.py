@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from priorityprop_jax.models.files import DataFile, install, read_file
+from priorityprop_jax.models.files import DataFile, package, read_file
 from priorityprop_jax.models.tokenizer import load_tokenizer, tokenize
 from priorityprop_jax.models.weights import find_minilm, load_bert
 from priorityprop_jax.training.loader import ArrayLoader
@@ -133,11 +133,8 @@ def digits(*, seed: int = 0, hidden: tuple[int, ...] = (128, 128)) -> Task:
       ValueError: a width is below 1.
       ImportError: scikit-learn, which the digits come with, is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError(f"the digits come with scikit-learn: {install('demo')}") from error
-    x, y = load_digits(return_X_y=True)
+    datasets = package("sklearn.datasets", "the digits come with scikit-learn", "demo")
+    x, y = datasets.load_digits(return_X_y=True)
     # The rows are in the order of their writers, and RandomState's stream is frozen for ever.
     order = np.random.RandomState(0).permutation(len(y))
     x, y = (x[order] / 16).astype(np.float32), y[order].astype(np.int32)  # [1797, 64] in [0, 1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,7 @@ class BertConfig:
     Raises:
       ValueError: a value is one that the encoder cannot work with.
 
-    Example:
-      >>> config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2,
-      ...                     num_attention_heads=2, intermediate_size=32)
-      >>> config.max_position_embeddings, config.hidden_act
-      (512, 'gelu')
+    See `BertClassifier` for an example.
     """
 
     vocab_size: int
@@ -63,79 +59,51 @@ class BertConfig:
 
     def __post_init__(self) -> None:
         """Checks the values against each other."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type != "int":
-                continue
-            least = 0 if field.name == "pad_token_id" else 1
+        for name in [field.name for field in dataclasses.fields(self) if field.type == "int"]:
+            value, least = getattr(self, name), int(name != "pad_token_id")
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"{field.name} is {value!r}, a whole number from {least} on is needed"
-                )
-        if self.hidden_act not in _ACTIVATIONS:
+                raise ValueError(f"{name} is {value!r}, a whole number from {least} on is needed")
+        act, heads, pad = self.hidden_act, self.num_attention_heads, self.pad_token_id
+        if act not in _ACTIVATIONS:
+            known = ", ".join(_ACTIVATIONS)
+            raise ValueError(f"hidden_act {act!r} is not supported; those that are: {known}")
+        if self.hidden_size % heads:
             raise ValueError(
-                f"hidden_act {self.hidden_act!r} is not supported; those that are: "
-                f"{', '.join(_ACTIVATIONS)}"
+                f"num_attention_heads={heads} does not divide hidden_size={self.hidden_size}"
             )
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} does not divide "
-                f"hidden_size={self.hidden_size}"
-            )
-        if self.pad_token_id >= self.vocab_size:
-            raise ValueError(
-                f"pad_token_id={self.pad_token_id} is no token: vocab_size={self.vocab_size}"
-            )
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> BertConfig:
-        """Takes what matters out of a parsed `config.json`; other names are ignored.
-
-        Raises:
-          ValueError: a name without a default is missing, or a value is not supported.
-
-        Example:
-          >>> BertConfig.from_dict({"model_type": "gpt2"})
-          Traceback (most recent call last):
-          ...
-          ValueError: model_type 'gpt2' is not supported, only 'bert' is
-        """
-        for name, supported in (("model_type", "bert"), ("position_embedding_type", "absolute")):
-            if (config.get(name) or supported) != supported:
-                raise ValueError(f"{name} {config[name]!r} is not supported, only {supported!r} is")
-        # The few that every BERT writes down; the others' defaults are BERT's own.
-        needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
-        missing = [name for name in needed if config.get(name) is None]
-        if missing:
-            raise ValueError(f"the configuration lacks {', '.join(missing)}")
-        known = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: config[name] for name in known if config.get(name) is not None})
+        if pad >= self.vocab_size:
+            raise ValueError(f"pad_token_id={pad} is no token: vocab_size={self.vocab_size}")
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> BertConfig:
-        """Reads a `config.json`; a DataError where it is missing or damaged."""
-        config = read_json(Path(path))
+        """Takes what matters out of a `config.json`; other names are ignored.
+
+        Raises:
+          ValueError: a name without a default is missing, or a value is not supported.
+          DataError: the file is missing or damaged.
+        """
+        config, fields = read_json(Path(path)), dataclasses.fields(cls)
+        given = {f.name: config[f.name] for f in fields if config.get(f.name) is not None}
+        # The few that every BERT writes down; the others' defaults are BERT's own.
+        needed = [f.name for f in fields if f.default is dataclasses.MISSING]
         try:
-            return cls.from_dict(config)
+            for name, only in (("model_type", "bert"), ("position_embedding_type", "absolute")):
+                if (config.get(name) or only) != only:
+                    raise ValueError(f"{name} {config[name]!r} is not supported, only {only!r} is")
+            if missing := [name for name in needed if name not in given]:
+                raise ValueError(f"the configuration lacks {', '.join(missing)}")
+            return cls(**given)
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
 
 
 class BertEmbeddings(nnx.Module):
-    """The sum of word, position and token-type embeddings, normalized; see `BertClassifier`.
-
-    Raises:
-      ValueError: when called with more tokens than there are positions.
-    """
+    """The sum of word, position and token-type embeddings, normalized; see `BertClassifier`."""
 
     def __init__(self, config: BertConfig, *, dropout: float = 0.0, rngs: nnx.Rngs):
         self.pad = config.pad_token_id
-        embed = partial(
-            nnx.Embed,
-            features=config.hidden_size,
-            embedding_init=nnx.initializers.normal(config.initializer_range),
-            rngs=rngs,
-        )
+        init = nnx.initializers.normal(config.initializer_range)
+        embed = partial(nnx.Embed, features=config.hidden_size, embedding_init=init, rngs=rngs)
         self.word = embed(config.vocab_size)
         self.position = embed(config.max_position_embeddings)
         self.token_type = embed(config.type_vocab_size)
@@ -145,7 +113,7 @@ class BertEmbeddings(nnx.Module):
     def __call__(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Maps int32 `[batch, time]` to hidden `[batch, time, width]` and mask `[batch, time]`.
 
-        The mask is true where there is a token, and false at the padding.
+        The mask is false at the padding. A ValueError: there are fewer positions than tokens.
         """
         time, positions = tokens.shape[1], self.position.num_embeddings
         if time > positions:
@@ -154,17 +122,16 @@ class BertEmbeddings(nnx.Module):
                 "model; truncate it (tokenize does, with its length)"
             )
         # Slices, not lookups: their gradients need no scatter.
-        hidden = (
-            self.word(tokens) + self.position.embedding[:time] + self.token_type.embedding[0]
-        )  # [batch, time, width]
+        place = self.position.embedding[:time]  # [time, width]
+        hidden = self.word(tokens) + place + self.token_type.embedding[0]  # [batch, time, width]
         return self.dropout(self.norm(hidden)), tokens != self.pad
 
 
 class BertBlock(nnx.Module):
     """A post-norm block: attention, then an MLP, each added to its input and then normalized.
 
-    Query, key and value are leaves of their own, as in the files; on a CPU three products are
-    also faster than a fused one, whose result has to be taken apart. See `BertClassifier`.
+    Query, key and value are leaves of their own, as in the files; on a CPU that is also faster
+    than a fused product, whose result has to be taken apart. See `BertClassifier`.
     """
 
     def __init__(self, config: BertConfig, *, dropout: float = 0.0, rngs: nnx.Rngs):
@@ -247,8 +214,6 @@ class BertClassifier(nnx.Module):
       >>> tokens = jnp.array([[7, 8, 9, 0], [5, 0, 0, 0]])  # [batch, time], 0 is the padding
       >>> model(tokens).shape
       (2, 3)
-      >>> [hidden.shape for hidden in model.encode(tokens)]
-      [(2, 4, 16), (2, 4, 16), (2, 4, 16)]
 
     References:
       Devlin et al., [BERT](https://arxiv.org/abs/1810.04805), 2018.
@@ -267,25 +232,15 @@ class BertClassifier(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Maps tokens, int32 `[batch, time]`, to logits `[batch, classes]`."""
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
+        x: Any = tokens
+        for _, stage in self.stages():
+            x = stage(x)
+        return x
 
     def stages(self) -> list[tuple[str, nnx.Module]]:
         """The parts by name, from the input on, for a budget of compute (`nnx_stages`)."""
         blocks = [(f"block_{i}", block) for i, block in enumerate(self.blocks)]
         return [("embed", self.embed), *blocks, ("head", self.head)]
-
-    def encode(self, tokens: jax.Array) -> list[jax.Array]:
-        """Maps tokens to hidden states `[batch, time, width]`: of the embeddings, of each block.
-
-        What they hold at the padding means nothing.
-        """
-        states = [self.embed(tokens)]
-        for block in self.blocks:
-            states.append(block(states[-1]))
-        return [hidden for hidden, _ in states]
 
 
 def _linear(din: int, dout: int, *, config: BertConfig, rngs: nnx.Rngs) -> nnx.Linear:
@@ -302,8 +257,4 @@ def _norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 def _dropout(rate: float, rngs: nnx.Rngs) -> Callable[[jax.Array], jax.Array]:
     """No module at a rate of 0, so that a model without dropout has no random state either."""
-    return nnx.Dropout(rate, rngs=rngs) if rate > 0 else _identity
-
-
-def _identity(x: jax.Array) -> jax.Array:
-    return x
+    return nnx.Dropout(rate, rngs=rngs) if rate > 0 else nnx.identity

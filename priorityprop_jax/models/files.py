@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
+import importlib
 import json
 import os
 import struct
@@ -21,9 +22,12 @@ from typing import Any
 ENV_VAR = "PRIORITYPROP_DATA"
 
 
-def install(extra: str) -> str:
-    """What to do about a missing package; the project is not on an index."""
-    return f'pip install -e ".[{extra}]" in a checkout'
+def package(name: str, need: str, extra: str) -> Any:
+    """Imports what one of the project's extras brings; the project itself is not on an index."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f'{need}: pip install -e ".[{extra}]" in a checkout') from error
 
 
 class DataError(OSError):
@@ -65,24 +69,18 @@ def read_file(file: DataFile, *, data_dir: str | os.PathLike[str] | None = None)
       DataError: the file is missing or damaged in `data_dir`, damaged in the folder of
         `PRIORITYPROP_DATA`, or no public home gave it whole.
     """
-    if data_dir is not None:
-        paths = _find(file, Path(data_dir).expanduser())
-        if not paths:
+    named = (os.environ.get(ENV_VAR) or None) if data_dir is None else data_dir
+    if named is not None:
+        folder = Path(named).expanduser()
+        if data_dir is None and not folder.is_dir():
+            raise DataError(f"{ENV_VAR}={named!r} is not a folder; correct it or unset it")
+        if paths := _find(file, folder):
+            return _verified(paths[0], file)
+        if data_dir is not None:
             raise DataError(
                 f"no {' or '.join(file.names)} in {os.fspath(data_dir)!r}; get the file from "
                 f"{file.urls[0]} and put it there, or leave data_dir out to download it"
             )
-        return _verified(paths[0], file)
-
-    env = os.environ.get(ENV_VAR)
-    if env:
-        folder = Path(env).expanduser()
-        if not folder.is_dir():
-            raise DataError(f"{ENV_VAR}={env!r} is not a folder; correct it or unset it")
-        paths = _find(file, folder)
-        if paths:
-            return _verified(paths[0], file)
-
     for path in _find(file, cache_folder()):
         try:
             return _verified(path, file)
@@ -91,23 +89,23 @@ def read_file(file: DataFile, *, data_dir: str | os.PathLike[str] | None = None)
     return _verified(_download(file, cache_folder()), file)
 
 
-def gunzip(raw: bytes, *, source: str) -> bytes:
+def gunzip(raw: bytes, *, source: str, advice: str = "") -> bytes:
     """Decompresses `raw`; a `DataError` that names `source` where it is no whole gzip stream."""
     try:
         return gzip.decompress(raw)
     except (EOFError, zlib.error, gzip.BadGzipFile, struct.error) as error:
-        raise DataError(f"{source} is damaged: not a whole gzip file ({error})") from error
+        raise DataError(f"{source} is damaged: not a whole gzip file ({error}){advice}") from error
 
 
 def needed(directory: Path, *names: str) -> Path:
     """The first of the files of a BERT that its folder holds."""
     if not directory.is_dir():
-        raise DataError(f"{os.fspath(directory)!r} is not a folder; give the one of a BERT")
+        raise DataError(f"{str(directory)!r} is not a folder; give the one of a BERT")
     for name in names:
         if (directory / name).is_file():
             return directory / name
     raise DataError(
-        f"no {' or '.join(names)} in {os.fspath(directory)!r}; a BERT's folder holds config.json, "
+        f"no {' or '.join(names)} in {str(directory)!r}; a BERT's folder holds config.json, "
         "model.safetensors, and tokenizer.json or vocab.txt"
     )
 
@@ -132,54 +130,38 @@ def _find(file: DataFile, folder: Path) -> list[Path]:
 
 
 def _verified(path: Path, file: DataFile) -> bytes:
-    advice = f"delete it, then get it again from {file.urls[0]}"
+    advice = f"; delete it, then get it again from {file.urls[0]}"
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     if path.suffix == ".gz" and not file.urls[0].endswith(".gz"):
-        try:
-            raw = gunzip(raw, source=str(path))
-        except DataError as error:
-            raise DataError(f"{error}; {advice}") from error
+        raw = gunzip(raw, source=str(path), advice=advice)
     found = hashlib.sha256(raw).hexdigest()
     if found != file.sha256:
         raise DataError(
             f"{path} is damaged or not the expected file: {len(raw)} bytes with SHA-256 {found}, "
-            f"expected {file.sha256}; {advice}"
+            f"expected {file.sha256}{advice}"
         )
     return raw
 
 
 def _download(file: DataFile, folder: Path) -> Path:
     """Downloads `file` into `folder` from the first public home that serves it whole."""
-    try:
-        import pooch
-    except ImportError as error:
-        raise ImportError(
-            f"downloading {file.names[0]} needs pooch: {install('demo')}, or name a folder that "
-            "holds the file"
-        ) from error
-
+    name = file.names[0]
+    need = f"name a folder that holds {name}, or to download it get the package pooch"
+    pooch = package("pooch", need, "demo")
     downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=1 << 16)
-    failures = []
+    known, failures = f"sha256:{file.sha256}", []
     for url in file.urls:
         try:
             # pooch writes to a temporary name in `folder`, and renames it once the checksum fits.
-            path = pooch.retrieve(
-                url,
-                known_hash=f"sha256:{file.sha256}",
-                fname=file.names[0],
-                path=folder,
-                downloader=downloader,  # pyright: ignore[reportArgumentType]: pooch's own
-            )
-            return Path(path)
+            return Path(pooch.retrieve(url, known, name, path=folder, downloader=downloader))
         except (OSError, ValueError) as error:
             failures.append(f"{url}: {_reason(error)}")
     raise DataError(
-        f"could not download {file.names[0]} ({'; '.join(failures)}); fetch it on a machine that "
-        f"can, and put it at {folder / file.names[0]}, or in a folder that data_dir or {ENV_VAR} "
-        "names"
+        f"could not download {name} ({'; '.join(failures)}); fetch it on a machine that can, and "
+        f"put it at {folder / name}, or in a folder that data_dir or {ENV_VAR} names"
     )
 
 

