@@ -11,7 +11,7 @@ _ROOMS = {
     "core": "RowSparse",
     "highway": "HighwayReport format_quality gradient_quality gradient_quality_table "
     "highway_nnx highway_report highway_scan plot_quality",
-    "meprop": "LinenMePropRNN meprop_conv_general_dilated meprop_dot_general restore "
+    "meprop": "meprop_conv_general_dilated meprop_dot_general restore "
     "row_counts row_sparse row_sparse_adam",
     "partial": "PrefixCache Situation Stages StepCosts Variants active_sets chain "
     "choose_active function_stage make_policy measure_costs merge_upward nnx_stages "
@@ -38,6 +38,7 @@ GONE: dict[str, str] = {
     "Costs": "priorityprop_jax.partial.measure_costs(..., unit=...) gives StepCosts",
     "DynamicSparsity": "use Trainer(step=priorityprop_jax.sparse.dynamic(end))",
     "TopKCompute": "use Trainer(step=priorityprop_jax.meprop.step(share))",
+    "LinenMePropRNN": "use LinenLeanRNN for Linen, or meProp in an nnx.RNN",
     "apply_active_updates": "optax.apply_updates takes the updates of update_active",
     "apply_row_updates": "optax.apply_updates takes row-sparse updates",
     "communication": "read the text of the compiled program",

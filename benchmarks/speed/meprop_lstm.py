@@ -4,7 +4,7 @@ An LSTM of 500 units on 500 inputs, 64 steps, batches of 32, float32, as in the 
 models. The arms:
 
 - `autodiff`: JAX's derivative of `nnx.RNN(nnx.OptimizedLSTMCell(...))`.
-- `dense`: `priorityprop_jax.rnn.recurrent.lstm` at k = hidden: exact, weight gradients as one
+- `dense`: `priorityprop_jax.rnn.recurrent.run_cell` at k = hidden: exact, weight gradients as one
   product after the scan.
 - `meprop, k=20`: the same with the 20 largest columns of every gate, 80 rows of the 2000.
 - `meprop, k=5`: 20 rows in all.
@@ -32,8 +32,8 @@ from flax import nnx
 from tqdm import tqdm
 
 from benchmarks.records import RESULTS, about, write
-from priorityprop_jax.meprop.rnn import meprop_rnn, swap_rnn
-from priorityprop_jax.rnn.recurrent import LSTMParams
+from priorityprop_jax.meprop.rnn import swap_rnn
+from priorityprop_jax.rnn.recurrent import LSTMParams, run_cell
 
 HIDDEN, INPUTS, STEPS, BATCH = 500, 500, 64, 32
 KS = (5, 10, 20, 40)
@@ -55,7 +55,7 @@ def arms(hidden: int, inputs: int, batch: int, ks: tuple[int, ...]) -> dict:
         return lambda state, xs: nnx.merge(graph, state, rest)(xs, initial_carry=zeros), state
 
     def by_hand(k):
-        return lambda params, xs: meprop_rnn(params, zeros, xs, k=k)[1], params
+        return lambda params, xs: run_cell(params, zeros, xs, k=k)[1], params
 
     named = {"autodiff": of_module(rnn), "dense": by_hand(hidden)}
     named |= {f"meprop, k={k}": by_hand(k) for k in ks}

@@ -61,7 +61,7 @@ def resolve_k(k: int | float, width: int, name: str = "", *, multiple: int = 1) 
         if k > width:
             raise ValueError(
                 f"k={k} is more than the {width} output features of {layer}: lower k, give it as a "
-                "fraction, or leave narrow layers dense with layers= or min_features="
+                "fraction, or leave narrow layers dense with layers="
             )
         number = int(k)
     else:

@@ -12,7 +12,13 @@ from flax import nnx
 from jax import lax
 from jax.extend import core
 
-from priorityprop_jax.rnn.rounds import HighwayReport, associative_affine, iterate, wide_type
+from priorityprop_jax.rnn.rounds import (
+    HighwayReport,
+    along_residual,
+    check_iterations,
+    iterate,
+    wide_type,
+)
 
 Block = Callable[[Any, Any], Any]
 
@@ -48,7 +54,6 @@ def highway_scan(
     residual: Block | None = None,
     tol: float | None = None,
     guard: bool = True,
-    collect: bool = False,
     has_aux: bool = False,
     probe: HighwayReport | None = None,
 ) -> Any:
@@ -57,8 +62,8 @@ def highway_scan(
     The forward pass is `jax.lax.scan` over the layers, bit for bit. Of the gradient, which is a sum
     over all paths from a loss back to a layer, the backward pass keeps those that go through at
     most :math:`k` (``iterations``) blocks and along the residuals of all others. With
-    :math:`x_i = K_i x_{i-1} + g_i(x_{i-1})`, and :math:`b_i` the cotangent that losses put on
-    :math:`x_i` directly,
+    :math:`x_i = K_i x_{i-1} + g_i(x_{i-1})`, and :math:`b` the cotangents that the loss puts on
+    the :math:`x_i` directly,
 
     .. math::
         w^{(0)} = S(b), \qquad
@@ -99,14 +104,12 @@ def highway_scan(
         after it would mostly lead further away; the first round is compared to the cotangents
         themselves. A correction that is NaN stops too, and the gradient shows the NaN. Ask for a
         report with ``probe``.
-      collect: also return the outputs of all layers, so that losses may be put on them.
       has_aux: ``block`` returns ``(x, aux)``. The gradients of ``aux`` are exact for the
         parameters of the same layer, and a path from there goes through one block at least.
       probe: a zero report, see `highway_report`. Its gradient is the report of the backward pass.
 
     Returns:
-      The last layer's output; or ``(x, ys)`` with ``collect``, ``(x, aux)`` with ``has_aux``,
-      ``(x, ys, aux)`` with both, ``ys`` and ``aux`` ``[layers, ...]``.
+      The last layer's output; or ``(x, aux)`` with ``has_aux``, ``aux`` ``[layers, ...]``.
 
     Raises:
       TypeError: if ``block`` does not return the like of ``x``, ``x`` is not of floating-point
@@ -153,7 +156,7 @@ def highway_scan(
     def scan(trained, shared, x, fixed, others, probe):
         def body(x, p):
             (y, aux), (rest, _) = apply(p[0], shared, x, p[1], others)
-            return y, (y if collect else None, aux, rest)
+            return y, (aux, rest)
 
         return lax.scan(body, x, (trained, fixed), length=layers)
 
@@ -162,14 +165,14 @@ def highway_scan(
             run = functools.partial(apply, fixed=p[1], others=others)
             (y, aux), pullback, (rest, diagonal) = jax.vjp(run, p[0], shared, x, has_aux=True)
             # The scan stacks what a pullback needs; what it has from the params is not copied.
-            return y, ((y if collect else None, aux, rest), pullback, diagonal)
+            return y, ((aux, rest), pullback, diagonal)
 
         y, (outputs, pullbacks, diagonal) = lax.scan(body, x, (trained, fixed), length=layers)
         return (y, outputs), (pullbacks, diagonal)
 
     def backward(residuals, bars):
         pullbacks, diagonal = residuals
-        y_bar, (ys_bar, aux_bar, _) = bars
+        y_bar, (aux_bar, _) = bars
         narrow = lambda w: jax.tree.map(lambda w, y: w.astype(y.dtype), w, y_bar)  # noqa: E731
 
         def pull(w: Any) -> Any:
@@ -177,8 +180,6 @@ def highway_scan(
 
         b = jax.tree.map(lambda y: jnp.zeros((layers, *y.shape), wide_type(y)), y_bar)
         b = jax.tree.map(lambda b, y: b.at[-1].set(y.astype(b.dtype)), b, y_bar)
-        if collect:
-            b = jax.tree.map(jnp.add, b, _wide(ys_bar))
 
         def step(w: Any) -> Any:
             w = narrow(w)  # as the blocks see it
@@ -201,10 +202,8 @@ def highway_scan(
     if rounds < layers - 1 or tol is not None and iterations is not None:
         run = jax.custom_vjp(scan)
         run.defvjp(forward, backward)
-    y, (ys, aux, rest) = run(trained, shared, x, fixed, others, probe)
-    aux = jax.tree.unflatten(structure[0], _join(aux, rest))
-    out = (y, *((ys,) if collect else ()), *((aux,) if has_aux else ()))
-    return out if len(out) > 1 else y
+    y, (aux, rest) = run(trained, shared, x, fixed, others, probe)
+    return (y, jax.tree.unflatten(structure[0], _join(aux, rest))) if has_aux else y
 
 
 def highway_nnx(
@@ -274,13 +273,12 @@ def highway_nnx(
         y, aux = out if has_aux else (out, None)
         return y, (aux, nnx.state(module, nnx.Not(nnx.Param)))
 
-    *out, (aux, state) = highway_scan(
+    y, (aux, state) = highway_scan(
         block, (params, state), x, residual=residual, has_aux=True, **options
     )
     for i, module in enumerate(items):
         nnx.update(module, state if stacked else jax.tree.map(lambda s, i=i: s[i], state))
-    out = [*out, aux] if has_aux else out
-    return out[0] if len(out) == 1 else tuple(out)
+    return (y, aux) if has_aux else y
 
 
 def _accumulate(c: Any, diagonal: Any) -> Any:
@@ -288,7 +286,7 @@ def _accumulate(c: Any, diagonal: Any) -> Any:
     if diagonal is None:
         return jax.tree.map(functools.partial(lax.cumsum, axis=0, reverse=True), c)
 
-    return jax.tree.map(lambda c, k: associative_affine(k, c, reverse=True), c, diagonal)
+    return jax.tree.map(lambda c, k: along_residual(k, c), c, diagonal)
 
 
 def _wide(tree: Any) -> Any:
@@ -327,13 +325,8 @@ def _check(block: Any, params: Any, x: Any, iterations: Any, residual: Any, tol:
     """Refuses what is no stack of layers, or else says how many layers it has."""
     if not callable(block):
         raise TypeError(f"block must be a function (params_i, x) -> x, got {block!r}")
-    whole = isinstance(iterations, int) and not isinstance(iterations, bool)
-    if iterations is not None and not whole:
-        raise TypeError(f"iterations must be a whole number or None, got {iterations!r}")
-    if iterations is not None and iterations < 0:
-        raise ValueError(f"iterations must be at least 0, got {iterations}")
-    if tol is not None and not tol >= 0:
-        raise ValueError(f"tol must be at least 0 or None, got {tol!r}")
+    # Without rounds there is nothing that tol could end.
+    check_iterations(iterations, None if iterations is None else tol)
     if residual is not None and not callable(residual):
         raise TypeError(
             f"residual must be None or a function (params_i, x) -> diagonal, got {residual!r}"

@@ -11,11 +11,9 @@ from priorityprop_jax.meprop.convolutions import meprop_conv_general_dilated
 from priorityprop_jax.meprop.grad import value_and_grad
 from priorityprop_jax.meprop.inject import meprop, restore
 from priorityprop_jax.meprop.products import meprop_dot_general
-from priorityprop_jax.meprop.rnn import LinenMePropRNN
 from priorityprop_jax.meprop.step import step
 
 __all__ = [
-    "LinenMePropRNN",
     "RowSparse",
     "clip_by_global_norm",
     "densify",

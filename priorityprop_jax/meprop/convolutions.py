@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from priorityprop_jax.core.selection import keep_largest
 from priorityprop_jax.meprop.frame import LayerUse, enter
-from priorityprop_jax.meprop.keep import (
-    Compute,
-    K,
-    MeProp,
-    Rule,
-    apply,
-    at_size,
-    kept_columns,
-    kept_part,
-    take,
-    whole,
-)
+from priorityprop_jax.meprop.keep import Compute, K, MeProp, Rule, apply, at_size, pull_kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,27 +23,12 @@ class _Convolution:
     rules: tuple[Rule, ...]
 
     def pull(self, x: Any, kernel: Any, dy: Any, size: Any, compact: bool) -> tuple[Any, Any]:
-        """See `LinearMap`; never compact."""
-
-        def branch(rule: Rule) -> Callable[..., Any]:
-            def gradients(x, kernel, dy):
-                pull = lambda kernel, dy: jax.vjp(self.compute, x, kernel)[1](dy)  # noqa: E731
-                width = dy.shape[self.y_axis]
-                if rule.k * rule.groups == width:
-                    return pull(kernel, dy)
-                rows = jnp.moveaxis(dy, self.y_axis, -1)
-                if rule.pattern == "example":
-                    grouped = rows.reshape(-1, width // rule.groups)
-                    kept = keep_largest(grouped, rule.k).reshape(rows.shape)
-                    return pull(kernel, jnp.moveaxis(kept, -1, self.y_axis))
-                kept = kept_columns(rule, rows.reshape(-1, width))  # [batch * positions, features]
-                some = kept_part(rule, dy, kept, self.y_axis)
-                dx, gradient = pull(take(kernel, kept, self.kernel_axis), some)
-                return dx, whole(gradient, kernel.shape, kept, self.kernel_axis)
-
-            return gradients
-
-        return at_size(size, [branch(rule) for rule in self.rules], x, kernel, dy)
+        """See `apply`; never compact."""
+        axes = self.y_axis, self.kernel_axis
+        branches = [
+            functools.partial(pull_kept, rule, self.compute, axes=axes) for rule in self.rules
+        ]
+        return at_size(size, branches, x, kernel, dy)
 
 
 class MePropConv(MeProp):

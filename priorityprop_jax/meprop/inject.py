@@ -34,8 +34,6 @@ def meprop(
     layers: Any = None,
     pattern: Pattern = "unified",
     tile: int = 16,
-    min_features: int = 0,
-    unbiased: bool = False,
     seed: int = 0,
     transpose: bool = True,
 ) -> int:
@@ -56,11 +54,9 @@ def meprop(
         ``nnx.PathContains("mlp")`` or ``lambda path, layer: ...``. By default all but the output
         layer, which is taken to be the last in the order in which attributes were set (`nnx.jit`,
         `nnx.clone` and `nnx.merge` put them in that of the alphabet: name the layers after those).
-      pattern: see `meprop_dot_general`, as for the four that follow. Recurrent layers always choose
+      pattern: see `meprop_dot_general`, as for the two that follow. Recurrent layers always choose
         for the whole batch by magnitude.
       tile: features in a tile.
-      min_features: layers with fewer output features stay dense.
-      unbiased: whether a random choice is scaled.
       seed: of random choices; every layer has a stream of its own.
       transpose: whether to store kernels ``(out, in)``.
 
@@ -73,7 +69,6 @@ def meprop(
         fit a layer, which the error names.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from priorityprop_jax.meprop import meprop, restore
       >>> attention = nnx.MultiHeadAttention(4, 64, decode=False, rngs=nnx.Rngs(0))
@@ -89,18 +84,18 @@ def meprop(
     else:
         predicate = nnx.filterlib.to_predicate(layers)
         chosen = [name for name in found if predicate(tuple(name.split("/")), found[name])]
-    plan = MeProp(k, pattern, tile, min_features, unbiased, seed)
+    plan = MeProp(k, pattern, tile, seed)
     # All that can be wrong shows before anything is changed.
-    work = [name for name in chosen if _fits(dataclasses.replace(plan, name=name), found[name])]
-    if not work:
+    for name in chosen:
+        _check_fit(dataclasses.replace(plan, name=name), found[name])
+    if not chosen:
         raise ValueError(
             f"no layer was changed: the model's layers are {list(found) or 'none'}"
             + (", and the last is left out as the output layer" if found and layers is None else "")
-            + (f", those under {min_features} features stay dense" if min_features else "")
             + "; name the layers to change with layers="
         )
     shared = _shared(model)
-    for name in work:
+    for name in chosen:
         layer = found[name]
         _take_out(layer)
         if isinstance(layer, nnx.RNN):
@@ -111,7 +106,7 @@ def meprop(
             swap_rnn(layer, k, name)  # type: ignore[arg-type]  # one k, as has been checked
         else:
             _put_in(layer, dataclasses.replace(plan, name=name), shared if transpose else None)
-    return len(work)
+    return len(chosen)
 
 
 def restore(model: nnx.Module) -> int:
@@ -165,8 +160,10 @@ def _place(layer: Any) -> tuple[str, type[MeProp]] | None:
     return None
 
 
-def _fits(plan: MeProp, layer: Any) -> bool:
-    """Whether a layer is wide enough; raises where ``k`` is impossible for it."""
+def _check_fit(plan: MeProp, layer: Any) -> None:
+    """Raises where ``k`` is impossible for a layer."""
+    if isinstance(layer, nnx.Einsum):
+        return  # its features show when it is called
     if isinstance(layer, nnx.RNN):
         if isinstance(plan.k, tuple):
             raise ValueError(
@@ -174,17 +171,12 @@ def _fits(plan: MeProp, layer: Any) -> bool:
                 "choose among them; leave it out with layers=, and change it by itself"
             )
         width, groups = layer.cell.hidden_features, 1  # type: ignore[attr-defined]
-        plan = dataclasses.replace(plan, pattern="unified", unbiased=False)
-    elif isinstance(layer, nnx.Einsum):
-        return True  # its features show when it is called
+        plan = dataclasses.replace(plan, pattern="unified")
     else:
         out = layer.out_features
         width = math.prod(out) if isinstance(out, tuple) else out
         groups = layer.feature_group_count if isinstance(layer, nnx.Conv) else 1
-    if width < plan.min_features:
-        return False
     plan.rules(width, groups)
-    return True
 
 
 def _put_in(layer: Any, plan: MeProp, shared: set[int] | None) -> None:

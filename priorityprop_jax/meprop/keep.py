@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from priorityprop_jax.core.selection import (
     at_random,
     check_k,
     is_fraction,
+    keep_largest,
     largest,
     magnitudes,
     resolve_k,
@@ -39,7 +40,6 @@ class Rule:
     k: int
     tile: int
     seed: int
-    unbiased: bool
     groups: int = 1
 
 
@@ -59,15 +59,48 @@ def kept_columns(rule: Rule, dy: jax.Array) -> jax.Array:
     return (kept + jnp.arange(rule.groups)[:, None] * width).reshape(-1)
 
 
-def kept_part(rule: Rule, dy: jax.Array, columns: jax.Array, axis: int) -> jax.Array:
-    """What is kept of ``dy``, whose features are along an axis."""
-    part = take(dy, columns, axis)
-    if rule.pattern != "random":
-        return part
-    # A column that is left out may hold a NaN that the chosen ones do not.
-    width = dy.shape[axis] // rule.groups
-    factor = jnp.where(jnp.isnan(dy).any(), jnp.nan, width / rule.k if rule.unbiased else 1.0)
-    return part * factor.astype(part.dtype)
+def pull_kept(
+    rule: Rule,
+    compute: Callable[..., jax.Array],
+    x: jax.Array,
+    kernel: jax.Array,
+    dy: jax.Array,
+    axes: tuple[int, int],
+    most: int | None = None,
+) -> tuple[jax.Array, Any]:
+    """The gradients of ``x`` and of the kernel of ``compute`` through what is kept of ``dy``.
+
+    ``axes`` are those of the features in ``dy`` and in the kernel. With ``most``, the second is a
+    `Tap` of so many rows.
+    """
+    y_axis, kernel_axis = axes
+    width = dy.shape[y_axis]
+
+    def pull(kernel: jax.Array, dy: jax.Array) -> Any:
+        # The gradients of a map with fewer features: JAX's own rules for dtypes and shardings.
+        return jax.vjp(compute, x, kernel)[1](dy)
+
+    if rule.k * rule.groups == width and most is None:
+        return pull(kernel, dy)
+    rows = jnp.moveaxis(dy, y_axis, -1)
+    if rule.pattern == "example":
+        grouped = rows.reshape(-1, width // rule.groups)
+        kept = keep_largest(grouped, rule.k).reshape(rows.shape)
+        return pull(kernel, jnp.moveaxis(kept, -1, y_axis))
+    kept = kept_columns(rule, rows.reshape(-1, width))
+    part = take(dy, kept, y_axis)
+    if rule.pattern == "random":
+        # A column that is left out may hold a NaN that the chosen ones do not.
+        part *= jnp.where(jnp.isnan(dy).any(), jnp.nan, 1.0).astype(part.dtype)
+    dx, gradient = pull(take(kernel, kept, kernel_axis), part)
+    if most is None:
+        where = (slice(None),) * kernel_axis + (kept,)
+        zeros = jnp.zeros(kernel.shape, gradient.dtype)
+        return dx, zeros.at[where].set(gradient, unique_indices=True, indices_are_sorted=True)
+    padding = most - rule.k
+    kept = jnp.concatenate([kept, width + jnp.arange(padding, dtype=kept.dtype)])
+    values = jnp.pad(gradient, ((0, padding), (0, 0)))
+    return dx, Tap(values, (kept + 1).astype(jnp.float32))
 
 
 def take(x: jax.Array, places: jax.Array, axis: int) -> jax.Array:
@@ -75,40 +108,24 @@ def take(x: jax.Array, places: jax.Array, axis: int) -> jax.Array:
     return jnp.take(x, places, axis=axis, mode="clip", unique_indices=True, indices_are_sorted=True)
 
 
-def whole(part: jax.Array, shape: tuple[int, ...], places: jax.Array, axis: int) -> jax.Array:
-    """Zeros of a shape with a part put in its places along an axis."""
-    where = (slice(None),) * axis + (places,)
-    zeros = jnp.zeros(shape, part.dtype)
-    return zeros.at[where].set(part, unique_indices=True, indices_are_sorted=True)
-
-
 # Linear maps.
-
-
-class LinearMap(Protocol):
-    """A linear map of inputs and a kernel, hashable."""
-
-    @property
-    def compute(self) -> Callable[..., jax.Array]:
-        """``(x, kernel) -> y``, JAX's own."""
-        ...
-
-    def pull(self, x: Any, kernel: Any, dy: Any, size: Any, compact: bool) -> tuple[Any, Any]:
-        """The gradients of ``x`` and of the kernel, the latter as a `Tap` if ``compact``."""
-        ...
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def apply(linear: Any, x: Any, kernel: Any, tap: Tap | None, size: Any) -> jax.Array:
-    """``linear.compute(x, kernel)``, backward by ``linear.pull``."""
+    """``linear.compute(x, kernel)``, JAX's own, backward by ``linear.pull``.
+
+    ``pull(x, kernel, dy, size, compact)`` gives the gradients of ``x`` and of the kernel, the
+    latter as a `Tap` if ``compact``. A linear map is hashable.
+    """
     return linear.compute(x, kernel)
 
 
-def _forward(linear: LinearMap, x: Any, kernel: Any, tap: Tap | None, size: Any) -> Any:
+def _forward(linear: Any, x: Any, kernel: Any, tap: Tap | None, size: Any) -> Any:
     return linear.compute(x, kernel), (x, kernel, tap, size)
 
 
-def _backward(linear: LinearMap, residuals: Any, dy: jax.Array) -> Any:
+def _backward(linear: Any, residuals: Any, dy: jax.Array) -> Any:
     x, kernel, tap, size = residuals
     # Under `jax.shard_map` each shard keeps columns of its own, so what is to be summed over shards
     # is whole arrays, not the kept columns, which JAX would sum.
@@ -158,8 +175,6 @@ class MeProp:
     k: K
     pattern: Pattern = "unified"
     tile: int = 16
-    min_features: int = 0
-    unbiased: bool = False
     seed: int = 0
     name: str = ""
     transposed: bool = False
@@ -174,10 +189,6 @@ class MeProp:
             raise ValueError(f"pattern must be one of {PATTERNS}, got {self.pattern!r}")
         if self.tile < 1:
             raise ValueError(f"tile is {self.tile}, at least 1 column is needed")
-        if self.min_features < 0:
-            raise ValueError(f"min_features is {self.min_features}, at least 0 is needed")
-        if self.unbiased and self.pattern != "random":
-            raise ValueError('unbiased scales a random choice: it needs pattern="random"')
 
     @property
     def sizes(self) -> tuple[Any, ...]:
@@ -186,8 +197,6 @@ class MeProp:
 
     def rules(self, width: int, groups: int = 1) -> tuple[Rule, ...]:
         """Of each size, in ascending order; empty for a layer that stays dense."""
-        if width < self.min_features:
-            return ()
         multiple = self.tile if self.pattern == "tile" else 1
         # A group keeps its share of the layer's k.
         share = [
@@ -198,4 +207,4 @@ class MeProp:
         if sizes == [each]:
             return ()
         seed = seed_of(self.name, self.seed)
-        return tuple(Rule(self.pattern, k, self.tile, seed, self.unbiased, groups) for k in sizes)
+        return tuple(Rule(self.pattern, k, self.tile, seed, groups) for k in sizes)

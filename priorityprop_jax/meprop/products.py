@@ -18,21 +18,10 @@ import numpy as np
 from jax import lax
 from opt_einsum import parser
 
-from priorityprop_jax.core.selection import Pattern, keep_largest
+from priorityprop_jax.core.selection import Pattern
 from priorityprop_jax.core.varying import varying
-from priorityprop_jax.meprop.frame import LayerUse, Tap, enter
-from priorityprop_jax.meprop.keep import (
-    Compute,
-    K,
-    MeProp,
-    Rule,
-    apply,
-    at_size,
-    kept_columns,
-    kept_part,
-    take,
-    whole,
-)
+from priorityprop_jax.meprop.frame import LayerUse, enter
+from priorityprop_jax.meprop.keep import Compute, K, MeProp, Rule, apply, at_size, pull_kept
 
 # Three groups of axes of one array.
 _Axes = tuple[tuple[int, ...], ...]
@@ -56,19 +45,21 @@ class _Product:
     y_axes: _Axes
     rules: tuple[Rule, ...]
 
-    @property
-    def by_rows(self) -> bool:
-        """Whether a feature of the kernel is a row, as in ``(out, in)``, rather than a column."""
-        _, features, contracted = self.kernel_axes
-        return not contracted or (bool(features) and features[0] < contracted[0])
-
     def pull(self, x: Any, kernel: Any, dy: Any, size: Any, compact: bool) -> tuple[Any, Any]:
-        """See `LinearMap`."""
+        """See `apply`."""
         batch, features, contracted = self.kernel_axes
-        order = (batch, features, contracted) if self.by_rows else (batch, contracted, features)
+        # A feature of the kernel is a row, as in (out, in), or a column.
+        by_rows = not contracted or (bool(features) and features[0] < contracted[0])
+        order = (batch, features, contracted) if by_rows else (batch, contracted, features)
+        axis = 0 if by_rows else 1
+        most = self.rules[-1].k if compact else None
+
+        def multiply(x, kernel):
+            numbers = (((1,), (1 - axis,)), ((), ()))
+            return lax.dot_general(x, kernel, numbers, **_keywords(self.compute))
 
         def branch(rule: Rule) -> Callable[..., Any]:
-            one: Any = functools.partial(self._gradients, rule, compact)
+            one: Any = functools.partial(pull_kept, rule, multiply, axes=(1, axis), most=most)
             for _ in batch:
                 one = jax.vmap(one)
             return one
@@ -82,29 +73,6 @@ class _Product:
         )
         dx = _unmatrix(dx, x, self.x_axes)
         return dx, gradient if compact else _unmatrix(gradient, kernel, order)
-
-    def _gradients(self, rule: Rule, compact: bool, x: Any, kernel: Any, dy: Any) -> Any:
-        """Of one matrix product: ``x [rows, in]``, ``dy [rows, out]``."""
-        width, axis = dy.shape[1], 0 if self.by_rows else 1  # of the features in the kernel
-
-        def multiply(x, kernel):
-            numbers = (((1,), (1 - axis,)), ((), ()))
-            return lax.dot_general(x, kernel, numbers, **_keywords(self.compute))
-
-        # The gradients of a product with fewer columns: JAX's own rules for dtypes and shardings.
-        if rule.k == width and not compact:
-            return jax.vjp(multiply, x, kernel)[1](dy)
-        if rule.pattern == "example":
-            return jax.vjp(multiply, x, kernel)[1](keep_largest(dy, rule.k))
-        kept = kept_columns(rule, dy)
-        some = kept_part(rule, dy, kept, 1)
-        dx, gradient = jax.vjp(multiply, x, take(kernel, kept, axis))[1](some)
-        if not compact:
-            return dx, whole(gradient, kernel.shape, kept, axis)
-        more = self.rules[-1].k - rule.k
-        rows = jnp.concatenate([kept, width + jnp.arange(more, dtype=kept.dtype)])
-        values = jnp.pad(gradient, ((0, more), (0, 0)))
-        return dx, Tap(values, (rows + 1).astype(jnp.float32))
 
 
 def _matrix(x: jax.Array, axes: _Axes) -> jax.Array:
@@ -149,17 +117,9 @@ class MePropDot(MeProp):
             outs = rhs.ndim - len(contracted) - len(batch)
             contracted = tuple(axis + outs for axis in contracted)
         numbers = ((x_contracted, contracted), (x_batch, batch))
-        compute = Compute(
-            self.inner or lax.dot_general,
-            (numbers,),
-            tuple(
-                {
-                    **{name: value for name, value in kwargs.items() if value is not None},
-                    "precision": precision,
-                    "preferred_element_type": preferred_element_type,
-                }.items()
-            ),
-        )
+        keywords = {name: value for name, value in kwargs.items() if value is not None}
+        keywords |= {"precision": precision, "preferred_element_type": preferred_element_type}
+        compute = Compute(self.inner or lax.dot_general, (numbers,), tuple(keywords.items()))
         free = tuple(a for a in range(lhs.ndim) if a not in x_contracted and a not in x_batch)
         features = tuple(a for a in range(rhs.ndim) if a not in contracted and a not in batch)
         places = iter(range(len(batch) + len(free) + len(features)))
@@ -231,8 +191,6 @@ def meprop_dot_general(
     *,
     pattern: Pattern = "unified",
     tile: int = 16,
-    min_features: int = 0,
-    unbiased: bool = False,
     seed: int = 0,
     name: str = "",
 ) -> MePropDot:
@@ -261,8 +219,6 @@ def meprop_dot_general(
         ``"example"``: each example its own largest ``|dy_mj|``, as in the paper; its products stay
         dense and save nothing. ``"tile"``: as unified, in contiguous tiles. ``"random"``.
       tile: features in a tile, for that pattern; ``k`` is rounded to a multiple of it.
-      min_features: layers with fewer output features stay dense.
-      unbiased: whether a random choice is scaled by ``n / k``, so that its mean is the gradient.
       seed: of random choices.
       name: of the layer, for errors and `value_and_grad`.
 
@@ -288,4 +244,4 @@ def meprop_dot_general(
       Sun et al., `meProp: Sparsified Back Propagation for Accelerated Deep Learning with Reduced
       Overfitting <https://arxiv.org/abs/1706.06197>`_, 2017
     """
-    return MePropDot(k, pattern, tile, min_features, unbiased, seed, name)
+    return MePropDot(k, pattern, tile, seed, name)

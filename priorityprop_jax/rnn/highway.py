@@ -19,7 +19,7 @@ from priorityprop_jax.rnn.recurrent import (
     through_step,
     to_state,
 )
-from priorityprop_jax.rnn.rounds import associative_affine, iterate
+from priorityprop_jax.rnn.rounds import along_residual, check_iterations, iterate
 
 # Rows up to which a product with the input for each step is dearer on a CPU than one over all
 # steps, which for more rows costs only memory; measured.
@@ -29,7 +29,7 @@ HOIST_ROWS = 4
 def _along_residual(a: jax.Array, b: jax.Array) -> jax.Array:
     """``y_t = b_t + a_{t+1} y_{t+1}`` over axis 0 of ``[time, ...]``."""
     if jax.default_backend() != "cpu":
-        return associative_affine(a, b, reverse=True)
+        return along_residual(a, b)
 
     # Sooner on a CPU at all sizes measured, 256 to 2048 steps of 8 to 4096 elements.
     def step(y, at):
@@ -114,11 +114,8 @@ def highway_rnn(
     inputs follow from the last w by one product each.
 
     With ``iterations=None`` the gradient is exact, found in one scan backward without any
-    gradient of a kernel in it: these are products over all steps. It beats automatic derivatives
-    of a scan, and is the default.
-
-    A guard ends rounds that diverge as in `highway_scan`: one whose correction is larger than the
-    last one's, or the first if it is larger than w itself, is taken back.
+    gradient of a kernel in it: these are products over all steps. A guard ends rounds that diverge
+    as in `highway_scan`: one whose correction is larger than the last one's is taken back.
 
     Args:
       params: `LSTMParams` or `GRUParams`; kernels ``(out, in)``.
@@ -127,9 +124,7 @@ def highway_rnn(
       iterations: rounds at most, or None for the exact gradient. Static.
       tol: rounds stop when the norm of a correction over that of w is at most this. Static.
       probe: three zeros, an array or a `HighwayReport`, whose gradient is no derivative but the
-        report of the backward pass: how many rounds were kept, the norm of the last round's
-        correction over that of w, and 1 if that correction had grown. Zeros where nothing is
-        iterated.
+        numbers of that report; zeros where nothing is iterated.
       all_carries: whether to return the carries of all steps too.
       unroll: steps a turn of the loops over time, as in `jax.lax.scan`.
 
@@ -144,13 +139,11 @@ def highway_rnn(
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from priorityprop_jax.rnn.highway import highway_rnn
-      >>> from priorityprop_jax.rnn.recurrent import GRUParams
+      >>> from priorityprop_jax.rnn import GRUParams, highway_rnn
       >>> params = GRUParams(jnp.ones((12, 3)), jnp.ones((12, 4)) / 9)
       >>> h, xs = jnp.zeros((2, 4)), jnp.ones((6, 2, 3)) / 9
-      >>> loss_fn = lambda params, probe: jnp.sum(
-      ...     highway_rnn(params, h, xs, iterations=2, probe=probe)[1]
-      ... )
+      >>> def loss_fn(params, probe):
+      ...     return jnp.sum(highway_rnn(params, h, xs, iterations=2, probe=probe)[1])
       >>> grads, report = jax.grad(loss_fn, argnums=(0, 1))(params, jnp.zeros(3))
       >>> rounds, correction, stopped = report.tolist()
       >>> rounds, 0 < correction < 0.1, stopped
@@ -176,17 +169,3 @@ def highway_rnn(
         adjoint=None if iterations is None else _Highway(iterations, tol),
         probe=probe,
     )
-
-
-def check_iterations(iterations: Any, tol: Any) -> None:
-    """Raises unless these can be options of `highway_rnn`."""
-    if iterations is not None and (isinstance(iterations, bool) or not isinstance(iterations, int)):
-        raise TypeError(f"iterations must be a whole number or None, got {iterations!r}")
-    if iterations is not None and iterations < 0:
-        raise ValueError(f"iterations must be 0 or more, or None for all, got {iterations}")
-    if tol is not None and (isinstance(tol, bool) or not isinstance(tol, int | float)):
-        raise TypeError(f"tol must be a number or None, got {tol!r}")
-    if tol is not None and not tol >= 0:
-        raise ValueError(f"tol must be 0 or more, got {tol}")
-    if tol is not None and iterations is None:
-        raise ValueError("tol ends rounds, and without iterations there are none: give both")

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from flax.linen.dtypes import promote_dtype
 
 from priorityprop_jax.core.modules import check_module, walk
-from priorityprop_jax.rnn.fused import FusedRNN, LinenFusedRNN, swap
-from priorityprop_jax.rnn.highway import check_iterations, highway_rnn
+from priorityprop_jax.rnn.fused import (
+    FusedRNN,
+    joined,
+    options_of,
+    over_sequence,
+    shape_of_step,
+    standard,
+    swap,
+)
+from priorityprop_jax.rnn.highway import highway_rnn
+from priorityprop_jax.rnn.rounds import check_iterations
 
 # On a CPU with more rows than this in a step its product keeps the cores busy, and what the lean
 # backward pass stores for each step costs more time than it saves: see benchmarks/highway.py.
@@ -19,28 +34,7 @@ def _too_many(rows: int, iterations: int | None) -> bool:
 
 
 class LeanRNN(FusedRNN):
-    """`flax.nnx.RNN` whose backward pass is that of `highway_rnn`; made by `lean_rnn`.
-
-    Values are the plain RNN's to rounding; parameters and their paths are the same. A call takes
-    one argument more than that of `flax.nnx.RNN`: ``probe``, see `highway_rnn`.
-
-    Attributes:
-      lean_iterations: rounds at most, or None for exact gradients. Static.
-      lean_tol: the correction at which rounds stop, or None. Static.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from flax import nnx
-      >>> from priorityprop_jax.rnn.lean import lean_rnn
-      >>> rnn = nnx.RNN(nnx.GRUCell(3, 8, rngs=nnx.Rngs(0)))
-      >>> lean_rnn(rnn, iterations=2)
-      1
-      >>> x, h = jnp.ones((4, 6, 3)), jnp.zeros((4, 8))
-      >>> loss_fn = lambda probe: jnp.sum(rnn(x, initial_carry=h, probe=probe))
-      >>> rounds, correction, stopped = jax.grad(loss_fn)(jnp.zeros(3)).tolist()
-      >>> rounds, stopped
-      (2.0, 0.0)
-    """
+    """`flax.nnx.RNN` with the backward pass of `highway_rnn`; made by `lean_rnn`, see there."""
 
     lean_iterations: int | None = None
     lean_tol: float | None = None
@@ -68,7 +62,8 @@ def lean_rnn(model: nnx.Module, *, iterations: int | None = None, tol: float | N
     there.
 
     Values are the plain RNN's to rounding, parameters and their paths the same; masks by
-    ``seq_lengths`` and all other options of the module hold. It knows `nnx.GRUCell`,
+    ``seq_lengths`` and all other options of the module hold. A call takes one argument more,
+    ``probe``, see `highway_rnn`. It knows `nnx.GRUCell`,
     `nnx.LSTMCell` and `nnx.OptimizedLSTMCell` with sigmoid and tanh, and leaves others as they
     are; what `meprop` put into an RNN it replaces. `restore` undoes it.
 
@@ -110,7 +105,15 @@ def lean_rnn(model: nnx.Module, *, iterations: int | None = None, tol: float | N
     return changed
 
 
-class LinenLeanRNN(LinenFusedRNN, kw_only=True):
+# The layers of Linen's cells on the input and on the state, in the order of the gates
+_LAYERS: dict[Any, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    nn.OptimizedLSTMCell: (("ii", "if", "ig", "io"), ("hi", "hf", "hg", "ho")),
+    nn.LSTMCell: (("ii", "if", "ig", "io"), ("hi", "hf", "hg", "ho")),
+    nn.GRUCell: (("ir", "iz", "in"), ("hr", "hz", "hn")),
+}
+
+
+class LinenLeanRNN(nn.RNN, kw_only=True):
     """`flax.linen.RNN` whose backward pass is that of `highway_rnn`; see `lean_rnn`.
 
     Parameters and their paths are those of `flax.linen.RNN` with the same cell, so that either
@@ -127,7 +130,7 @@ class LinenLeanRNN(LinenFusedRNN, kw_only=True):
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
-      >>> from priorityprop_jax.rnn.lean import LinenLeanRNN
+      >>> from priorityprop_jax.rnn import LinenLeanRNN
       >>> rnn, x = LinenLeanRNN(nn.GRUCell(8)), jnp.ones((4, 6, 3))
       >>> variables = rnn.init(jax.random.key(0), x)
       >>> grads = jax.grad(lambda variables: jnp.sum(rnn.apply(variables, x)))(variables)
@@ -136,16 +139,54 @@ class LinenLeanRNN(LinenFusedRNN, kw_only=True):
     iterations: int | None = None
     tol: float | None = None
 
-    def check(self, features: int) -> None:
-        """See `LinenFusedRNN.check`."""
+    def __call__(
+        self,
+        inputs,
+        *,
+        initial_carry=None,
+        init_key=None,
+        seq_lengths=None,
+        return_carry=None,
+        time_major=None,
+        reverse=None,
+        keep_order=None,
+        probe=None,
+    ):
+        """As `flax.linen.RNN.__call__`."""
+        cell: Any = self.cell
+        if not standard(cell, _LAYERS):
+            known = ", ".join(kind.__name__ for kind in _LAYERS)
+            raise TypeError(
+                f"LinenLeanRNN knows the cells {known} with sigmoid and tanh, got {cell!r}: use "
+                "nn.RNN"
+            )
         check_iterations(self.iterations, self.tol)
+        options = options_of(
+            self,
+            return_carry=return_carry,
+            time_major=time_major,
+            reverse=reverse,
+            keep_order=keep_order,
+        )
+        options["seq_lengths"] = seq_lengths
+        shape = shape_of_step(inputs, options["time_major"])
+        if self.is_initializing() or _too_many(math.prod(shape[:-1]), self.iterations):
+            return super().__call__(
+                inputs, initial_carry=initial_carry, init_key=init_key, **options
+            )
+        if initial_carry is None:
+            init_key = jax.random.key(0) if init_key is None else init_key
+            initial_carry = cell.initialize_carry(init_key, shape)
+        layers = nn.unbox(cell.variables["params"])
 
-    def left_alone(self, rows):
-        """See `FusedRNN.left_alone`."""
-        return _too_many(rows, self.iterations)
+        def fuse(names, x):
+            kernel = jnp.concatenate([layers[name]["kernel"].T for name in names])
+            biases = [layers[name]["bias"] for name in names if "bias" in layers[name]]
+            return promote_dtype(x, kernel, joined(biases) if biases else None, dtype=cell.dtype)
 
-    def run(self, params, carry, xs, all_carries, per_gate, probe=None):
-        """See `FusedRNN.run`."""
-        options = {"all_carries": all_carries, "unroll": self.unroll, "probe": probe}
-        rounds = {"iterations": self.iterations, "tol": self.tol}
-        return highway_rnn(params, carry, xs, **rounds, **options)
+        def run(params, carry, xs, all_carries):
+            options = {"all_carries": all_carries, "unroll": self.unroll, "probe": probe}
+            rounds = {"iterations": self.iterations, "tol": self.tol}
+            return highway_rnn(params, carry, xs, **rounds, **options)
+
+        return over_sequence(run, fuse, _LAYERS[type(cell)], initial_carry, inputs, **options)

@@ -111,10 +111,7 @@ def _gru_step(params: Any, carry: Any, of_x: jax.Array) -> Any:
 
 
 def _gru_bias(params: GRUParams, total: jax.Array) -> dict[str, Any]:
-    parts = {
-        "input_bias": _take(total, (0, 1, 3)),
-        "recurrent_bias": _take(total, (2,)),
-    }
+    parts = {"input_bias": _take(total, (0, 1, 3)), "recurrent_bias": _take(total, (2,))}
     return {name: g for name, g in parts.items() if getattr(params, name) is not None}
 
 
@@ -313,14 +310,19 @@ def run_cell(
     adjoint: Callable[..., Any] | None = None,
     probe: jax.Array | None = None,
 ) -> tuple[Any, ...]:
-    """Runs the cell that the type of ``params`` chooses; any batch dimensions.
+    r"""Runs the cell that the type of ``params`` chooses; `highway_rnn` has the formulas.
+
+    Backward, the gradient of what enters each gate keeps the ``k`` columns of its ``hidden`` whose
+    magnitudes, summed over the batch, are largest. Only these reach :math:`x_t`, :math:`h_{t-1}`
+    and the kernels, whose products have ``k`` rows for each gate. The gradients of biases are
+    cheap, and kept exact, as is the path through c of an LSTM. In the gate n of a GRU the gradients
+    that enter W and U differ by the factor r, and each keeps its own ``k`` columns. Weight
+    gradients are summed in float32 at least. NaN is never dropped.
 
     With ``hoist`` the product with the input is one over all steps, and rounds otherwise; with
-    ``per_gate`` there is a product for each gate. Where all columns are kept, ``adjoint`` may stand
-    in for the exact recursion backward, which writes its report into the gradient of ``probe``.
-
-    Returns:
-      The last carry, h of all steps and, with ``all_carries``, the carries of all steps.
+    ``per_gate`` there is a product for each gate, as in cells with a layer for each gate. With all
+    columns the gradient is exact, and ``adjoint`` may stand in for the recursion backward, which
+    writes its report into the gradient of ``probe``.
     """
     if type(params) not in _CELLS:
         raise TypeError(

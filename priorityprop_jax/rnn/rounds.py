@@ -27,6 +27,20 @@ class HighwayReport(NamedTuple):
     stopped: jax.Array  # []
 
 
+def check_iterations(iterations: Any, tol: Any) -> None:
+    """Raises unless these can be options of `highway_rnn`, or of `highway_scan`."""
+    if iterations is not None and (isinstance(iterations, bool) or not isinstance(iterations, int)):
+        raise TypeError(f"iterations must be a whole number or None, got {iterations!r}")
+    if iterations is not None and iterations < 0:
+        raise ValueError(f"iterations must be 0 or more, or None for all, got {iterations}")
+    if tol is not None and (isinstance(tol, bool) or not isinstance(tol, int | float)):
+        raise TypeError(f"tol must be a number or None, got {tol!r}")
+    if tol is not None and not tol >= 0:
+        raise ValueError(f"tol must be 0 or more, got {tol}")
+    if tol is not None and iterations is None:
+        raise ValueError("tol ends rounds, and without iterations there are none: give both")
+
+
 def iterate(
     step: Callable[[Any], Any], w: Any, rounds: int, tol: float | None, guard: bool = True
 ) -> tuple[Any, HighwayReport]:
@@ -60,21 +74,17 @@ def iterate(
     return w, report
 
 
-def associative_affine(a: jax.Array, b: jax.Array, *, reverse: bool) -> jax.Array:
-    """``y_t = a_t y_{t-1} + b_t`` along axis 0, or its transpose, in a logarithm of the steps.
+def along_residual(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``y_t = b_t + a_{t+1} y_{t+1}`` over axis 0, in a logarithm of the steps.
 
-    Args:
-      a: ``[time, ...]``, which broadcasts against ``b``.
-      b: ``[time, ...]``.
-      reverse: whether it is the transpose, ``y_t = a_{t+1} y_{t+1} + b_t``.
+    ``a`` broadcasts against ``b``, both ``[time, ...]``.
     """
 
     def join(first: Any, second: Any) -> Any:
         return first[0] * second[0], second[0] * first[1] + second[1]
 
-    if reverse:
-        a = jnp.roll(a, -1, axis=0)  # nothing comes after the last step, whatever its factor
-    return lax.associative_scan(join, (a, b), reverse=reverse)[1]
+    a = jnp.roll(a, -1, axis=0)  # nothing comes after the last step, whatever its factor
+    return lax.associative_scan(join, (a, b), reverse=True)[1]
 
 
 def _norm(w: Any) -> jax.Array:

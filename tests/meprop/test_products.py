@@ -148,15 +148,15 @@ def test_compiled_flops_fall_with_k(pattern, dims):
     assert flops(meprop_dot_general(16, pattern=pattern)) < 0.3 * dense
 
 
-def test_unbiased_random_choice_has_the_gradient_as_its_mean():
+def test_random_choice_has_its_share_of_the_gradient_as_its_mean():
     x, w, dy = normal(0, 4, 3), normal(1, 3, 16), normal(2, 4, 16)
-    dot = meprop_dot_general(4, pattern="random", unbiased=True)
+    dot = meprop_dot_general(4, pattern="random")
     # The draw follows the bits of the gradients, so these are 1,000 draws for nearly the same.
     dys = dy * (1 + 1e-6 * normal(3, 1000, 4, 16))
     pull = jax.vjp(lambda w: dot(x, w, COLUMNS), w)[1]
     mean = jax.jit(jax.vmap(lambda dy: pull(dy)[0]))(dys).mean(0)
     exact = x.T @ dy
-    spread = jnp.linalg.norm(mean - exact) / jnp.linalg.norm(exact)
+    spread = jnp.linalg.norm(4 * mean - exact) / jnp.linalg.norm(exact)
     assert spread < 0.11  # sqrt((16 - 4) / 4 / 1000) is 0.055
 
 
@@ -255,12 +255,6 @@ def test_sizes_are_sorted_and_the_rules_of_k_are_kept():
     assert resolve_k(1, 7) == 1 and resolve_k(0.001, 7) == 1 and resolve_k(np.int64(3), 7) == 3
 
 
-def test_narrow_layers_stay_dense():
-    x, w = normal(0, 6, 5), normal(1, 5, 32)
-    grads = jax.grad(lambda w: loss(meprop_dot_general(2, min_features=33)(x, w, COLUMNS)))(w)
-    np.testing.assert_array_equal(grads, jax.grad(lambda w: loss(x @ w))(w))
-
-
 @pytest.mark.parametrize(
     "options, error, match",
     [
@@ -272,8 +266,6 @@ def test_narrow_layers_stay_dense():
         ({"k": ()}, ValueError, "empty"),
         ({"k": 3, "pattern": "rows"}, ValueError, "pattern"),
         ({"k": 3, "tile": 0}, ValueError, "tile"),
-        ({"k": 3, "min_features": -1}, ValueError, "min_features"),
-        ({"k": 3, "unbiased": True}, ValueError, "random"),
     ],
 )
 def test_wrong_options(options, error, match):

@@ -7,8 +7,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
-from priorityprop_jax.meprop.rnn import meprop_rnn
-from priorityprop_jax.rnn.recurrent import GRUParams, LSTMParams
+from priorityprop_jax.rnn.recurrent import GRUParams, LSTMParams, run_cell
 
 INPUTS, HIDDEN, STEPS, BATCH = 3, 5, 4, 2
 CELLS = ("lstm", "gru", "gru without biases")
@@ -118,7 +117,7 @@ REFERENCES = {"lstm": lstm_reference, "gru": gru_reference, "gru without biases"
 
 
 def gradients(name, args, k, **kwargs):
-    run = lambda *args: meprop_rnn(*args, k=k, all_carries=True, **kwargs)  # noqa: E731
+    run = lambda *args: run_cell(*args, k=k, all_carries=True, **kwargs)  # noqa: E731
     out_bar = cotangents(name, run, args)
     grads = jax.jit(lambda *args: jax.vjp(run, *args)[1](out_bar))(*args)
     return grads, out_bar
@@ -126,7 +125,7 @@ def gradients(name, args, k, **kwargs):
 
 def own_gradients(name, k, *args):
     """The outputs, and the gradients that they as cotangents give."""
-    out, pull = jax.vjp(lambda *args: meprop_rnn(*args, k=k), *args)
+    out, pull = jax.vjp(lambda *args: run_cell(*args, k=k), *args)
     return out, pull(out)
 
 
@@ -163,7 +162,7 @@ def test_the_reference_is_the_derivative_where_all_is_kept():
 def test_all_kept_is_the_derivative_by_finite_differences(name):
     with jax.enable_x64(True):
         args = make(name, dtype=jnp.float64)
-        run = lambda *args: meprop_rnn(*args, k=HIDDEN, all_carries=True)  # noqa: E731
+        run = lambda *args: run_cell(*args, k=HIDDEN, all_carries=True)  # noqa: E731
         check_grads(run, args, order=1, modes=["rev"])
 
 
@@ -182,14 +181,14 @@ def test_batch_dimensions_are_one(name, k):
 def test_under_transformations(name):
     params, carry, xs = make(name)
     more = jax.tree.map(lambda p: np.stack([p, 2 * np.asarray(p), -np.asarray(p)]), params)
-    run = lambda p: jnp.sum(jnp.sin(meprop_rnn(p, carry, xs, k=2)[1]))  # noqa: E731
+    run = lambda p: jnp.sum(jnp.sin(run_cell(p, carry, xs, k=2)[1]))  # noqa: E731
     grad = jax.jit(jax.grad(run))
     grads = [grad(jax.tree.map(lambda p, n=n: p[n], more)) for n in range(3)]
     expected = jax.tree.map(lambda *g: np.stack(g), *grads)
     assert_close(jax.jit(jax.vmap(jax.grad(jax.checkpoint(run))))(more), expected)
     total = lambda p: jax.lax.scan(lambda s, p: (s + run(p), None), 0.0, p)[0]  # noqa: E731
     assert_close(jax.jit(jax.grad(total))(more), expected)
-    unrolled = lambda p: jnp.sum(jnp.sin(meprop_rnn(p, carry, xs, k=2, unroll=3)[1]))  # noqa: E731
+    unrolled = lambda p: jnp.sum(jnp.sin(run_cell(p, carry, xs, k=2, unroll=3)[1]))  # noqa: E731
     assert_close(jax.jit(jax.grad(unrolled))(params), grads[0])
 
 
@@ -208,7 +207,7 @@ def test_no_steps(name, k):
 @pytest.mark.parametrize("k", [1, HIDDEN])
 def test_nan_is_not_dropped(name, k):
     params, carry, xs = make(name)
-    _, pull = jax.vjp(lambda *args: meprop_rnn(*args, k=k)[1], params, carry, xs)
+    _, pull = jax.vjp(lambda *args: run_cell(*args, k=k)[1], params, carry, xs)
     grads, _, dxs = pull(jnp.zeros((STEPS, BATCH, HIDDEN)).at[2, 1, 3].set(jnp.nan))
     assert all(jnp.any(jnp.isnan(g)) for g in grads)
     assert jnp.any(jnp.isnan(dxs[2, 1])) and not jnp.any(jnp.isnan(dxs[3]))
@@ -220,7 +219,7 @@ def test_bfloat16(name, k):
     args = make(name, steps=40, dtype=jnp.bfloat16)
     grads, _ = gradients(name, args, k)
     assert all(g.dtype == jnp.bfloat16 for g in jax.tree.leaves(grads))
-    run = lambda *args: meprop_rnn(*args, k=k)  # noqa: E731
+    run = lambda *args: run_cell(*args, k=k)  # noqa: E731
     text = str(jax.make_jaxpr(lambda *args: jax.vjp(run, *args)[1](run(*args)))(*args))
     gates = 4 if name == "lstm" else 3
     assert f"f32[{gates * HIDDEN},{INPUTS}]" in text  # weight gradients are summed in float32
@@ -251,9 +250,9 @@ def test_batch_sharded_over_a_mesh(name, k):
 def test_wrong_input():
     params, carry, xs = make("lstm")
     with pytest.raises(ValueError, match="k=6 is more than the 5"):
-        meprop_rnn(params, carry, xs, k=6)
+        run_cell(params, carry, xs, k=6)
     with pytest.raises(ValueError, match="kernels of lstm have shapes"):
-        meprop_rnn(jax.tree.map(jnp.transpose, params), carry, xs, k=2)
+        run_cell(jax.tree.map(jnp.transpose, params), carry, xs, k=2)
     with pytest.raises(ValueError, match="carry of gru"):
         params, carry, xs = make("gru")
-        meprop_rnn(params, carry, jnp.moveaxis(xs, 0, 1), k=2)
+        run_cell(params, carry, jnp.moveaxis(xs, 0, 1), k=2)

@@ -1,6 +1,5 @@
 """meProp inside Flax's RNN modules: the plain modules are the reference."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,13 +7,12 @@ import pytest
 from flax import nnx
 
 from priorityprop_jax.core.program import program_flops
-from priorityprop_jax.meprop.rnn import LinenMePropRNN, MePropRNN, swap_rnn
+from priorityprop_jax.meprop.rnn import MePropRNN, swap_rnn
 from priorityprop_jax.rnn.fused import restore_rnn
 
 INPUTS, HIDDEN, STEPS, BATCH = 3, 8, 5, 4
 LENGTHS = jnp.array([3, 5, 1, 4])
 NNX_CELLS = {cell.__name__: cell for cell in (nnx.OptimizedLSTMCell, nnx.LSTMCell, nnx.GRUCell)}
-LINEN_CELLS = {cell.__name__: cell for cell in (nn.OptimizedLSTMCell, nn.LSTMCell, nn.GRUCell)}
 OPTIONS = {
     "time major, reverse, carry": {"time_major": True, "reverse": True, "return_carry": True},
     "reverse, in order, lengths, carry": {
@@ -254,90 +252,3 @@ def test_compiled_backward_pass_is_cheaper(cell):
     plain = flops()
     swap_rnn(rnn, 4, "rnn")
     assert flops() < 0.25 * plain
-
-
-def linen_pass(rnn, variables, options, x, carry):
-    @jax.jit
-    def run(variables, x, carry):
-        def loss_fn(variables, x, carry):
-            out = rnn.apply(variables, x, initial_carry=carry, **options)
-            return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(out)), out
-
-        return jax.grad(loss_fn, (0, 1, 2), has_aux=True)(variables, x, carry)
-
-    return run(variables, x, carry)
-
-
-UNIFORM = nn.initializers.uniform(0.5)  # compiles fast
-
-
-def linen_cell(cell, kernel_init=UNIFORM, **kwargs):
-    inits = {"kernel_init": kernel_init, "recurrent_kernel_init": UNIFORM, "bias_init": UNIFORM}
-    return LINEN_CELLS[cell](HIDDEN, **inits, **kwargs)
-
-
-@pytest.mark.parametrize("cell", LINEN_CELLS)
-def test_linen_with_all_kept_is_the_plain_module(cell):
-    options = OPTIONS["reverse, in order, lengths, carry"]
-    plain, own = nn.RNN(linen_cell(cell)), LinenMePropRNN(linen_cell(cell), k=1.0)
-    x, carry = make_inputs(options), make_carry(cell)
-    shapes = jax.eval_shape(plain.init, jax.random.key(0), x)
-    variables = jax.tree.map(lambda leaf: 0.5 * np.asarray(draw(4, *leaf.shape)), shapes)
-    grads, out = linen_pass(plain, variables, options, x, carry)
-    own_grads, own_out = linen_pass(own, variables, options, x, carry)
-    assert_equal(own_out, out)
-    assert_close(own_grads, grads)
-
-
-class Model(nn.Module):
-    """An RNN of our own inside a model, its kernels with metadata."""
-
-    rnn: type
-    cell: str
-    options: dict
-
-    @nn.compact
-    def __call__(self, x):
-        kernel_init = nn.with_partitioning(UNIFORM, (None, None))
-        cell = linen_cell(self.cell, kernel_init, parent=None)
-        x = self.rnn(cell, name="rnn", **self.options)(x)
-        return nn.Dense(2, kernel_init=UNIFORM)(x)
-
-
-@pytest.mark.parametrize("cell", LINEN_CELLS)
-def test_linen_keeps_k_columns_of_each_gate(cell):
-    plain = Model(nn.RNN, cell, {})
-    own = Model(LinenMePropRNN, cell, {"k": 2})
-    x = make_inputs(steps=2)
-
-    @jax.jit
-    def init(key):
-        return plain.init(key, x), own.init(key, x)
-
-    @jax.jit
-    def run(variables):
-        def loss_fn(variables):
-            out = own.apply(variables, x)
-            return jnp.sum(out[:, -1]), out
-
-        grads, out = jax.grad(loss_fn, has_aux=True)(variables)
-        return plain.apply(variables, x), out, grads
-
-    variables, own_variables = init(jax.random.key(0))
-    assert_equal(own_variables, variables)
-    out, own_out, grads = run(variables)
-    # Not to the bit: inside a model the compiler may join the products of the plain cell's gates.
-    assert_close(own_out, out)
-    grads = nn.unbox(grads)["params"]["rnn"]["cell"]
-    for layer in grads:
-        assert 0 < np.asarray(grads[layer]["kernel"]).any(axis=0).sum() <= 4  # 2 at each step
-
-
-def test_linen_says_what_it_cannot_do():
-    x = make_inputs()
-    with pytest.raises(TypeError, match="got SimpleCell"):
-        LinenMePropRNN(nn.SimpleCell(HIDDEN), k=2).init(jax.random.key(0), x)
-    with pytest.raises(TypeError, match="sigmoid and tanh"):
-        LinenMePropRNN(nn.GRUCell(HIDDEN, gate_fn=nn.hard_sigmoid), k=2).init(jax.random.key(0), x)
-    with pytest.raises(ValueError, match="k=9 is more than the 8"):
-        LinenMePropRNN(nn.GRUCell(HIDDEN), k=9).init(jax.random.key(0), x)

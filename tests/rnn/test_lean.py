@@ -111,6 +111,27 @@ def test_linen_is_the_plain_module(cell):
         assert_close(own, expected)
 
 
+def test_linen_inside_a_model_with_metadata_on_its_kernels():
+    class Model(nn.Module):
+        rnn: type
+
+        @nn.compact
+        def __call__(self, x):
+            init = nn.with_partitioning(nn.initializers.uniform(0.5), (None, None))
+            x = self.rnn(nn.GRUCell(HIDDEN, kernel_init=init, parent=None), name="rnn")(x)
+            return nn.Dense(2)(x)
+
+    x = jnp.asarray(draw(1, BATCH, STEPS, INPUTS), jnp.float32)
+    plain, own = Model(nn.RNN), Model(LinenLeanRNN)
+    variables = plain.init(jax.random.key(0), x)
+    assert_close(own.init(jax.random.key(0), x), variables, 0)
+    passed = [
+        jax.jit(jax.value_and_grad(lambda v, m=model: jnp.sum(jnp.sin(m.apply(v, x)))))(variables)
+        for model in (plain, own)
+    ]
+    assert_close(*passed, 2e-5)
+
+
 def test_nnx_model_and_its_tree():
     class Model(nnx.Module):
         def __init__(self):
@@ -187,6 +208,8 @@ def test_wrong_input():
         LinenLeanRNN(nn.SimpleCell(4)).init(jax.random.key(0), x)
     with pytest.raises(ValueError, match="give both"):
         LinenLeanRNN(nn.GRUCell(4), tol=0.1).init(jax.random.key(0), x)
+    with pytest.raises(TypeError, match="sigmoid and tanh"):
+        LinenLeanRNN(nn.GRUCell(4, gate_fn=nn.hard_sigmoid)).init(jax.random.key(0), x)
 
 
 @pytest.mark.parametrize(("rows", "iterations", "own"), [(64, None, 1), (65, None, 0), (65, 2, 1)])
