@@ -20,21 +20,13 @@ from priorityprop_jax.core.paths import path_name
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """Leaves that share their slots: one slot, or one a layer where they are stacked.
+    """Leaves that share their slots: one slot, or one a layer where they are stacked."""
 
-    Attributes:
-      name: the name of its slot, without the layer.
-      leaves: indices into the flattened parameters.
-      axes: for every leaf the axis of its layers, or None where it is not stacked.
-      layers: how many layers are stacked, or None.
-      start: the index of its first slot.
-    """
-
-    name: str
-    leaves: tuple[int, ...]
-    axes: tuple[int | None, ...]
-    layers: int | None
-    start: int
+    name: str  # of its slot, without the layer
+    leaves: tuple[int, ...]  # indices into the flattened parameters
+    axes: tuple[int | None, ...]  # for every leaf that of its layers; None where it is not stacked
+    layers: int | None  # how many layers are stacked
+    start: int  # the index of its first slot
 
     @property
     def slots(self) -> int:
@@ -63,7 +55,6 @@ class Slots:
     depths: tuple[int, ...]
     layers: tuple[str, ...]
     bundles: tuple[Bundle, ...]
-
     leaf_names: tuple[tuple[str, ...], ...] = ()
 
     def __len__(self) -> int:
@@ -93,9 +84,7 @@ class Slots:
             if name not in index:
                 raise ValueError(f"there is no slot {name!r}")
             if not self.leaf_names[index[name]]:
-                raise ValueError(
-                    f"slot {name!r} is not stacked on axis 0: its layers have no names"
-                )
+                raise ValueError(f"slot {name!r} is not stacked on axis 0: its layers have no name")
             found.update(self.leaf_names[index[name]])
         return frozenset(found)
 
@@ -153,7 +142,7 @@ def find_slots(
         members.setdefault(name if shared is None else shared, []).append(i)
 
     wrappers = len(os.path.commonprefix([name.split("/")[:-1] for name in names]))
-    stacks = _stack_roots(names, [axis is not None for axis in axes])
+    stacks = _stack_roots(names, axes)
     keys: list[str] = []
     slot_names: list[str] = []
     slot_shapes: list[tuple[tuple[int, ...], ...]] = []
@@ -169,24 +158,18 @@ def find_slots(
                 "all leaves of a group must be stacked alike"
             )
         layers = lengths.pop()
-        bundle = Bundle(
-            name, tuple(leaves), tuple(axes[i] for i in leaves), layers, len(slot_names)
-        )
-        bundles.append(bundle)
+        own_axes = tuple(axes[i] for i in leaves)
+        bundles.append(Bundle(name, tuple(leaves), own_axes, layers, len(slot_names)))
         inside = tuple(
-            shapes[i] if axes[i] is None else np.delete(shapes[i], axes[i] or 0).tolist()
-            for i in leaves
+            tuple(n for place, n in enumerate(shapes[i]) if place != axes[i]) for i in leaves
         )
-        for layer in range(bundle.slots):
-            slot_names.append(name if layers is None else f"{name}[{layer}]")
-            slot_shapes.append(tuple(tuple(shape) for shape in inside))
-            number = layer if layers is not None else None
-            if all(axes[i] in (None, 0) for i in leaves):
-                mark = "" if layers is None else f"[{layer}]"
-                leaf_names.append(tuple(names[i] + mark for i in leaves))
-            else:
-                leaf_names.append(())
-            keys.append(_layer_name(names[leaves[-1]], number, stacks, wrappers))
+        named = [names[i] for i in leaves] if set(own_axes) <= {None, 0} else []
+        for layer in [None] if layers is None else range(layers):
+            mark = "" if layer is None else f"[{layer}]"
+            slot_names.append(name + mark)
+            slot_shapes.append(inside)
+            leaf_names.append(tuple(leaf + mark for leaf in named))
+            keys.append(_layer_name(names[leaves[-1]], layer, stacks, wrappers))
     if len(set(slot_names)) < len(slot_names):
         twice = sorted({name for name in slot_names if slot_names.count(name) > 1})
         raise ValueError(f"two slots have the name {twice[0]!r}; rename a group or a key")
@@ -204,9 +187,7 @@ def find_slots(
     )
 
 
-def _axis(
-    stacked_axis: Callable[[str], int | None] | None, name: str, shape: tuple[int, ...]
-) -> int | None:
+def _axis(stacked_axis: Callable | None, name: str, shape: tuple[int, ...]) -> int | None:
     axis = stacked_axis(name) if stacked_axis is not None else None
     if axis is None:
         return None
@@ -215,34 +196,30 @@ def _axis(
     return axis % len(shape)
 
 
-def _stack_roots(names: Sequence[str], stacked: Sequence[bool]) -> frozenset[str]:
+def _cuts(path: str) -> list[str]:
+    """The path up to each of its parts, from ``""`` to the whole."""
+    parts = path.split("/")
+    return ["/".join(parts[:n]) for n in range(len(parts) + 1)]
+
+
+def _stack_roots(names: Sequence[str], axes: Sequence[int | None]) -> set[str]:
     """The shortest prefixes below which every leaf is stacked: the scanned modules."""
-    mixed = {
-        "/".join(parts[:n])
-        for name, is_stacked in zip(names, stacked, strict=True)
-        if not is_stacked
-        for parts in [name.split("/")]
-        for n in range(len(parts))
-    }
-    roots = set()
-    for name, is_stacked in zip(names, stacked, strict=True):
-        if is_stacked:
-            parts = name.split("/")
-            cuts = ("/".join(parts[:n]) for n in range(len(parts) + 1))
-            roots.add(next(cut for cut in cuts if cut not in mixed))
-    return frozenset(roots)
+    mixed: set[str] = set()
+    for name, axis in zip(names, axes, strict=True):
+        if axis is None:
+            mixed.update(_cuts(name)[:-1])
+    stacked = (name for name, axis in zip(names, axes, strict=True) if axis is not None)
+    return {next(cut for cut in _cuts(name) if cut not in mixed) for name in stacked}
 
 
-def _layer_name(path: str, layer: int | None, stacks: frozenset[str], wrappers: int) -> str:
+def _layer_name(path: str, layer: int | None, stacks: set[str], wrappers: int) -> str:
     """The part of a path that names its layer: up to the first number, else the parent module.
 
     Numbers in the first parts that wrap the whole model (``MLP_0``) tell no layers apart.
     """
-    parts = path.split("/")
     if layer is not None:
-        cuts = ("/".join(parts[:n]) for n in range(len(parts) + 1))
-        root = next((cut for cut in cuts if cut in stacks), "")
-        return f"{root}[{layer}]"
+        return f"{next((cut for cut in _cuts(path) if cut in stacks), '')}[{layer}]"
+    parts = path.split("/")
     for n, part in enumerate(parts):
         if n >= wrappers and re.search(r"\d+$", part):
             return "/".join(parts[: n + 1])
@@ -256,28 +233,18 @@ _LAST_NORM = re.compile(
 )
 _ENCODER = re.compile(r"^encoder$", re.IGNORECASE)
 _DECODER = re.compile(r"^decoder$", re.IGNORECASE)
+_KINDS = (_INPUT, _ENCODER, None, _DECODER, _LAST_NORM, _OUTPUT)  # None: whatever is left
 
 
 def forward_key(name: str) -> tuple[tuple[int, str, int], ...]:
     """A sort key that puts layer names in forward order, input first.
 
-    Args:
-      name: a layer's name, parts joined by ``/``, the layer of a stack in brackets.
-
-    Returns:
-      A tuple to sort by: for every part its kind (input, encoder, ordinary, decoder, last norm,
-      output), then its word, then its number.
-
-    Example:
-      >>> from priorityprop_jax.core.slots import forward_key
-      >>> sorted(["Dense_10", "head", "Dense_2", "embed"], key=forward_key)
-      ['embed', 'Dense_2', 'Dense_10', 'head']
+    For every part of the name its kind (place in ``_KINDS``), then its word, then its number.
     """
     key = []
     for part in re.sub(r"\[(\d+)\]$", r"/\1", name).split("/"):
         word, number = re.fullmatch(r"(.*?)_?(\d*)", part, re.DOTALL).groups()  # type: ignore[union-attr]
-        kinds = (_INPUT, _ENCODER, None, _DECODER, _LAST_NORM, _OUTPUT)
-        kind = next((i for i, rule in enumerate(kinds) if rule and rule.search(word)), 2)
+        kind = next((i for i, rule in enumerate(_KINDS) if rule and rule.search(word)), 2)
         key.append((kind, word, int(number or 0)))
     return tuple(key)
 

@@ -4,11 +4,7 @@ from priorityprop_jax.priority.allocation import allocate, repeats
 from priorityprop_jax.priority.ledger import Ledger
 from priorityprop_jax.priority.scores import gain, magnitude, priority
 from priorityprop_jax.priority.top_k import TopKUpdatesState, top_k_updates
-from priorityprop_jax.priority.transform import (
-    PriorityPropState,
-    priorityprop,
-    scale_by_priority,
-)
+from priorityprop_jax.priority.transform import PriorityPropState, priorityprop, scale_by_priority
 
 __all__ = [
     "Ledger",

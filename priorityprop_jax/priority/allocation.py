@@ -47,27 +47,22 @@ def _select(mask: jax.Array, a: _U64, b: _U64) -> _U64:
 def _multiply_divide(a: jax.Array, b: _U64, c: _U64) -> tuple[jax.Array, _U64]:
     """``floor(a * b / c)`` and ``(a * b) mod c``, for ``b <= c < 2**63`` and ``0 <= a < 2**31``.
 
-    Schoolbook multiplication by the bits of ``a``, reduced modulo ``c`` after every step, so that
-    nothing grows past ``2 * c``.
+    Schoolbook multiplication by the bits of ``a``, all ``[slots]`` and ``c`` perhaps a scalar,
+    reduced modulo ``c`` after every step, so that nothing grows past ``2 * c``.
     """
-    shape = jnp.broadcast_shapes(a.shape, b.lo.shape, c.lo.shape)
-    zero = jnp.zeros(shape, jnp.uint32)
-    a = jnp.broadcast_to(a, shape).astype(jnp.uint32)
-    b, c = (_U64(*(jnp.broadcast_to(word, shape) for word in x)) for x in (b, c))
 
     def reduce(quotient, remainder):
         over = _at_least(remainder, c)
-        return (
-            quotient + over.astype(jnp.uint32),
-            _select(over, _subtract(remainder, c), remainder),
-        )
+        remainder = _select(over, _subtract(remainder, c), remainder)
+        return quotient + over.astype(jnp.uint32), remainder
 
     def body(i, carry):
         quotient, remainder = carry
         quotient, remainder = reduce(quotient << 1, _add(remainder, remainder))
-        bit = (a >> (jnp.uint32(30) - i.astype(jnp.uint32))) & 1
+        bit = (a >> (30 - i).astype(a.dtype)) & 1
         return reduce(quotient, _select(bit == 1, _add(remainder, b), remainder))
 
+    zero = jnp.zeros(a.shape, jnp.uint32)
     quotient, remainder = lax.fori_loop(0, 31, body, (zero, _U64(zero, zero)))
     return quotient.astype(jnp.int32), remainder
 
@@ -82,14 +77,8 @@ def _weights(priorities: jax.Array) -> _U64:
     near = jnp.minimum(shift, 31).astype(jnp.uint32)  # shifts of a whole word are undefined
     far = jnp.clip(shift - 32, 0, 31).astype(jnp.uint32)
     carried = jnp.where(near == 0, 0, hi << ((32 - near) & 31))
-    return _U64(
-        jnp.where(shift < 32, hi >> near, 0),
-        jnp.where(shift < 32, (lo >> near) | carried, hi >> far),
-    )
-
-
-def _suffix_sums(x: _U64) -> _U64:
-    return _U64(*lax.associative_scan(lambda a, b: _add(_U64(*a), _U64(*b)), x, reverse=True))
+    shifted = _U64(hi >> near, (lo >> near) | carried)
+    return _select(shift < 32, shifted, _U64(jnp.uint32(0), hi >> far))
 
 
 def allocate(
@@ -157,6 +146,7 @@ def _allocate(priorities, budget, min_updates, max_updates):
 
     # All that follows is in order of priority, highest first, the earlier slot first among equals.
     keys, order = lax.sort((-priorities, index), num_keys=1, is_stable=True)
+    none, one = (_U64(jnp.uint32(0), jnp.uint32(x)) for x in (0, 1))
     weights = _weights(-keys)
     positive = jnp.sum((weights.hi | weights.lo) != 0, dtype=jnp.int32)
 
@@ -168,12 +158,12 @@ def _allocate(priorities, budget, min_updates, max_updates):
     # Slots that weigh nothing share evenly, and only what the others cannot take.
     overflow = positive <= rounds
     even = overflow & (index >= positive)
-    weights = _select(even, _U64(jnp.uint32(0), jnp.uint32(1)), weights)
+    weights = _select(even, one, weights)
 
     # Slot k is full if it would be with all slots before it full. The full slots come first, as
     # filling one raises the share of all the rest.
-    sums = _suffix_sums(weights)
-    sums = _select((sums.hi | sums.lo) == 0, _U64(jnp.uint32(0), jnp.uint32(1)), sums)
+    sums = lax.associative_scan(_add, weights, reverse=True)
+    sums = _select((sums.hi | sums.lo) == 0, one, sums)
     rest = jnp.where(index <= rounds, left - jnp.minimum(index, rounds) * cap, 0)
     share, _ = _multiply_divide(rest, weights, sums)
     full = jnp.argmin(jnp.append((share >= cap) & (rest >= cap), False)).astype(jnp.int32)
@@ -182,7 +172,7 @@ def _allocate(priorities, budget, min_updates, max_updates):
     rest = left - full * cap
     total = _U64(*(jnp.append(word, jnp.uint32(1))[full] for word in sums))
     open_ = index >= full
-    inside = _select(open_, weights, _U64(jnp.uint32(0), jnp.uint32(0)))
+    inside = _select(open_, weights, none)
     share, remainder = _multiply_divide(jnp.where(open_, rest, 0), inside, total)
     granted = jnp.where(open_, share, cap)
 

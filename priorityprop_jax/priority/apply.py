@@ -19,54 +19,34 @@ from priorityprop_jax.priority.scores import gain
 
 @dataclasses.dataclass
 class Work:
-    """One step of an optimizer slot by slot; nothing is computed before a method is called.
-
-    Args:
-      per_slot: the optimizer.
-      grads: flat gradients, None where absent.
-      state: the leaves of the inner state for all slots.
-      params: flat parameters, or None.
-      extra_args: handed on to the inner optimizer.
-    """
+    """One step of an optimizer slot by slot; nothing is computed before a method is called."""
 
     per_slot: PerSlot
-    grads: list[Any]
-    state: list[jax.Array]
-    params: Sequence[Any] | None
-    extra_args: dict[str, Any]
+    grads: list[Any]  # flat, None where absent
+    state: list[jax.Array]  # the leaves of the inner state for all slots
+    params: Sequence[Any] | None  # flat
+    extra_args: dict[str, Any]  # handed on to the inner optimizer
 
-    def _update_one(
-        self,
-        bundle: Bundle,
-        slot: jax.Array,
-        grads: Sequence[jax.Array],
-        params: Sequence[jax.Array] | None,
-        own: Sequence[jax.Array],
-        shared: Sequence[jax.Array],
-    ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
-        """One inner update of one slot. ``own`` is its state, ``shared`` the vectors over slots."""
-        owned, common = self.per_slot.owned(bundle), self.per_slot.shared
-        mine = dict(zip(owned, own, strict=True))
-        for i, vector in zip(common, shared, strict=True):
+    def _update_one(self, bundle, slot, grads, params, own, shared):
+        """One inner update of one slot. ``own`` is its state, ``shared`` the vectors over slots.
+
+        Both are dicts by the number of the state's leaf.
+        """
+        mine = dict(own)
+        for i, vector in shared.items():
             mine[i] = lax.dynamic_index_in_dim(vector, slot, keepdims=False)
         updates, new = self.per_slot.update_slot(bundle, grads, params, mine, self.extra_args)
-        return (
-            updates,
-            [new[i] for i in owned],
-            [
-                lax.dynamic_update_index_in_dim(vector, new[i], slot, 0)
-                for i, vector in zip(common, shared, strict=True)
-            ],
-        )
+        shared = {
+            i: lax.dynamic_update_index_in_dim(vector, new[i], slot, 0)
+            for i, vector in shared.items()
+        }
+        return updates, {i: new[i] for i in own}, shared
 
     def gains(self) -> jax.Array:
         """``float32[slots]``: ``|<g, u>|`` of one inner update that is then forgotten."""
-        values = []
-        shared = [self.state[i] for i in self.per_slot.shared]
+        values = [jnp.zeros(0, jnp.float32)]
+        shared = {i: self.state[i] for i in self.per_slot.shared}
         for bundle in self.per_slot.slots.bundles:
-            if self.grads[bundle.leaves[0]] is None:
-                values.append(jnp.zeros((bundle.slots,), jnp.float32))
-                continue
 
             def gain_of(layer, bundle=bundle):
                 grads, params, own = self._of_layer(bundle, layer, self.grads, self.state)
@@ -74,21 +54,22 @@ class Work:
                 updates, *_ = self._update_one(bundle, slot, grads, params, own, shared)
                 return gain(grads, updates)
 
-            if bundle.layers is None:
+            if self.grads[bundle.leaves[0]] is None:
+                values.append(jnp.zeros(bundle.slots, jnp.float32))
+            elif bundle.layers is None:
                 values.append(gain_of(0)[None])
             else:
                 values.append(lax.map(gain_of, jnp.arange(bundle.layers, dtype=jnp.int32)))
-        return jnp.concatenate(values) if values else jnp.zeros((0,), jnp.float32)
+        return jnp.concatenate(values)
 
     def _of_layer(self, bundle: Bundle, layer: Any, grads: Any, state: Any) -> tuple[Any, Any, Any]:
-        per_slot = self.per_slot
-        axis = per_slot.stack_axis.get
+        """Gradients, parameters and own state of one slot."""
+        leaf = lambda x, i: layer_of(x[i], self.per_slot.stack_axis.get(i), layer)  # noqa: E731
+        axes = {i: self.per_slot.state_axis.get(i) for i in self.per_slot.owned(bundle)}
         return (
-            [layer_of(grads[i], axis(i), layer) for i in bundle.leaves],
-            None
-            if self.params is None
-            else [layer_of(self.params[i], axis(i), layer) for i in bundle.leaves],
-            [layer_of(state[i], per_slot.state_axis.get(i), layer) for i in per_slot.owned(bundle)],
+            [leaf(grads, i) for i in bundle.leaves],
+            None if self.params is None else [leaf(self.params, i) for i in bundle.leaves],
+            {i: layer_of(state[i], axis, layer) for i, axis in axes.items()},
         )
 
     def apply_plain(self, updates: Any, counts: jax.Array) -> tuple[Any, optax.OptState]:
@@ -108,9 +89,7 @@ class Work:
         flat = jax.tree.leaves(inner)
         for i in self.per_slot.shared:
             flat[i] = jnp.broadcast_to(flat[i], (len(per_slot.slots), *flat[i].shape))
-        return new, per_slot.state_treedef.unflatten(
-            [like(x, old) for x, old in zip(flat, self.state, strict=True)]
-        )
+        return new, per_slot.state_treedef.unflatten(map(like, flat, self.state))
 
     def apply(self, counts: jax.Array, *, at_most_one: bool) -> tuple[Any, optax.OptState]:
         """Runs the inner optimizer ``counts[slot]`` times on every slot.
@@ -119,80 +98,54 @@ class Work:
         update takes the gradient's place, so that no second buffer of its size is needed. The
         number of the slot travels along as a value: the kernels of slots of the same shape are
         then the same, and XLA compiles them once, in 8 s of the processor's time instead of 14
-        (55 leaves, Adam).
-
-        Args:
-          counts: ``int32[slots]``.
-          at_most_one: whether all counts are known to be 0 or 1: without the loop over repeats
-            the same program compiles in 7 s instead of 9.
-
-        Returns:
-          The updates, None where gradients are absent, and the inner state.
+        (55 leaves, Adam). Where all counts are known to be at most one, there is no loop over
+        repeats, and the same program compiles in 7 s instead of 9.
         """
         per_slot = self.per_slot
-        updates, state = list(self.grads), list(self.state)
-        common = self.per_slot.shared
-        shared = [state[i] for i in common]
+        updates, state = dict(enumerate(self.grads)), dict(enumerate(self.state))
+        shared = {i: state[i] for i in per_slot.shared}
         if len(per_slot.slots):
             slot = jnp.minimum(counts[0], 0)  # 0, but XLA does not know
         for bundle in per_slot.slots.bundles:
             if self.grads[bundle.leaves[0]] is None:
                 slot = slot + bundle.slots
                 continue
-            owned = per_slot.owned(bundle)
-            carry = (
-                slot,
-                shared,
-                [state[i] for i in owned],
-                [jnp.asarray(self.grads[i]) for i in bundle.leaves],
-            )
+            own = {i: state[i] for i in per_slot.owned(bundle)}
+            carry = (slot, shared, own, {i: jnp.asarray(self.grads[i]) for i in bundle.leaves})
             run = functools.partial(self._run, bundle, counts, at_most_one)
             if bundle.layers is None:
                 slot, shared, own, new = run(0, carry)
             else:
                 slot, shared, own, new = lax.fori_loop(0, bundle.layers, run, carry)
-            for i, value in zip(owned, own, strict=True):
-                state[i] = value
-            for i, value in zip(bundle.leaves, new, strict=True):
-                updates[i] = value
-        for i, vector in zip(common, shared, strict=True):
-            state[i] = vector
-        return per_slot.treedef.unflatten(updates), per_slot.state_treedef.unflatten(state)
+            state |= own
+            updates |= new
+        state |= shared
+        return (
+            per_slot.treedef.unflatten(updates.values()),
+            per_slot.state_treedef.unflatten(state.values()),
+        )
 
-    def _run(
-        self, bundle: Bundle, counts: jax.Array, at_most_one: bool, layer: Any, carry: Any
-    ) -> Any:
+    def _run(self, bundle, counts, at_most_one, layer, carry):
         """Runs one slot. ``carry`` holds its number, the state, and gradients to be replaced."""
-        per_slot = self.per_slot
-        owned = per_slot.owned(bundle)
-        axes = [per_slot.stack_axis.get(i) for i in bundle.leaves]
-        own_axes = [per_slot.state_axis.get(i) for i in owned]
+
+        def put(stacks, axes, layers):
+            return {i: _put(stacks[i], x, axes.get(i), layer) for i, x in layers.items()}
+
+        axes, own_axes = self.per_slot.stack_axis, self.per_slot.state_axis
 
         def active(carry):
             slot, shared, own, x = carry
-            grads, params, mine = self._of_layer(
-                bundle,
-                layer,
-                dict(zip(bundle.leaves, x, strict=True)),
-                dict(zip(owned, own, strict=True)),
-            )
+            grads, params, mine = self._of_layer(bundle, layer, x, own)
             update = self._update_one if at_most_one else functools.partial(self._repeat, counts)
             new, mine, shared = update(bundle, slot, grads, params, mine, shared)
-            new = [like(u, g) for u, g in zip(new, grads, strict=True)]
-            return (
-                jnp.maximum(slot, -1),  # the same slot, but XLA does not know
-                shared,
-                [_put(a, b, axis, layer) for a, b, axis in zip(own, mine, own_axes, strict=True)],
-                [_put(a, b, axis, layer) for a, b, axis in zip(x, new, axes, strict=True)],
-            )
+            new = dict(zip(bundle.leaves, map(like, new, grads), strict=True))
+            slot = jnp.maximum(slot, -1)  # the same slot, but XLA does not know
+            return slot, shared, put(own, own_axes, mine), put(x, axes, new)
 
         def inactive(carry):
             slot, shared, own, x = carry
-            zeros = [
-                jnp.zeros_like(layer_of(a, axis, layer)) for a, axis in zip(x, axes, strict=True)
-            ]
-            x = [_put(a, b, axis, layer) for a, b, axis in zip(x, zeros, axes, strict=True)]
-            return slot, shared, own, x
+            zeros = {i: jnp.zeros_like(layer_of(a, axes.get(i), layer)) for i, a in x.items()}
+            return slot, shared, own, put(x, axes, zeros)
 
         # Loops of at most one round rather than branches: XLA updates a loop's carry in place.
         def when(predicate, body, carry):

@@ -18,27 +18,9 @@ _NONFINITE = "nonfinite_counts"  # where the state has it
 
 
 def find_state(opt_state: Any) -> Any:
-    """The one state that counts what was spent on every slot, in any optimizer state.
+    """The one NamedTuple in an optimizer state that counts what was spent on every slot.
 
-    Args:
-      opt_state: the state of `priorityprop`, or of anything that it is a part of (`optax.chain`,
-        `flax.nnx.Optimizer.opt_state`, ...).
-
-    Returns:
-      The one NamedTuple with the fields ``update_counts``, ``priorities`` and ``allocation``, such
-      as a `PriorityPropState`; its fields may be wrapped as the framework wraps them.
-
-    Raises:
-      ValueError: if there is none, or more than one.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import optax
-      >>> from priorityprop_jax import scale_by_priority
-      >>> from priorityprop_jax.priority.ledger import find_state
-      >>> tx = optax.chain(optax.sgd(0.1), scale_by_priority(10))
-      >>> find_state(tx.init({"w": jnp.ones(3)})).update_counts
-      Array([0], dtype=int32)
+    Its fields may be wrapped as the framework wraps them. A ValueError if there are none or more.
     """
     counts = lambda x: set(_VECTORS) <= set(getattr(x, "_fields", ()))  # noqa: E731
     found = [x for x in jax.tree.leaves(opt_state, is_leaf=counts) if counts(x)]
@@ -90,9 +72,9 @@ class Ledger:
         """Enters the present state of an optimizer. Waits for the device.
 
         Args:
-          opt_state: any optimizer state with one state that counts in it, see `find_state`. That
-            one also has ``step``; ``nonfinite_counts`` and ``clamped_cycles`` are shown where it
-            has them.
+          opt_state: any optimizer state that holds one NamedTuple with the fields ``step``,
+            ``update_counts``, ``priorities`` and ``allocation``, such as a `PriorityPropState`;
+            its ``nonfinite_counts`` and ``clamped_cycles`` are shown where it has them.
 
         Raises:
           ValueError: if there is no such state, or it is of other slots.
@@ -121,11 +103,10 @@ class Ledger:
         """What was spent on all slots together, in `unit`."""
         return sum(self.vectors["update_counts"])
 
-    def _columns(self) -> dict[str, list[Any]]:
-        """The vectors by the heads of their columns."""
-        heads = {"update_counts": self.unit, "priorities": "priority", "allocation": "granted"}
-        heads[_NONFINITE] = "non-finite"
-        return {head: self.vectors[name] for name, head in heads.items() if name in self.vectors}
+    def _heads(self) -> dict[str, str]:
+        """The heads of the vectors' columns."""
+        heads = (self.unit, "priority", "granted", "non-finite")
+        return dict(zip((*_VECTORS, _NONFINITE), heads, strict=True))
 
     def rows(self) -> list[dict[str, Any]]:
         """One dict a slot: its name, depth, layer, shape, what it got, share, priority, and more.
@@ -134,17 +115,13 @@ class Ledger:
         far, from 0 to 1; ``granted`` is of the last cycle's allocation; ``non-finite``, where the
         state counts it, how often the magnitude was NaN or infinite.
         """
-        total = max(self.total, 1)
-        known = zip(self.names, self.depths, self.layers, self.shapes, strict=True)
-        rows = []
-        for i, (name, depth, layer, shape) in enumerate(known):
-            row = {"slot": name, "depth": depth, "layer": layer, "shape": shape}
-            for head, vector in self._columns().items():
-                row[head] = vector[i]
-                if head == self.unit:
-                    row["share"] = vector[i] / total
-            rows.append(row)
-        return rows
+        columns = {"slot": self.names, "depth": self.depths, "layer": self.layers}
+        columns["shape"] = self.shapes
+        for name, vector in self.vectors.items():
+            columns[self._heads()[name]] = vector
+        columns["share"] = [n / max(self.total, 1) for n in columns[self.unit]]
+        values = zip(*columns.values(), strict=True)
+        return [dict(zip(columns, row, strict=True)) for row in values]
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON. `from_dict` is the inverse."""
@@ -166,28 +143,20 @@ class Ledger:
         """
         try:
             ledger = cls(Slots((), (), (), (), (), ()), record.get("unit", "updates"))
-            rows = record["slots"]
-            ledger.names = tuple(row["slot"] for row in rows)
-            ledger.depths = tuple(row["depth"] for row in rows)
-            ledger.layers = tuple(row["layer"] for row in rows)
-            ledger.shapes = [row["shape"] for row in rows]
-            ledger.steps = [int(step) for step in record["history"]["steps"]]
-            ledger.history = [
-                [int(n) for n in counts] for counts in record["history"]["update_counts"]
-            ]
-            clamped = record["clamped_cycles"]
-            ledger.clamped_cycles = None if clamped is None else int(clamped)
-            keys = (ledger.unit, "priority", "granted")
-            ledger.vectors = {
-                name: [row[key] for row in rows] for name, key in zip(_VECTORS, keys, strict=True)
-            }
-            if rows and "non-finite" in rows[0]:
-                ledger.vectors[_NONFINITE] = [row["non-finite"] for row in rows]
+            column = lambda head: [row[head] for row in record["slots"]]  # noqa: E731
+            ledger.names, ledger.depths = tuple(column("slot")), tuple(column("depth"))
+            ledger.layers, ledger.shapes = tuple(column("layer")), column("shape")
+            ledger.steps = list(record["history"]["steps"])
+            ledger.history = [*map(list, record["history"]["update_counts"])]
+            ledger.clamped_cycles = record["clamped_cycles"]
+            heads = ledger._heads()
+            if not any("non-finite" in row for row in record["slots"]):
+                del heads[_NONFINITE]
+            ledger.vectors = {name: column(head) for name, head in heads.items()}
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"not a ledger: {error!r} is missing or of another type") from error
-        if any(len(counts) != len(ledger.names) for counts in ledger.history) or len(
-            ledger.history
-        ) != len(ledger.steps):
+        lengths = {len(counts) for counts in ledger.history}
+        if lengths - {len(ledger.names)} or len(ledger.history) != len(ledger.steps):
             raise ValueError("not a ledger: its history does not fit its slots")
         return ledger
 
@@ -197,19 +166,17 @@ class Ledger:
         heads = ["slot", "depth", "shape", self.unit, "share", "priority", "granted"]
         heads += ["non-finite"] * (_NONFINITE in self.vectors)
         body = [[form.get(head, "{}").format(row[head]) for head in heads] for row in self.rows()]
-        totals = {head: str(sum(vector)) for head, vector in self._columns().items()}
-        totals |= {"slot": "total", "priority": ""}
-        totals["share"] = "100.0%" if self.total else "0.0%"
+        totals = {self._heads()[name]: str(sum(vector)) for name, vector in self.vectors.items()}
+        totals |= {"slot": "total", "priority": "", "share": "100.0%" if self.total else "0.0%"}
         return [heads, *body, [totals.get(head, "") for head in heads]]
 
     def _summary(self) -> str:
         step = self.steps[-1] if self.steps else 0
-        slots = "slot" if len(self.names) == 1 else "slots"
-        text = f"step {step}, {len(self.names)} {slots}"
-        if self.clamped_cycles is None:
+        number, clamped = len(self.names), self.clamped_cycles
+        text = f"step {step}, {number} slot{'s' * (number != 1)}"
+        if clamped is None:
             return text
-        cycles = "cycle" if self.clamped_cycles == 1 else "cycles"
-        return f"{text}, budget clamped in {self.clamped_cycles} {cycles}"
+        return f"{text}, budget clamped in {clamped} cycle{'s' * (clamped != 1)}"
 
     def __str__(self) -> str:
         """The ledger as an aligned table."""
@@ -234,6 +201,7 @@ class Ledger:
         Raises:
           ValueError: if nothing has been spent.
         """
+        from matplotlib import colormaps
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -241,7 +209,7 @@ class Ledger:
         figure = Figure(figsize=(9, 4.8), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        colors = _colors(len(layers))
+        colors = colormaps["viridis"](np.linspace(0.05, 0.95, len(layers)))
         # Steps, not slopes: a share belongs to the whole stretch between two records.
         edges = np.repeat(steps, 2)[1:-1]
         axes.stackplot(
@@ -250,20 +218,13 @@ class Ledger:
         even = np.array([self.layers.count(layer) for layer in layers]) / len(self.names)
         for line in np.cumsum(even)[:-1]:
             axes.axhline(line, color="black", linewidth=0.7, linestyle=(0, (2, 3)), alpha=0.6)
-        axes.set_xlim(edges[0], edges[-1])
-        axes.set_ylim(0, 1)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes.set_xlabel("step")
+        axes.set(xlim=(edges[0], edges[-1]), ylim=(0, 1), xlabel="step")
         axes.set_ylabel(f"share of {self.unit}")
-        axes.set_title(
-            f"Where the budget went: {self.total:,} {self.unit} over {len(self.names)} slots\n"
-            "(dashed: an even split)",
-            fontsize=11,
-        )
-        for label, y in _labels(layers, shares):
-            axes.annotate(
-                label, (1.01, y), xycoords="axes fraction", va="center", fontsize=8, clip_on=False
-            )
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        spent = f"{self.total:,} {self.unit} over {len(self.names)} slots"
+        axes.set_title(f"Where the budget went: {spent}\n(dashed: an even split)", fontsize=11)
+        for label, y in _labels(layers, shares[-1]):
+            axes.text(1.01, y, label, transform=axes.transAxes, va="center", fontsize=8)
         path = Path(path)
         figure.savefig(path, dpi=130)
         return path
@@ -290,20 +251,12 @@ def _shape_text(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def _colors(number: int) -> Any:
-    from matplotlib import colormaps
-
-    return colormaps["viridis"](np.linspace(0.05, 0.95, number))
-
-
 def _labels(layers: Sequence[str], shares: np.ndarray) -> list[tuple[str, float]]:
     """Layer names at the middles of their bands at the right edge, thinned until they fit."""
-    tops = np.cumsum(shares[-1])
-    middles = tops - shares[-1] / 2
+    middles = np.cumsum(shares) - shares / 2
     every = max(1, math.ceil(len(layers) / 24))
     labels: list[tuple[str, float]] = []
-    for i, (layer, middle) in enumerate(zip(layers, middles, strict=True)):
-        if i % every == 0:
-            below = labels[-1][1] if labels else -1.0
-            labels.append((layer, max(float(middle), below + 0.04)))
+    for layer, middle in zip(layers[::every], middles[::every], strict=True):
+        below = labels[-1][1] if labels else -1.0
+        labels.append((layer, max(float(middle), below + 0.04)))
     return labels

@@ -78,21 +78,21 @@ class Options:
         """The slots of parameters."""
         return find_slots(params, stacked_axis=self.stacked_axis, group=self.group)
 
+    def _numbers(self) -> tuple[Any, Any, Any]:
+        return self.min_updates, self.max_updates, self.recalc_every
+
     def at_most_one(self) -> bool:
         """Whether no slot can be updated twice at one step, whatever the budget."""
         known = _is_static(self.max_updates, self.recalc_every)
         return known and self.max_updates <= self.recalc_every
 
-    def is_plain(self, slots: Slots) -> bool:
+    def is_full(self) -> bool:
         """Whether every slot is known to get one update at every step: ordinary training."""
-        numbers = (self.min_updates, self.max_updates, self.recalc_every)
-        known = _is_static(*numbers) and len(set(numbers)) == 1
-        return known and len(slots) > 0 and all(b.layers is None for b in slots.bundles)
+        return _is_static(*self._numbers()) and len(set(self._numbers())) == 1
 
     def check_present(self, slots: Slots, present: np.ndarray) -> None:
         """Raises a ValueError where a gradient is absent though every slot gets every update."""
-        numbers = (self.min_updates, self.max_updates, self.recalc_every)
-        if _is_static(*numbers) and len(set(numbers)) == 1 and not present.all():
+        if self.is_full() and not present.all():
             absent = slots.names[int(np.argmin(present))]
             raise ValueError(
                 f"min_updates = max_updates = recalc_every = {self.recalc_every} updates every "
@@ -101,9 +101,8 @@ class Options:
 
     def check_feasible(self, slots: Slots) -> None:
         """Raises a ValueError where the number of slots makes a static budget infeasible."""
-        numbers = (self.min_updates, self.max_updates, self.recalc_every)
         known = self.total_budget is None or _is_static(self.total_budget)
-        if not (known and _is_static(*numbers) and len(slots)):
+        if not (known and _is_static(*self._numbers()) and len(slots)):
             return
         budget = self.budget(self.total_budget, len(slots))
         least, most = len(slots) * self.min_updates, len(slots) * self.max_updates

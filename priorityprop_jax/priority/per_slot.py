@@ -23,22 +23,16 @@ _SHARED = -1
 
 
 class PerSlot:
-    """The inner optimizer over the slots of one parameter tree.
+    """The inner optimizer, taking extra arguments, over the slots of one parameter tree.
 
-    Args:
-      inner: the optimizer, taking extra arguments.
-      tree: parameters, or updates of their structure; only shapes are read.
-      slots: its slots.
-
-    Raises:
-      TypeError: if the state of ``inner`` cannot be told apart by parameter.
+    Of ``tree``, parameters or updates of their structure, only shapes are read. A TypeError if the
+    state of ``inner`` cannot be told apart by parameter.
     """
 
     def __init__(
         self, inner: optax.GradientTransformationExtraArgs, tree: Any, slots: Slots
     ) -> None:
-        self.inner = inner
-        self.slots = slots
+        self.inner, self.slots = inner, slots
         self.treedef = jax.tree.structure(tree)
         self.stack_axis: dict[int, int] = {
             leaf: axis
@@ -46,11 +40,16 @@ class PerSlot:
             for leaf, axis in zip(bundle.leaves, bundle.axes, strict=True)
             if axis is not None
         }
-        shapes = [jax.ShapeDtypeStruct(jnp.shape(x), _dtype(x)) for x in jax.tree.leaves(tree)]
-        self.shapes = [_without_axis(x, self.stack_axis.get(i)) for i, x in enumerate(shapes)]
+        self.shapes: list[jax.ShapeDtypeStruct] = []
+        for i, x in enumerate(jax.tree.leaves(tree)):
+            axis = self.stack_axis.get(i, jnp.ndim(x))
+            shape = jnp.shape(x)[:axis] + jnp.shape(x)[axis + 1 :]
+            self.shapes.append(jax.ShapeDtypeStruct(shape, jnp.result_type(x)))
         state = jax.eval_shape(inner.init, self.treedef.unflatten(self.shapes))
         self.state_shapes, self.state_treedef = jax.tree.flatten(state)
         self.owners = self._owners(state)
+        # The leaves of the state that belong to no parameter, one value a slot.
+        self.shared = [i for i, owner in enumerate(self.owners) if owner == _SHARED]
         # The layers of a state leaf lie along its parameter's axis if it has its parameter's shape.
         self.state_axis = {
             i: self.stack_axis[owner] if x.shape == self.shapes[owner].shape else 0
@@ -62,9 +61,10 @@ class PerSlot:
 
     def _owners(self, state: Any) -> list[int]:
         """For every leaf of the inner state, the parameter that it belongs to, or _SHARED."""
+        is_mark = lambda x: isinstance(x, _StandIn)  # noqa: E731
 
         def owner(mark, part):
-            if not isinstance(mark, _Mark):
+            if not is_mark(mark):
                 return _SHARED
             if isinstance(part, optax.MaskedNode):
                 return part
@@ -72,16 +72,18 @@ class PerSlot:
                 raise TypeError(f"it keeps {jax.tree.structure(part)} for one parameter")
             return mark.owner
 
-        marks = [_Mark(i, x) for i, x in enumerate(self.shapes)]
-        is_mark = lambda x: isinstance(x, _Mark)  # noqa: E731
+        stand_ins = map(self._stand_in, range(len(self.shapes)))
         try:
-            marked = self.inner.init(self.treedef.unflatten(marks))
+            marked = self.inner.init(self.treedef.unflatten(stand_ins))
             return jax.tree.leaves(jax.tree.map(owner, marked, state, is_leaf=is_mark))
         except (TypeError, ValueError, AttributeError) as error:
             raise TypeError(
                 "cannot tell which part of the inner optimizer's state belongs to which parameter "
                 f"({error}); its state must hold one array for each parameter, or none"
             ) from error
+
+    def _stand_in(self, i: int) -> _StandIn:
+        return _StandIn(i, self.shapes[i])
 
     def flatten(self, tree: Any) -> list[Any]:
         """The leaves of a tree of the parameters' structure; None where a leaf is absent."""
@@ -90,27 +92,24 @@ class PerSlot:
     def init(self, params: Any) -> optax.OptState:
         """The inner state for all slots."""
         leaves = jax.tree.leaves(params)
+        for i in self.stack_axis:
+            if isinstance(x := leaves[i], jax.ShapeDtypeStruct):
+                leaves[i] = jnp.zeros(x.shape, x.dtype)
         first = [layer_of(x, self.stack_axis.get(i), 0) for i, x in enumerate(leaves)]
         state, treedef = jax.tree.flatten(self.inner.init(self.treedef.unflatten(first)))
         for bundle in self.slots.bundles:
             if bundle.layers is None:
                 continue
-            own = self.owned(bundle)
+            axes = {i: self.state_axis[i] for i in self.owned(bundle)}
 
-            def init_layer(*layer, bundle=bundle, own=own):
-                replaced = list(first)
-                for leaf, value in zip(bundle.leaves, layer, strict=True):
-                    replaced[leaf] = value
-                flat = jax.tree.leaves(self.inner.init(self.treedef.unflatten(replaced)))
-                return tuple(flat[i] for i in own)
+            def init_layer(*layer, bundle=bundle, own=tuple(axes)):
+                replaced = dict(enumerate(first)) | dict(zip(bundle.leaves, layer, strict=True))
+                tree = self.treedef.unflatten(replaced.values())
+                flat = jax.tree.leaves(self.inner.init(tree))
+                return {i: flat[i] for i in own}
 
-            stacked = jax.vmap(
-                init_layer,
-                in_axes=bundle.axes,
-                out_axes=tuple(self.state_axis[i] for i in own),
-                axis_size=bundle.layers,
-            )(*(_concrete(leaves[i]) for i in bundle.leaves))
-            for i, value in zip(own, stacked, strict=True):
+            init_all = jax.vmap(init_layer, bundle.axes, axes, axis_size=bundle.layers)
+            for i, value in init_all(*(leaves[i] for i in bundle.leaves)).items():
                 state[i] = value
         for i in self.shared:
             state[i] = self.for_every_slot(i, jnp.asarray(state[i]))
@@ -137,11 +136,7 @@ class PerSlot:
         return [i for i, owner in enumerate(self.owners) if owner in bundle.leaves]
 
     def state_leaves(self, state: optax.OptState) -> list[jax.Array]:
-        """The leaves of an inner state for all slots.
-
-        Raises:
-          ValueError: if it is not of these parameters.
-        """
+        """The leaves of an inner state for all slots; a ValueError if it is of other parameters."""
         flat, treedef = jax.tree.flatten(state)
         if treedef != self.state_treedef:
             raise ValueError(
@@ -165,27 +160,16 @@ class PerSlot:
     ) -> tuple[list[jax.Array], dict[int, jax.Array]]:
         """One inner update of one slot, all others hidden.
 
-        Args:
-          bundle: the slot's bundle.
-          grads: gradients of the slot's leaves.
-          params: its parameters, or None.
-          mine: its part of the inner state, by the number of the state's leaf.
-          extra_args: handed on to the inner optimizer.
-
-        Returns:
-          The updates of the slot's leaves, and its new part of the state.
+        Gradients, parameters and updates are those of the slot's leaves; ``mine``, and what it is
+        afterwards, its part of the inner state by the number of the state's leaf.
         """
 
         def run(hide):
-            def tree(leaves):
-                own = dict(zip(bundle.leaves, leaves, strict=True))
-                return self._masked(own, hide)
-
+            tree = lambda leaves: self._masked(bundle, leaves, hide)  # noqa: E731
             hidden = [hide(owner) for owner in self.owners]
             state = self.state_treedef.unflatten([mine.get(i, x) for i, x in enumerate(hidden)])
-            return self.inner.update(
-                tree(grads), state, None if params is None else tree(params), **extra_args
-            )
+            parameters = None if params is None else tree(params)
+            return self.inner.update(tree(grads), state, parameters, **extra_args)
 
         try:
             updates, state = run(lambda leaf: optax.MaskedNode())
@@ -193,7 +177,7 @@ class PerSlot:
             if optax.MaskedNode.__name__ not in str(error):
                 raise
             # A mask or labels that are a function of the tree: it asks what is hidden for a shape.
-            updates, state = run(lambda leaf: _Hidden(self.shapes[leaf]))
+            updates, state = run(self._stand_in)
         updates, state = jax.tree.leaves(updates), jax.tree.leaves(state)
         if len(updates) != len(bundle.leaves) or len(state) != len(mine):
             raise TypeError(
@@ -203,25 +187,22 @@ class PerSlot:
         new = dict(zip(sorted(mine), state, strict=True))
         return updates, {i: like(new[i], mine[i]) for i in new}
 
-    def _masked(self, own: dict[int, Any], hide: Callable[[int], Any]) -> Any:
-        leaves = range(self.treedef.num_leaves)
-        return self.treedef.unflatten([own[i] if i in own else hide(i) for i in leaves])
+    def _masked(self, bundle: Bundle, leaves: Sequence[Any], hide: Callable[[int], Any]) -> Any:
+        """A tree of the parameters' structure in which all but one slot is hidden."""
+        own = dict(zip(bundle.leaves, leaves, strict=True))
+        every = range(self.treedef.num_leaves)
+        return self.treedef.unflatten([own[i] if i in own else hide(i) for i in every])
 
     def init_slot(
         self, bundle: Bundle, params: Sequence[Any], layer: int = 0
     ) -> dict[int, jax.Array]:
         """A fresh state of one slot, by the number of the state's leaf; the shared part included.
 
-        Args:
-          bundle: the slot's bundle.
-          params: the parameters of the slot's leaves, of one layer where they are stacked.
-          layer: which one.
+        ``params`` are those of the slot's leaves, of the one layer where they are stacked.
         """
-        own = dict(zip(bundle.leaves, params, strict=True))
+        tree = self._masked(bundle, params, self._stand_in)
         mine = sorted({*self.owned(bundle), *self.shared})
-        state = jax.tree.leaves(
-            self.inner.init(self._masked(own, lambda i: _Hidden(self.shapes[i])))
-        )
+        state = jax.tree.leaves(self.inner.init(tree))
         if len(state) != len(mine):
             raise TypeError(
                 "the inner optimizer has another state for one slot alone than for all of them"
@@ -231,38 +212,22 @@ class PerSlot:
             new[i] = self.for_every_slot(i, new[i])[bundle.start + layer]
         return new
 
-    @property
-    def shared(self) -> list[int]:
-        """The leaves of the inner state that belong to no parameter, one value a slot."""
-        return [i for i, owner in enumerate(self.owners) if owner == _SHARED]
 
+class _StandIn(optax.MaskedNode):
+    """In the place of a parameter, where a user's function may ask it for its shape.
 
-class _Shaped:
-    """Stands for a parameter in a tree, where a user's function may ask it for its shape."""
+    It has no leaves, so that a map over a tree leaves it where it is, and all are equal, as empty
+    tuples are: trees of them match.
+    """
 
-    def take(self, like: jax.ShapeDtypeStruct) -> None:
-        self.shape, self.dtype, self.ndim, self.size = like.shape, like.dtype, like.ndim, like.size
-
-
-class _Mark(_Shaped):
-    """While a state is made: it ends up where what belongs to its parameter goes."""
-
-    def __init__(self, owner: int, like: jax.ShapeDtypeStruct) -> None:
-        self.owner = owner
-        self.take(like)
-
-
-class _Hidden(_Shaped, optax.MaskedNode):
-    """Masked out. All are equal, as empty tuples are: trees of them match."""
-
-    def __new__(cls, like: jax.ShapeDtypeStruct) -> _Hidden:
+    def __new__(cls, owner: int, like: jax.ShapeDtypeStruct) -> _StandIn:
         self = super().__new__(cls)
-        self.take(like)
+        shape = {"shape": like.shape, "ndim": like.ndim, "size": like.size}
+        vars(self).update(owner=owner, dtype=like.dtype, **shape)
         return self
 
 
-for node in (_Mark, _Hidden):  # of no leaves, so that a map over a tree leaves them where they are
-    jax.tree_util.register_pytree_node(node, lambda x: ((), x), lambda x, _: x)
+jax.tree_util.register_pytree_node(_StandIn, lambda x: ((), x), lambda x, _: x)
 
 
 def _is_key(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> bool:
@@ -275,25 +240,7 @@ def _is_key(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> bool:
 
 def layer_of(x: Any, axis: int | None, layer: Any) -> Any:
     """One layer of an array that is stacked on an axis; all of one that is not."""
-    if axis is None:
-        return x
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return _without_axis(x, axis)
-    return lax.dynamic_index_in_dim(x, layer, axis, keepdims=False)
-
-
-def _without_axis(x: jax.ShapeDtypeStruct, axis: int | None) -> jax.ShapeDtypeStruct:
-    if axis is None:
-        return x
-    return jax.ShapeDtypeStruct(x.shape[:axis] + x.shape[axis + 1 :], x.dtype)
-
-
-def _dtype(x: Any) -> Any:
-    return x.dtype if hasattr(x, "dtype") else jnp.asarray(x).dtype
-
-
-def _concrete(x: Any) -> jax.Array:
-    return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
+    return x if axis is None else lax.dynamic_index_in_dim(x, layer, axis, keepdims=False)
 
 
 def like(x: jax.Array, reference: jax.Array) -> jax.Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,27 +14,21 @@ from priorityprop_jax.core.slots import Slots
 Magnitude = str | Callable[[Any], jax.typing.ArrayLike]
 
 
-def _absolute(x: jax.Array) -> jax.Array:
-    return jnp.abs(x).astype(jnp.float32)
+def _sum(grads: Sequence[jax.Array], power: int = 1) -> jax.Array:
+    sizes = (jnp.abs(g).astype(jnp.float32) for g in grads)
+    return sum((jnp.sum(x**power) for x in sizes), start=jnp.float32(0))
 
 
-def _sum(grads: Sequence[jax.Array]) -> jax.Array:
-    return sum((jnp.sum(_absolute(g)) for g in grads), start=jnp.float32(0))
-
-
-def _square_sum(grads: Sequence[jax.Array]) -> jax.Array:
-    return sum((jnp.sum(jnp.square(_absolute(g))) for g in grads), start=jnp.float32(0))
-
-
-def _elements(grads: Sequence[jax.Array]) -> int:
-    return max(sum(g.size for g in grads), 1)  # an empty slot has the magnitude 0, not 0 / 0
+def _mean(grads: Sequence[jax.Array], power: int = 1) -> jax.Array:
+    # An empty slot has the magnitude 0, not 0 / 0.
+    return _sum(grads, power) / max(sum(g.size for g in grads), 1)
 
 
 MAGNITUDES: Mapping[str, Callable[[Sequence[jax.Array]], jax.Array]] = {
-    "mean": lambda grads: _sum(grads) / _elements(grads),
+    "mean": _mean,
     "sum": _sum,
-    "rms": lambda grads: jnp.sqrt(_square_sum(grads) / _elements(grads)),
-    "norm": lambda grads: jnp.sqrt(_square_sum(grads)),
+    "rms": lambda grads: jnp.sqrt(_mean(grads, 2)),
+    "norm": lambda grads: jnp.sqrt(_sum(grads, 2)),
 }
 
 
@@ -135,75 +128,34 @@ def depth_factors(
     depth_base: float | jax.Array = 1.1,
     depth_factor: Callable[[str], float] | None = None,
 ) -> np.ndarray | jax.Array:
-    """The depth factor ``d_i = depth_base ** depth_i`` of every slot, or the user's own.
+    """``float32[slots]``: ``depth_base ** depth_i``, or the user's own factors, by slot name.
 
-    Args:
-      slots: the slots.
-      depth_base: above 1 boosts layers that are far from the loss, 1 switches the factor off.
-        Traceable.
-      depth_factor: given a slot's name, its factor; replaces ``depth_base``.
-
-    Returns:
-      ``float32[slots]``, a NumPy array where all is static.
-
-    Raises:
-      ValueError: if a static factor is not a finite number above 0 in float32.
-
-    Example:
-      >>> from priorityprop_jax import find_slots
-      >>> from priorityprop_jax.priority.scores import depth_factors
-      >>> slots = find_slots({"Dense_0": 1.0, "Dense_1": 1.0, "Dense_2": 1.0})
-      >>> depth_factors(slots, depth_base=2.0).tolist()
-      [4.0, 2.0, 1.0]
+    Of NumPy where all is static; a ValueError then if one is not finite and above 0.
     """
     if isinstance(depth_base, jax.Array) and depth_factor is None:
         return jnp.asarray(depth_base, jnp.float32) ** np.asarray(slots.depths, np.float32)
     if depth_factor is None:
+        with np.errstate(all="ignore"):
+            values = np.float64(depth_base) ** np.asarray(slots.depths, np.float64)
         names = [f"depth_base={depth_base} at depth {depth}" for depth in slots.depths]
-        values = [_power(float(depth_base), depth) for depth in slots.depths]
     else:
-        names = [f"depth_factor({name!r})" for name in slots.names]
         values = [float(depth_factor(name)) for name in slots.names]
+        names = [f"depth_factor({name!r})" for name in slots.names]
     return _positive(values, names)
 
 
 def cost_vector(slots: Slots, costs: Mapping[str, float]) -> np.ndarray:
-    """The costs of all slots as a vector.
-
-    Args:
-      slots: the slots.
-      costs: relative price of one update, by slot name.
-
-    Returns:
-      ``float32[slots]``.
-
-    Raises:
-      ValueError: if a slot has no cost, a cost has no slot, or a cost is not finite and above 0.
-
-    Example:
-      >>> from priorityprop_jax import find_slots
-      >>> from priorityprop_jax.priority.scores import cost_vector
-      >>> cost_vector(find_slots({"a": 1.0, "b": 1.0}), {"b": 3.0, "a": 2.0}).tolist()
-      [2.0, 3.0]
-    """
+    """``float32[slots]``: the costs by slot name as a vector; a ValueError if they do not fit."""
     if set(costs) != set(slots.names):
         odd = sorted(set(costs) ^ set(slots.names))
         raise ValueError(f"costs must name every slot and no other; look at {odd[0]!r}")
-    return _positive(
-        [float(costs[name]) for name in slots.names], [f"costs[{name!r}]" for name in slots.names]
-    )
+    names = [f"costs[{name!r}]" for name in slots.names]
+    return _positive([float(costs[name]) for name in slots.names], names)
 
 
-def _power(base: float, exponent: int) -> float:
-    try:
-        return base**exponent
-    except OverflowError:
-        return math.inf
-
-
-def _positive(values: Sequence[float], names: Sequence[str]) -> np.ndarray:
+def _positive(values: Sequence[float] | np.ndarray, names: Sequence[str]) -> np.ndarray:
     with np.errstate(over="ignore", under="ignore"):
-        vector = np.asarray(values, np.float32).reshape(-1)
+        vector = np.asarray(values, np.float32)
     for value, given, name in zip(vector, values, names, strict=True):
         if not (np.isfinite(value) and value > 0):
             raise ValueError(f"{name} is {given}, but must be a finite float32 above 0")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,12 +18,10 @@ class TopKUpdatesState(NamedTuple):
     residual: optax.Updates  # what was held back, as the updates; () without error feedback.
 
 
-def top_k_updates(
-    k: int | float, *, per: str = "leaf", error_feedback: bool = False
-) -> optax.GradientTransformation:
-    r"""Lets through only the elements of the updates that are largest in magnitude.
+def top_k_updates(k: int | float, *, error_feedback: bool = False) -> optax.GradientTransformation:
+    r"""Lets through only the elements of each leaf's update that are largest in magnitude.
 
-    With ``T`` the indices of the ``k`` largest ``|u_i|`` (of a leaf, or of all leaves together),
+    With ``T`` the indices of the ``k`` largest ``|u_i|`` of a leaf,
 
     .. math:: u'_i = u_i \text{ for } i \in T, \quad 0 \text{ otherwise.}
 
@@ -37,15 +34,14 @@ def top_k_updates(
 
     Args:
       k: an int, the number of elements; or a float in ``(0, 1]``, the fraction of them (rounded
-        to the nearest, at least one). Per leaf an int is capped by the size of the leaf. Static.
-      per: ``"leaf"``, the largest of each leaf; or ``"global"``, of all leaves together.
+        to the nearest, at least one). An int is capped by the size of the leaf. Static.
       error_feedback: whether to keep what is held back, in the dtype of the parameters.
 
     Returns:
       An `optax.GradientTransformation`.
 
     Raises:
-      ValueError: if ``k`` or ``per`` is none of these.
+      ValueError: if ``k`` is neither.
 
     Example:
       >>> import jax.numpy as jnp
@@ -65,8 +61,6 @@ def top_k_updates(
         raise ValueError(f"k must be at least 1 element, got {k}")
     if isinstance(k, float) and not 0 < k <= 1:
         raise ValueError(f"k as a fraction must be in (0, 1], got {k}")
-    if per not in ("leaf", "global"):
-        raise ValueError(f'per must be "leaf" or "global", got {per!r}')
 
     def init_fn(params):
         return TopKUpdatesState(optax.tree.zeros_like(params) if error_feedback else ())
@@ -75,20 +69,13 @@ def top_k_updates(
         del params
         if error_feedback:
             updates = _where_present(lambda u, r: u + r.astype(u.dtype), updates, state.residual)
-        leaves, treedef = jax.tree.flatten(updates)
-        if per == "global":
-            masks = _top_k_masks(leaves, k)
-        else:
-            masks = [mask for leaf in leaves for mask in _top_k_masks([leaf], k)]
-        kept = [jnp.where(m, u, jnp.zeros_like(u)) for m, u in zip(masks, leaves, strict=True)]
+        masks = jax.tree.map(lambda u: _top_k_mask(u, k), updates)
+        kept = jax.tree.map(lambda u, m: jnp.where(m, u, jnp.zeros_like(u)), updates, masks)
         if error_feedback:
-            held = [jnp.where(m, jnp.zeros_like(u), u) for m, u in zip(masks, leaves, strict=True)]
-            held = treedef.unflatten(held)
-            residual = _where_present(
-                lambda h, r: h.astype(r.dtype), held, state.residual, keep=True
-            )
-            state = TopKUpdatesState(residual)
-        return treedef.unflatten(kept), state
+            held = jax.tree.map(lambda u, m: jnp.where(m, jnp.zeros_like(u), u), updates, masks)
+            cast = lambda h, r: h.astype(r.dtype)  # noqa: E731
+            state = TopKUpdatesState(_where_present(cast, held, state.residual, keep=True))
+        return kept, state
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -103,39 +90,28 @@ def _where_present(function: Any, updates: Any, residual: Any, *, keep: bool = F
     )
 
 
-def _top_k_masks(leaves: Sequence[jax.Array], k: int | float) -> list[jax.Array]:
-    """Masks of the k elements of all leaves together that are largest in magnitude."""
-    size = sum(leaf.size for leaf in leaves)
-    k = min(k, size) if isinstance(k, int) else resolve_k(k, size)
-    if k == size:
-        return [jnp.ones(leaf.shape, bool) for leaf in leaves]
+def _top_k_mask(update: jax.Array, k: int | float) -> jax.Array:
+    """``bool``, of the update's shape: where its k elements of the largest magnitude are."""
+    k = min(k, update.size) if isinstance(k, int) else resolve_k(k, update.size)
+    if k == update.size:
+        return jnp.ones(update.shape, bool)
     # Magnitudes as integers of the same order; a bit less than they have, as they have no sign.
-    double = any(leaf.dtype in (jnp.float64, jnp.complex128) for leaf in leaves)
+    double = update.dtype in (jnp.float64, jnp.complex128)
     wide, integer = (jnp.float64, jnp.int64) if double else (jnp.float32, jnp.int32)
     highest = jnp.iinfo(integer).bits - 2
-    bits = [lax.bitcast_convert_type(jnp.abs(leaf).astype(wide), integer) for leaf in leaves]
-
-    def count(at_least: jax.Array) -> jax.Array:
-        return sum((jnp.sum(b >= at_least, dtype=jnp.int32) for b in bits), start=jnp.int32(0))
+    bits = lax.bitcast_convert_type(jnp.abs(update).astype(wide), integer)
 
     def bisect(i: Any, threshold: jax.Array) -> jax.Array:
         higher = threshold | (integer(1) << (highest - i).astype(integer))
-        return jnp.where(count(higher) >= k, higher, threshold)
+        return jnp.where(jnp.sum(bits >= higher, dtype=jnp.int32) >= k, higher, threshold)
 
     # The k-th largest.
     threshold = lax.fori_loop(jnp.int32(0), jnp.int32(highest + 1), bisect, integer(0))
-    above = [b > threshold for b in bits]
-    equal = [b == threshold for b in bits]
-    room = k - sum((jnp.sum(m, dtype=jnp.int32) for m in above), start=jnp.int32(0))
+    above, equal = bits > threshold, bits == threshold
+    room = k - jnp.sum(above, dtype=jnp.int32)
 
-    def first_equals() -> list[jax.Array]:
-        masks, left = [], room
-        for mask in equal:
-            masks.append(mask & (jnp.cumsum(mask.reshape(-1)).reshape(mask.shape) <= left))
-            left = left - jnp.sum(mask, dtype=jnp.int32)
-        return masks
+    def first_equals() -> jax.Array:
+        return equal & (jnp.cumsum(equal.reshape(-1)).reshape(equal.shape) <= room)
 
     # Ranking equals takes a cumulative sum; where all of them fit it is not run.
-    ties = sum((jnp.sum(m, dtype=jnp.int32) for m in equal), start=jnp.int32(0))
-    equal = lax.cond(ties > room, first_equals, lambda: equal)
-    return [a | e for a, e in zip(above, equal, strict=True)]
+    return above | lax.cond(jnp.sum(equal, dtype=jnp.int32) > room, first_equals, lambda: equal)

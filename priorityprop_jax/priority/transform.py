@@ -22,7 +22,7 @@ from priorityprop_jax.priority.scores import (
     depth_factors,
     magnitude,
     priority,
-)
+)  # fmt: skip
 
 
 class PriorityPropState(NamedTuple):
@@ -144,32 +144,22 @@ def priorityprop(
     def init_fn(params):
         slots = options.slots(params)
         options.check_feasible(slots)
-        return new_state(slots, PerSlot(inner, params, slots).init(params))
+        return _new_state(slots, PerSlot(inner, params, slots).init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
         tree = updates if params is None else params
-        slots = options.slots(tree)
-        _check_slots(slots, state)
+        slots = _slots_of(options, tree, state)
         per_slot = PerSlot(inner, tree, slots)
         grads = per_slot.flatten(updates)
         parameters = None if params is None else per_slot.flatten(params)
-        present = _present(slots, grads)
-        options.check_present(slots, present)
-        work = Work(
-            per_slot, grads, per_slot.state_leaves(state.inner_state), parameters, extra_args
-        )
-
-        def magnitudes():
-            if options.magnitude == "gain":
-                return work.gains()
-            return _magnitudes(slots, grads, options.magnitude)
-
-        state, counts = _plan(options, slots, state, magnitudes, present)
-        if options.is_plain(slots):
+        inner_state = per_slot.state_leaves(state.inner_state)
+        work = Work(per_slot, grads, inner_state, parameters, extra_args)
+        state, counts = _plan(options, slots, grads, state, work.gains)
+        if options.is_full() and len(slots) and not per_slot.stack_axis:
             new_updates, inner_state = work.apply_plain(updates, counts)
         else:
             new_updates, inner_state = work.apply(counts, at_most_one=options.at_most_one())
-        return new_updates, _advance(options, state, counts)._replace(inner_state=inner_state)
+        return new_updates, state._replace(inner_state=inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -199,19 +189,8 @@ def scale_by_priority(
     cancels. Either way an optimizer in the chain goes on updating its own state for every slot at
     every step; `priorityprop` does not.
 
-    Args:
-      total_budget: see `priorityprop`, as for all that follow.
-      min_updates: the least updates of a slot in a cycle.
-      max_updates: the most updates of a slot in a cycle.
-      recalc_every: steps in a cycle.
-      spread: ``"even"`` or ``"nested"``.
-      magnitude: of the incoming updates; ``"gain"`` needs an inner optimizer and is refused.
-      magnitude_decay: decay of the moving average of the magnitude.
-      depth_base: base of the depth factor.
-      depth_factor: the user's own depth factor.
-      costs: relative price of one update by slot name.
-      stacked_axis: see `find_slots`.
-      group: see `find_slots`.
+    The options are those of `priorityprop`, but for the magnitude ``"gain"``, which needs an inner
+    optimizer and is refused. Magnitudes are those of the incoming updates.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with the state `PriorityPropState`.
@@ -240,32 +219,24 @@ def scale_by_priority(
     def init_fn(params):
         slots = options.slots(params)
         options.check_feasible(slots)
-        return new_state(slots, optax.EmptyState())
+        return _new_state(slots, optax.EmptyState())
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        slots = options.slots(updates if params is None else params)
-        _check_slots(slots, state)
-        treedef = jax.tree.structure(updates if params is None else params)
+        tree = updates if params is None else params
+        slots = _slots_of(options, tree, state)
+        treedef = jax.tree.structure(tree)
         leaves = treedef.flatten_up_to(updates)
-        present = _present(slots, leaves)
-        options.check_present(slots, present)
-        state, counts = _plan(
-            options,
-            slots,
-            state,
-            lambda: _magnitudes(slots, leaves, options.magnitude),
-            present,
-        )
-        if options.is_plain(slots):
-            return updates, _advance(options, state, counts)
+        state, counts = _plan(options, slots, leaves, state)
+        if options.is_full():
+            return updates, state
         scaled = list(leaves)
         for bundle in slots.bundles:
             times = counts[bundle.start : bundle.start + bundle.slots]
             for leaf, axis in zip(bundle.leaves, bundle.axes, strict=True):
                 if leaves[leaf] is not None:
                     scaled[leaf] = _times(leaves[leaf], times, axis)
-        return treedef.unflatten(scaled), _advance(options, state, counts)
+        return treedef.unflatten(scaled), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -280,32 +251,27 @@ def _times(update: jax.Array, times: jax.Array, axis: int | None) -> jax.Array:
     return jnp.where(times == 0, jnp.zeros_like(update), update * times.astype(update.dtype))
 
 
-def new_state(slots: Slots, inner_state: Any) -> PriorityPropState:
+def _new_state(slots: Slots, inner_state: Any) -> PriorityPropState:
     """The state before the first step."""
-
-    def zeros(dtype, shape=None):
-        return jnp.zeros((len(slots),) if shape is None else shape, dtype)
-
+    # Arrays of their own: a step that is compiled in place donates each of them.
+    number = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
+    whole = lambda: jnp.zeros(len(slots), jnp.int32)  # noqa: E731
+    real = lambda: jnp.zeros(len(slots), jnp.float32)  # noqa: E731
     return PriorityPropState(
-        step=zeros(jnp.int32, ()),
-        cycle_step=zeros(jnp.int32, ()),
-        inner_state=inner_state,
-        update_counts=zeros(jnp.int32),
-        magnitudes=zeros(jnp.float32),
-        score_counts=zeros(jnp.int32),
-        priorities=zeros(jnp.float32),
-        allocation=zeros(jnp.int32),
-        nonfinite_counts=zeros(jnp.int32),
-        clamped_cycles=zeros(jnp.int32, ()),
-    )
+        step=number(), cycle_step=number(), inner_state=inner_state, update_counts=whole(),
+        magnitudes=real(), score_counts=whole(), priorities=real(), allocation=whole(),
+        nonfinite_counts=whole(), clamped_cycles=number(),
+    )  # fmt: skip
 
 
-def _check_slots(slots: Slots, state: PriorityPropState) -> None:
+def _slots_of(options: Options, tree: Any, state: PriorityPropState) -> Slots:
+    slots = options.slots(tree)
     if state.update_counts.shape != (len(slots),):
         raise ValueError(
             f"the state was made for {state.update_counts.shape[0]} slots, but these parameters "
             f"have {len(slots)}; gradients that are absent need params to be given to update"
         )
+    return slots
 
 
 def _present(slots: Slots, leaves: Sequence[Any]) -> np.ndarray:
@@ -324,34 +290,39 @@ def _present(slots: Slots, leaves: Sequence[Any]) -> np.ndarray:
 
 def _magnitudes(slots: Slots, leaves: Sequence[Any], kind: Magnitude) -> jax.Array:
     """``float32[slots]``; 0 where gradients are absent."""
-    values = []
+    values = [jnp.zeros(0, jnp.float32)]
     for bundle in slots.bundles:
         grads = [leaves[leaf] for leaf in bundle.leaves]
         if grads[0] is None:
-            values.append(jnp.zeros((bundle.slots,), jnp.float32))
+            values.append(jnp.zeros(bundle.slots, jnp.float32))
         elif bundle.layers is None:
             values.append(magnitude(grads, kind)[None])
         else:
-            values.append(
-                jax.vmap(lambda *layer: magnitude(layer, kind), in_axes=bundle.axes)(*grads)
-            )
-    return jnp.concatenate(values) if values else jnp.zeros((0,), jnp.float32)
+            of_layer = jax.vmap(lambda *layer: magnitude(layer, kind), bundle.axes)
+            values.append(of_layer(*grads))
+    return jnp.concatenate(values)
 
 
 def _plan(
     options: Options,
     slots: Slots,
+    grads: Sequence[Any],
     state: PriorityPropState,
-    magnitudes: Callable[[], jax.Array],
-    present: np.ndarray,
+    gains: Any = None,
 ) -> tuple[PriorityPropState, jax.Array]:
-    """Scores and allocates where a cycle starts. Returns the state and ``r(t)``: int32[slots]."""
+    """Scores and allocates where a cycle starts.
+
+    Returns the state after the step, but for the inner one, and ``r(t)``: int32[slots].
+    """
+    present = _present(slots, grads)
+    options.check_present(slots, present)
     factors = depth_factors(slots, options.depth_base, options.depth_factor)
     costs = 1.0 if options.costs is None else cost_vector(slots, options.costs)
     decay = jnp.asarray(options.magnitude_decay, jnp.float32)
 
     def recalculate(state):
-        fresh = magnitudes()
+        kind = options.magnitude
+        fresh = gains() if kind == "gain" else _magnitudes(slots, grads, kind)
         finite = jnp.isfinite(fresh)
         mean = decay * state.magnitudes + (1 - decay) * jnp.where(finite, fresh, 0.0)
         mean = jnp.where(present, mean, state.magnitudes)
@@ -380,13 +351,12 @@ def _plan(
     light = state._replace(inner_state=())
     light = lax.cond(state.cycle_step == 0, recalculate, lambda state: state, light)
     counts = repeats(light.allocation, light.cycle_step, options.recalc_every, options.spread)
-    return light._replace(inner_state=state.inner_state), counts * present.astype(np.int32)
-
-
-def _advance(options: Options, state: PriorityPropState, counts: jax.Array) -> PriorityPropState:
+    counts = counts * present.astype(np.int32)
     following = state.cycle_step + 1
-    return state._replace(
+    state = light._replace(
         step=optax.safe_increment(state.step),
         cycle_step=jnp.where(following >= options.recalc_every, 0, following).astype(jnp.int32),
+        inner_state=state.inner_state,
         update_counts=state.update_counts + counts,
     )
+    return state, counts
