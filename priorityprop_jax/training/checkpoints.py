@@ -16,7 +16,6 @@ from priorityprop_jax.core.paths import path_name
 
 _FORMAT = "priorityprop_jax-2"
 
-
 Path = str | os.PathLike[str]
 
 
@@ -38,17 +37,14 @@ def open_folder(folder: Path | None, known: Sequence[Path | None]) -> Iterator[A
 
 def save(manager: ocp.CheckpointManager, arrays: Any, about: Mapping[str, Any]) -> None:
     """Writes arrays, and what else belongs to a run, ready for JSON."""
-    data = lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf  # noqa: E731
-    present = {key: data(leaf) for key, leaf in _numbered(arrays)}
+    present = {
+        key: jax.random.key_data(leaf) if _is_key(leaf) else leaf for key, leaf in _numbered(arrays)
+    }
     about = {**about, "format": _FORMAT, "leaves": _describe(arrays)}
+    items = {"arrays": ocp.args.StandardSave(present), "about": ocp.args.JsonSave(about)}
     latest = manager.latest_step()
-    manager.save(
-        # Not the training step: an interruption can end two runs at the same one.
-        0 if latest is None else latest + 1,
-        args=ocp.args.Composite(
-            arrays=ocp.args.StandardSave(present), about=ocp.args.JsonSave(about)
-        ),
-    )
+    # Not the training step: an interruption can end two runs at the same one.
+    manager.save(0 if latest is None else latest + 1, args=ocp.args.Composite(**items))
 
 
 def load(source: Path, like: Any, made_by: str) -> tuple[Any, dict[str, Any]]:
@@ -73,7 +69,14 @@ def load(source: Path, like: Any, made_by: str) -> tuple[Any, dict[str, Any]]:
                 f"{where} does not fit this trainer: it was written with the step "
                 f"{about['made_by']}, but this one's is {made_by}. Give the trainer the same step"
             )
-        _check_fit(where, about["leaves"], _describe(like))
+        pairs = itertools.zip_longest(about["leaves"], _describe(like), fillvalue=["nothing", ""])
+        for theirs, ours in pairs:
+            if list(theirs) != list(ours):
+                raise ValueError(
+                    f"{where} does not fit this trainer: it has {' '.join(theirs).strip()} where "
+                    f"the trainer has {' '.join(ours).strip()}. Resume with the model, the "
+                    "optimizer and the slots that it was saved with"
+                )
         wanted = {key: _abstract(leaf) for key, leaf in _numbered(like)}
         found = _read(manager, latest, where, arrays=ocp.args.StandardRestore(wanted))
     leaves, treedef = jax.tree.flatten(like)
@@ -92,12 +95,8 @@ def _absolute(path: Path) -> str:
 
 
 def _manager(folder: str, *, create: bool) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(
-        folder,
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=2, create=create, enable_async_checkpointing=False
-        ),
-    )
+    options = {"max_to_keep": 2, "create": create, "enable_async_checkpointing": False}
+    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(**options))
 
 
 def _read(manager: ocp.CheckpointManager, number: int, where: str, **item: Any) -> Any:
@@ -133,13 +132,3 @@ def _describe(tree: Any) -> list[list[str]]:
     """Name, and dtype with shape, of every leaf."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return [[path_name(path), f"{leaf.dtype}{list(leaf.shape)}"] for path, leaf in leaves]
-
-
-def _check_fit(where: str, saved: list[list[str]], present: list[list[str]]) -> None:
-    for theirs, ours in itertools.zip_longest(saved, present, fillvalue=["nothing", ""]):
-        if list(theirs) != list(ours):
-            raise ValueError(
-                f"{where} does not fit this trainer: it has {' '.join(theirs).strip()} where the "
-                f"trainer has {' '.join(ours).strip()}. Resume with the model, the optimizer and "
-                "the slots that it was saved with"
-            )

@@ -22,35 +22,26 @@ _OF_STEPS = (*_OF_ALL, "loss", "updates", "seconds", "flops", "cached")
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The loss, or the parameters, became NaN or infinite.
-
-    Args:
-      what: became so.
-      step: the first bad step, counted from 1; an attribute too.
-    """
+    """The loss, or the parameters, became NaN or infinite; `step` is the first such, from 1."""
 
     def __init__(self, what: str, step: int):
         super().__init__(
-            f"{what} at step {step}; lower the learning rate, clip the gradients (as in "
-            "optax.chain(optax.clip_by_global_norm(1.0), optimizer)), or leave out updates from "
-            "bad gradients with optax.apply_if_finite(optimizer, 5). Look for NaN in the data if "
-            "it happens at once"
+            f"{what} at step {step}; lower the learning rate, clip the gradients with "
+            "optax.chain(optax.clip_by_global_norm(1.0), optimizer), or skip bad ones with "
+            "optax.apply_if_finite(optimizer, 5). If it happens at once, look for NaN in the data"
         )
         self.step = step
 
 
 @dataclasses.dataclass
 class History:
-    """What a training run did, step by step.
-
-    Steps and epochs count from 1.
+    """What a training run did, step by step; steps and epochs count from 1.
 
     Attributes:
       steps: one record a step: `step`, `epoch`, `loss` and the metrics of `loss_fn` (of the batch,
-        before the update), `updates` (updates of slots in that step) and `seconds` (wall time, the
-        loader's included and compilation left out, as the mean over the steps that were fetched
-        together); where the step counts them also `flops` (of the programs run, as compiled) and
-        `cached` (1 if a frozen prefix came from a cache).
+        before the update), `updates` (of slots) and `seconds` (wall time, the loader's included and
+        compilation left out, averaged over the steps fetched together); where the step counts them
+        also `flops` (of the programs run) and `cached` (1 if a frozen prefix came from a cache).
       evals: one record an evaluation: `epoch`, `step` and the averages over the data.
       interrupted: whether Ctrl-C was pressed during the last call of `train`.
       compile_seconds: wall time spent on tracing and compiling the training step, in all.
@@ -97,10 +88,7 @@ class History:
 
 
 class Books:
-    """Where a run stands: history, ledger, and counts of steps, of epochs and of their batches.
-
-    Values of the last steps may still be on their way.
-    """
+    """Where a run stands: history, ledger, and counts of steps, of epochs and of their batches."""
 
     def __init__(self, step: Step, opt_state: Any) -> None:
         counted = counts(opt_state)
@@ -110,7 +98,7 @@ class Books:
         self.steps = self.epoch = self.batch = 0  # epochs closed, batches of the open one
         self.log: Callable[[Record], Any] | None = None  # is told every record
         self._step = step
-        self._pending: list[tuple[Record, dict[str, Any]]] = []
+        self.pending: list[tuple[Record, dict[str, Any]]] = []  # whose values are on their way
         self.reset_clock()
 
     def reset_clock(self) -> None:
@@ -120,14 +108,14 @@ class Books:
     def enter(self, values: dict[str, Any]) -> None:
         """Notes a step and its values, on the device."""
         self.steps, self.batch = self.steps + 1, self.batch + 1
-        self._pending.append(({"step": self.steps, "epoch": self.epoch + 1}, values))
+        self.pending.append(({"step": self.steps, "epoch": self.epoch + 1}, values))
 
     def fetch(self) -> int:
-        """Waits for the steps that are on their way, and tells how many these were."""
-        if not self._pending:
+        """Waits for the steps that are still on their way, and tells how many these were."""
+        if not self.pending:
             return 0
-        fetched = wait_and_get([values for _, values in self._pending])
-        pending, self._pending = self._pending, []
+        fetched = wait_and_get([values for _, values in self.pending])
+        pending, self.pending = self.pending, []
         clock, compiled = self._since
         self.reset_clock()
         compiling = self._since[1] - compiled
@@ -135,9 +123,9 @@ class Books:
         seconds = max(self._since[0] - clock - compiling, 0.0) / len(pending)
         records = []
         for (record, _), values in zip(pending, fetched, strict=True):
-            record |= {name: float(value) for name, value in values.items()}
-            whole = {name: int(values[name]) for name in ("updates", "cached") if name in values}
-            records.append(record | whole | {"seconds": seconds})
+            for name, value in values.items():
+                record[name] = (int if name in ("updates", "cached") else float)(value)
+            records.append(record | {"seconds": seconds})
         good = list(itertools.takewhile(lambda record: math.isfinite(record["loss"]), records))
         self.history.steps += good  # all of them, before a `log` can fail
         for record in good:
@@ -146,10 +134,6 @@ class Books:
             bad = records[len(good)]
             raise NonFiniteLossError(f"the loss is {bad['loss']}", bad["step"])
         return len(records)
-
-    def forget(self) -> None:
-        """Gives up what is on its way."""
-        self._pending = []
 
     def evaluated(self, values: dict[str, float]) -> None:
         """Enters an evaluation at the end of the open epoch."""
@@ -178,7 +162,7 @@ class Books:
             self.ledger = Ledger.from_dict(saved["ledger"])
         self.history = History.from_dict(saved["history"])
         self.steps, self.epoch, self.batch = saved["steps"], saved["epoch"], saved["batch"]
-        self.forget()
+        self.pending = []
 
 
 def check_metrics(what: str, metrics: Any, *, of_step: bool = False) -> dict[str, Any]:

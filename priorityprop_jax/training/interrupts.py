@@ -9,28 +9,28 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
-
-from priorityprop_jax.training.processes import anywhere
+import numpy as np
+from jax.experimental import multihost_utils
 
 
 class Stop:
     """Whether to stop: true once Ctrl-C was pressed.
 
-    Several processes stop together, as none may leave a step that the others run: there it is true
-    once all know, by `share`, that it was pressed at one of them.
+    Of several processes none may leave a step that the others run, so there it is true once all
+    know, by `share`, that it was pressed at one of them.
     """
 
     def __init__(self) -> None:
-        self._pressed = False
-        self._shared = False
-        self._shielded = self._late = False
+        self._pressed = self._shared = self._shielded = self._late = False
 
     def __bool__(self) -> bool:
         return self._pressed if jax.process_count() == 1 else self._shared
 
     def share(self) -> None:
         """Tells all processes; all must call it at the same step."""
-        self._shared = anywhere(self._pressed)
+        if jax.process_count() > 1:
+            pressed = multihost_utils.process_allgather(np.array(self._pressed))
+            self._shared = bool(np.any(pressed))
 
     @contextlib.contextmanager
     def catching(self) -> Iterator[None]:
@@ -75,13 +75,8 @@ class Stop:
         """The batches, up to an interruption before or while getting one."""
         try:
             iterator = iter(batches)
-            while not self:
-                try:
-                    batch = next(iterator)
-                except StopIteration:
-                    return
-                if self:
-                    return
+            end = object()
+            while not self and (batch := next(iterator, end)) is not end and not self:
                 yield batch
         except KeyboardInterrupt:
             if jax.process_count() > 1:

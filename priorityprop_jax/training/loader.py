@@ -6,21 +6,18 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 
 class ArrayLoader:
     """Batches of arrays that share their first axis, the same each time for a seed and an epoch.
 
-    The order of the rows is a pure function of `seed` and the epoch, so a run that resumes at epoch
-    3 with `set_epoch(3)` sees the batches that the unbroken run saw.
+    So a run that resumes at epoch 3 with `set_epoch(3)` sees the batches that the unbroken run saw.
 
     Args:
       arrays: arrays of shape `[rows, ...]` by name, or a pair `(x, y)`.
       batch_size: rows in a batch.
-      shuffle: whether the order of the rows changes from epoch to epoch; otherwise it is the
-        arrays' own.
+      shuffle: whether the rows are shuffled anew each epoch; otherwise they keep their order.
       seed: of the order.
       drop_last: whether to leave out a last batch that is not full.
       max_batches: at most so many batches in an epoch; `None` for all of them.
@@ -30,8 +27,7 @@ class ArrayLoader:
         `batch_size`, `max_batches` or `seed` is too small.
 
     Example:
-      >>> import numpy as np
-      >>> from priorityprop_jax.training.loader import ArrayLoader
+      >>> from priorityprop_jax.training import ArrayLoader
       >>> loader = ArrayLoader((np.zeros((10, 4)), np.arange(10)), batch_size=4)
       >>> [batch["y"].tolist() for batch in loader]
       [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
@@ -51,9 +47,7 @@ class ArrayLoader:
     ):
         if isinstance(arrays, tuple):
             if len(arrays) != 2:
-                raise ValueError(
-                    f"a tuple of arrays is a pair (x, y), got {len(arrays)}; use a dict otherwise"
-                )
+                raise ValueError(f"arrays is a pair (x, y) or a dict, got {len(arrays)} in a tuple")
             arrays = {"x": arrays[0], "y": arrays[1]}
         if not arrays:
             raise ValueError("arrays is empty: nothing to make batches of")
@@ -66,23 +60,17 @@ class ArrayLoader:
         self.rows = next(iter(lengths.values()))
         if self.rows == 0:
             raise ValueError("the arrays have no rows: nothing to make batches of")
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}, at least 1 is needed")
+        limits = ("batch_size", batch_size, 1), ("max_batches", max_batches, 1), ("seed", seed, 0)
+        for name, value, least in limits:
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}, at least {least} is needed")
         if drop_last and self.rows < batch_size:
             raise ValueError(
                 f"drop_last leaves no batch of {batch_size} out of {self.rows} rows; "
                 "lower batch_size or set drop_last=False"
             )
-        if max_batches is not None and max_batches < 1:
-            raise ValueError(f"max_batches is {max_batches}, at least 1 (or None) is needed")
-        if seed < 0:
-            raise ValueError(f"seed is {seed}, at least 0 is needed")
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.seed = seed
-        self.drop_last = drop_last
-        self.max_batches = max_batches
-        self.epoch = 0
+        self.batch_size, self.max_batches, self.drop_last = batch_size, max_batches, drop_last
+        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch whose order the next iteration follows; 0 at first."""
@@ -116,17 +104,3 @@ def check_iterable(name: str, batches: Any, epochs: int) -> None:
             "anew each time: give a list or an object whose __iter__ starts afresh, or train one "
             "epoch"
         )
-
-
-def batches_in(loader: Any) -> int | None:
-    """Batches in an epoch, or None where the loader does not know."""
-    try:
-        return len(loader)
-    except TypeError:  # also of a `__len__` that cannot tell, as of a stream
-        return None
-
-
-def rows_in(batch: Any) -> int:
-    """Rows of a batch: the first axis of its first array; a batch of scalars is one example."""
-    leaves = jax.tree.leaves(batch)
-    return np.shape(leaves[0])[0] if leaves and np.ndim(leaves[0]) else 1

@@ -1,7 +1,9 @@
-"""Whatever a user wants to train, as a `Model`: `nnx` modules and pytrees of parameters."""
+"""Whatever a user wants to train, as a `Model`, and averages over data with it."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -10,17 +12,21 @@ from flax import nnx
 
 from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.training.history import check_metrics
+from priorityprop_jax.training.interrupts import Stop
+from priorityprop_jax.training.processes import check_batch, wait_and_get
 from priorityprop_jax.training.step import Loss, LossFn, Model
+
+MetricFn = Callable[[Any, Any], Mapping[str, Any]]
 
 
 def as_model(model: Any) -> Model:
     """Makes a `Model` of an `nnx` module or a pytree; what has the methods is one already."""
     if all(callable(getattr(model, name, None)) for name in ("split", "join", "loss", "evaluator")):
         return model
-    return NnxModel(model) if isinstance(model, nnx.Module) else TreeModel(model)
+    return _NnxModel(model) if isinstance(model, nnx.Module) else _TreeModel(model)
 
 
-class NnxModel(Model):
+class _NnxModel(Model):
     """An `nnx` module, which is trained in place; its own mode is left alone."""
 
     def __init__(self, module: nnx.Module) -> None:
@@ -35,16 +41,13 @@ class NnxModel(Model):
         self._eval_graph = nnx.graphdef(twin)
 
     def split(self) -> tuple[Any, Any]:
-        """The parameters, and the state of all else but `Intermediate`."""
         _, params, _, rest = nnx.split(self.module, nnx.Param, nnx.Intermediate, ...)
         return params, rest
 
     def join(self, params: Any, rest: Any) -> None:
-        """Updates the module."""
         nnx.update(self.module, params, rest)
 
     def loss(self, loss_fn: LossFn, params, rest, batch, **kwargs) -> tuple[Any, Any]:
-        """See `Model`."""
         # A fresh tree: variables may only change at the trace level that made them.
         module = nnx.merge(self._train_graph, params, jax.tree.map(lambda leaf: leaf, rest))
         result = loss_fn(module, batch, **kwargs)
@@ -52,11 +55,10 @@ class NnxModel(Model):
         return result, nnx.state(module, nnx.Not(nnx.Param))
 
     def evaluator(self, params: Any, rest: Any) -> Any:
-        """A module in evaluation mode."""
         return nnx.merge(self._eval_graph, params, rest)
 
 
-class TreeModel(Model):
+class _TreeModel(Model):
     """Parameters as a pytree of floating-point arrays, which are copied."""
 
     def __init__(self, params: Any) -> None:
@@ -72,19 +74,15 @@ class TreeModel(Model):
         self._params = copy(params)
 
     def split(self) -> tuple[Any, Any]:
-        """The parameters, and nothing."""
         return self._params, {}
 
     def join(self, params: Any, rest: Any) -> None:
-        """Keeps the parameters for the next `split`."""
         self._params = params
 
     def loss(self, loss_fn: LossFn, params, rest, batch, **kwargs) -> tuple[Any, Any]:
-        """See `Model`."""
         return loss_fn(params, batch, **kwargs), rest
 
     def evaluator(self, params: Any, rest: Any) -> Any:
-        """The parameters."""
         return params
 
 
@@ -109,6 +107,42 @@ def split_result(result: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
             f"of shape {jnp.shape(loss)} and dtype {jnp.result_type(loss)}"
         )
     return loss, check_metrics("the second result of loss_fn", metrics, of_step=True)
+
+
+class Evaluation:
+    """A compiled evaluation, by a ``metric_fn`` or, if that is None, by the loss."""
+
+    def __init__(self, model: Model, loss_fn: LossFn, metric_fn: MetricFn | None) -> None:
+        self._model, self._loss_fn, self._metric_fn = model, loss_fn, metric_fn
+        self.compiled = jax.jit(self._metrics)
+
+    def __call__(
+        self, params: Any, rest: Any, data: Iterable[Any], stop: Stop
+    ) -> dict[str, float] | None:
+        """The averages over the rows of some batches, or None if it was stopped."""
+        results, rows = [], []
+        for batch in stop.until(data):
+            check_batch(batch)
+            shape = jnp.shape(next(iter(jax.tree.leaves(batch)), 0))
+            rows.append(shape[0] if shape else 1)
+            results.append(self.compiled(params, rest, batch))
+        if stop:
+            return None
+        if not sum(rows):
+            raise ValueError("the data to evaluate on are empty")
+        values = wait_and_get(results)
+        return {
+            name: math.fsum(n * float(value[name]) for n, value in zip(rows, values, strict=True))
+            / sum(rows)
+            for name in values[0]
+        }
+
+    def _metrics(self, params: Any, rest: Any, batch: Any) -> dict[str, Any]:
+        model = self._model.evaluator(params, rest)
+        if self._metric_fn is not None:
+            return check_metrics("metric_fn", self._metric_fn(model, batch))
+        loss, metrics = split_result(self._loss_fn(model, batch))
+        return {"loss": loss, **metrics}
 
 
 def copy(tree: Any) -> Any:

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from priorityprop_jax.core.paths import path_name
 
@@ -16,10 +15,7 @@ _LOST = ("gloo", "nccl", "unavailable", "connection", "heartbeat", "barrier", "d
 
 
 class WorkerLostError(RuntimeError):
-    """Of several processes that train together, one has ended or does not answer.
-
-    The arrays on the devices are of no more use; the latest checkpoint is.
-    """
+    """Another of several processes has ended or does not answer; go on from the checkpoint."""
 
 
 def raise_if_lost(error: BaseException, saved_to: str | None) -> None:
@@ -35,13 +31,6 @@ def raise_if_lost(error: BaseException, saved_to: str | None) -> None:
         ) from None
 
 
-def anywhere(flag: bool) -> bool:
-    """Whether the flag is set at any process; all must call it at the same step."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
-
-
 def wait_and_get(tree: Any) -> Any:
     """`jax.device_get` that raises what has gone wrong at any device of this process.
 
@@ -50,12 +39,8 @@ def wait_and_get(tree: Any) -> Any:
     """
     if jax.process_count() == 1:
         return jax.device_get(tree)
-    left = [
-        shard.data
-        for leaf in jax.tree.leaves(tree)
-        if isinstance(leaf, jax.Array)
-        for shard in leaf.addressable_shards
-    ]
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    left = [shard.data for array in arrays for shard in array.addressable_shards]
     while left:
         ready = [array.is_ready() for array in left]
         jax.block_until_ready([array for array, done in zip(left, ready, strict=True) if done])

@@ -38,17 +38,11 @@ class Model(Protocol):
 
 
 class Step(Protocol):
-    """One training step, and the account of all that were run.
+    """One training step, and the account of all that were run."""
 
-    Attributes:
-      slots: what the ledger has rows for.
-      unit: what the ledger counts, such as ``"updates"``.
-      compile_seconds: wall time spent on tracing and compiling so far.
-    """
-
-    slots: Slots
-    unit: str
-    compile_seconds: float
+    slots: Slots  # what the ledger has rows for
+    unit: str  # what the ledger counts, such as "updates"
+    compile_seconds: float  # wall time spent on tracing and compiling so far
 
     def init(self, params: Any) -> Any:
         """The optimizer state before the first step."""
@@ -114,25 +108,17 @@ class PlainStep(Step):
 
     unit = "updates"
 
-    def __init__(
-        self,
-        loss: Loss,
-        params: Any,
-        optimizer: optax.GradientTransformationExtraArgs,
-        slots: Slots | None = None,
-    ) -> None:
+    def __init__(self, loss: Loss, params: Any, optimizer: Any, slots: Slots | None) -> None:
         self.slots = find_slots(params) if slots is None else slots
-        self.compile_seconds = 0.0
-        self.traces = 0
+        self.compile_seconds, self.traces = 0.0, 0
         self.init = optimizer.init
         self._loss, self._optimizer = loss, optimizer
         self.lay_out((None, None, None))
 
     def lay_out(self, layout: tuple[Any, Any, Any]) -> None:
         """See `Step`."""
-        self.compiled = jax.jit(
-            self._program, donate_argnums=(0, 1, 2), out_shardings=(*layout, None)
-        )
+        shardings = (*layout, None)
+        self.compiled = jax.jit(self._program, donate_argnums=(0, 1, 2), out_shardings=shardings)
 
     def __call__(self, params: Any, rest: Any, opt_state: Any, batch: Any) -> StepResult:
         """See `Step`."""

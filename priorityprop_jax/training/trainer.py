@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import math
+import operator
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -19,39 +20,36 @@ from tqdm import tqdm
 
 from priorityprop_jax.core.layout import layout_of, put_beside
 from priorityprop_jax.core.program import abstract
-from priorityprop_jax.core.slots import Slots
+from priorityprop_jax.core.slots import Slots, find_slots
 from priorityprop_jax.priority.ledger import Ledger
+from priorityprop_jax.priority.options import DEFAULT_BUDGET, Budget
+from priorityprop_jax.priority.transform import priorityprop
 from priorityprop_jax.training import checkpoints
 from priorityprop_jax.training.checkpoints import Path
-from priorityprop_jax.training.evaluation import Evaluation, MetricFn
 from priorityprop_jax.training.history import Books, History, NonFiniteLossError, Record
 from priorityprop_jax.training.interrupts import Stop
-from priorityprop_jax.training.loader import batches_in, check_iterable
-from priorityprop_jax.training.model import as_model, copy, loss_of
+from priorityprop_jax.training.loader import check_iterable
+from priorityprop_jax.training.model import Evaluation, MetricFn, as_model, copy, loss_of
 from priorityprop_jax.training.processes import check_batch, check_params, raise_if_lost
-from priorityprop_jax.training.step import LossFn, MakeStep, PlainStep, Setup, Step
+from priorityprop_jax.training.step import LossFn, MakeStep, PlainStep, Setup, Step, counts
 
 
 class Trainer:
     """Trains a model with any Optax optimizer.
 
-    One compiled step computes the gradients and applies the updates; its buffers are donated, and
-    losses are fetched every few steps. An `nnx` module is trained in place, in the right mode by
-    itself; its own mode is left alone. Parameters given as a pytree are copied.
-
-    Parameters on a `jax.sharding.Mesh` and optimizer state stay laid out as they are. Several
-    processes (`jax.distributed`) all call the same, with parameters and batches on one mesh.
+    An `nnx` module is trained in place, in the right mode by itself; its own mode is left alone.
+    Parameters given as a pytree are copied. Parameters on a `jax.sharding.Mesh` and optimizer state
+    stay laid out as they are. Several processes (`jax.distributed`) all call the same, with
+    parameters and batches on one mesh.
 
     Args:
       model: a `flax.nnx.Module`, a pytree of parameters, or an object with the methods of `Model`.
-      optimizer: the Optax optimizer. It is given the extra arguments ``value`` (the loss),
-        ``grad`` and ``value_fn``.
+      optimizer: is given the extra arguments ``value`` (the loss), ``grad`` and ``value_fn``.
       loss_fn: `(model or params, batch) -> loss` or `(loss, metrics)`, metrics a dict of scalars.
       step: makes the step that is run; by default the optimizer is given all gradients.
       metric_fn: `(model or params, batch) -> dict` of scalars, to evaluate with; by default the
         loss and the metrics of `loss_fn`.
-      checkpoint_dir: a folder for a checkpoint at the end of each epoch and one when interrupted;
-        the latest two are kept.
+      checkpoint_dir: a folder for the latest two checkpoints: of ends of epochs, or interruptions.
       progress: whether to show a progress bar, which stays quiet if the output is no terminal.
       slots: what the optimizer counts updates of, where it was given ``group`` or
         ``stacked_axis``: `find_slots` with the same. Other steps than the plain one know theirs.
@@ -102,8 +100,7 @@ class Trainer:
                 f"optimizer must be an optax.GradientTransformation, got {optimizer!r}; of a "
                 "flax.nnx.Optimizer give its .tx"
             )
-        self.checkpoint_dir = checkpoint_dir
-        self._progress = progress
+        self.checkpoint_dir, self._progress = checkpoint_dir, progress
         self._module = model if isinstance(model, nnx.Module) else None
         self._model = as_model(model)
         self._evaluate = Evaluation(self._model, loss_fn, metric_fn)
@@ -181,13 +178,13 @@ class Trainer:
         """Trains for some epochs more, or continues a run from its checkpoint.
 
         Ctrl-C ends the training between two steps: the checkpoint is saved, and the history is
-        returned with `interrupted` set. A second Ctrl-C raises `KeyboardInterrupt`. After an
-        interruption, `resume_from` continues within the epoch, while a plain `train` begins a new
-        one. Several processes stop together, once every few steps, if one is interrupted.
+        returned with `interrupted` set; a second one raises `KeyboardInterrupt`. Then `resume_from`
+        continues within the epoch, while a plain `train` begins a new one. Several processes stop
+        together, once every few steps.
 
-        After an error, history, ledger and optimizer state are of the same steps, and the model
-        holds what they have come to. If it was raised within a compiled step, the arrays are lost:
-        the trainer goes back to the latest checkpoint of this run, if there is one.
+        After an error, history, ledger, optimizer state and model are of the same steps. If it was
+        raised within a compiled step, the arrays are lost: the trainer goes back to the latest
+        checkpoint of this run, if there is one.
 
         Args:
           loader: batches, pytrees of arrays; iterated anew each epoch, after its
@@ -221,8 +218,7 @@ class Trainer:
                 books.epoch, books.batch = books.epoch + 1, 0
             last = epochs if resume_from is not None else books.epoch + epochs
             check_iterable("loader", loader, last - books.epoch)
-            if eval_data is not None:
-                check_iterable("eval_data", eval_data, last - books.epoch)
+            check_iterable("eval_data", () if eval_data is None else eval_data, last - books.epoch)
             known = (self._saved_to, resume_from)
             manager = stack.enter_context(checkpoints.open_folder(self.checkpoint_dir, known))
             stack.enter_context(self._holding_arrays())
@@ -230,7 +226,10 @@ class Trainer:
             self.history.interrupted = False
             if not books.steps:
                 books.record(self._opt_state)
-            bar = stack.enter_context(_bar(loader, last - books.epoch, books.batch, self._progress))
+            total = operator.length_hint(loader) * (last - books.epoch) or None
+            quiet = None if self._progress and jax.process_index() == 0 else True
+            bar = tqdm(None, "training", total, unit="step", initial=books.batch, disable=quiet)
+            stack.enter_context(bar)
             stack.enter_context(stop.catching())
             try:
                 while books.epoch < last and not stop:
@@ -250,8 +249,8 @@ class Trainer:
 
     def restore(self, source: Path) -> None:
         """Loads the latest checkpoint as `train` with `resume_from` does, and trains nothing."""
-        arrays, about = checkpoints.load(source, self._arrays(), type(self.step).__name__)
-        params, rest, opt_state = arrays
+        like, made_by = self._arrays(), type(self.step).__name__
+        (params, rest, opt_state), about = checkpoints.load(source, like, made_by)
         self._opt_state = self.step.restore(about["step"], opt_state)  # first, as it may refuse
         if self._held is None:
             self._model.join(params, rest)
@@ -323,13 +322,15 @@ class Trainer:
         """Brings the books up to date after an error, whatever it was."""
         with contextlib.suppress(Exception):  # The first error is the one that is raised.
             self._books.fetch()
-        self._books.forget()
+        self._books.pending = []
         if _are_usable((self._held, self._opt_state)):
             self._books.record(self._opt_state)
         elif self._saved_to is not None and jax.process_count() == 1:
             self.restore(self._saved_to)
-            where = f"the trainer is back at the latest checkpoint, of step {self._books.steps}"
-            error.add_note(f"the step had the only arrays, and {where}")
+            error.add_note(
+                "the step had the only arrays, and the trainer is back at the latest checkpoint, "
+                f"of step {self._books.steps}"
+            )
         else:
             error.add_note(
                 "the step had the only arrays, and the model's are deleted: make model and trainer "
@@ -377,11 +378,59 @@ class Trainer:
         self._books.reset_clock()
 
 
-def _bar(loader: Any, epochs: int, done: int, progress: bool) -> tqdm:
-    batches = batches_in(loader)
-    total = None if batches is None else epochs * batches
-    quiet = None if progress and jax.process_index() == 0 else True
-    return tqdm(total=total, initial=done, desc="training", unit="step", disable=quiet)
+class PriorityPropTrainer(Trainer):
+    """A `Trainer` that wraps the optimizer in `priorityprop`.
+
+    The optimizer sees one slot at a time: a clipping by norm inside it clips each slot by itself.
+    The arguments from `total_budget` to `recalc_every` and the ``options`` are those of
+    `priorityprop`, the others those of `Trainer`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from priorityprop_jax import PriorityPropTrainer
+      >>> def loss_fn(params, x):
+      ...     return (params["slope"] * x + params["offset"] - 1.0) ** 2
+      >>> params = {"slope": jnp.zeros(()), "offset": jnp.zeros(())}
+      >>> trainer = PriorityPropTrainer(params, optax.sgd(0.2), loss_fn, total_budget=0.75)
+      >>> history = trainer.train([jnp.ones(())] * 20)
+      >>> sum(history.updates)  # 0.75 of 2 slots x 20 steps
+      30
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: optax.GradientTransformation,
+        loss_fn: LossFn,
+        total_budget: Budget = DEFAULT_BUDGET,
+        min_updates: jax.typing.ArrayLike = 1,
+        max_updates: jax.typing.ArrayLike = 20,
+        recalc_every: jax.typing.ArrayLike = 10,
+        *,
+        step: MakeStep | None = None,
+        metric_fn: MetricFn | None = None,
+        checkpoint_dir: Path | None = None,
+        progress: bool = True,
+        **options: Any,
+    ):
+        budget = (total_budget, min_updates, max_updates, recalc_every)
+        wrapped = priorityprop(optimizer, *budget, **options)
+        params, _ = as_model(model).split()
+        if counts(jax.eval_shape(optimizer.init, params)) is not None:
+            raise ValueError(
+                "the optimizer holds a priorityprop or scale_by_priority already; give the trainer "
+                "the inner optimizer, such as optax.adam(1e-3), and it wraps it itself, or give "
+                "this one to Trainer"
+            )
+        where = {name: options.get(name) for name in ("stacked_axis", "group")}
+        slots = find_slots(params, **where) if jax.tree.leaves(params) else None
+        super().__init__(
+            model, wrapped, loss_fn, step, metric_fn=metric_fn, checkpoint_dir=checkpoint_dir,
+            progress=progress, slots=slots,
+        )  # fmt: skip
+        if isinstance(recalc_every, int | np.integer):
+            self._fetch_every = int(recalc_every)
 
 
 def _are_usable(tree: Any) -> bool:
