@@ -28,8 +28,8 @@ def choose_active(
 
     with ``v`` the values, ``f`` the floors and ``c`` the own costs. For every depth that the
     backward pass may reach, what is left after its floor is a knapsack over the slots up to there;
-    one table from the output inwards solves them all. Exact for costs that are multiples of
-    ``budget / resolution``; others are rounded up to it, so the budget is never exceeded.
+    one table from the output inwards solves them all. Costs are rounded up to multiples of
+    ``budget / resolution``, so the budget is never exceeded.
 
     Args:
       values: ``float[slots]``; NaN, infinite and negative ones count as 0.
@@ -62,7 +62,6 @@ def choose_active(
     values = np.maximum(values, 0.0)
     own = np.asarray(costs.own, np.float64)
     floors = np.asarray(costs.floors, np.float64)
-    order: list[int] = np.argsort(np.asarray(depths, int), kind="stable").tolist()
     if not len(values) == len(depths) == len(own):
         raise ValueError(f"{len(values)} values, {len(depths)} depths and {len(own)} own costs")
     if len(floors) <= max(depths, default=-1):
@@ -74,6 +73,7 @@ def choose_active(
     forced = np.zeros(len(values), bool)
     forced[list(always)] = True
 
+    order: list[int] = np.argsort(np.asarray(depths, int), kind="stable").tolist()
     unit = budget / resolution
     units = np.ceil(own / unit - 1e-9).astype(int)
     chosen = forced.copy()
@@ -94,9 +94,7 @@ def choose_active(
             if room >= 0 and best[room] > top:
                 top, place = best[room], (n + 1, room)
     n, room = place
-    if top < 0:
-        return chosen
-    while n:
+    while n:  # none where the budget pays for nothing
         n -= 1
         if taken[n, room]:
             chosen[order[n]] = True

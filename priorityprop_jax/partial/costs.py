@@ -14,7 +14,7 @@ import optax
 
 from priorityprop_jax.core.program import abstract, analysis, program_flops
 from priorityprop_jax.core.slots import Slots
-from priorityprop_jax.partial.grad import find_active
+from priorityprop_jax.partial.grad import ActiveLeaves, find_active
 
 UNITS = ("flops", "bytes", "milliseconds")
 
@@ -57,11 +57,7 @@ class StepCosts:
         return float(self.floors[deepest] + sum(self.own[i] for i in chosen))
 
     def without_prefix(self, forward: Sequence[float]) -> StepCosts:
-        """The costs where the outputs of the frozen prefix are cached.
-
-        Args:
-          forward: ``[depths]``, the forward pass of everything deeper than each depth.
-        """
+        """Less the forward pass of what is deeper than each depth: ``forward``, ``[depths]``."""
         less = [max(a - b, 0.0) for a, b in zip(self.floors, forward, strict=True)]
         # Not decreasing, as the choice of an active set expects.
         return dataclasses.replace(self, floors=tuple(np.maximum.accumulate(less).tolist()))
@@ -85,8 +81,7 @@ def measure_costs(
     of a step without the slots' own costs is the floor that all slots of that depth share.
     FLOPs are counted in the traced program (see `program_flops`), and nothing is compiled; bytes
     are the compiler's account; milliseconds are the median of runs on this machine, and slots share
-    the time between two depths as they share its FLOPs. Only shapes are used, unless steps are
-    timed.
+    the time between two depths as they share its FLOPs. Only shapes are read.
 
     Args:
       loss_fn: ``(params, batch) -> loss``, or ``(loss, aux)`` with ``has_aux``.
@@ -119,13 +114,14 @@ def measure_costs(
         raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}")
     if not slots.names:
         raise ValueError("there are no slots to measure")
-    params, batch = jax.tree.map(abstract, params), jax.tree.map(abstract, batch)
+    params, batch = jax.tree.map(abstract, (params, batch))
     pairs = list(zip(slots.names, slots.depths, strict=True))
     count = max(slots.depths) + 1
     upto = [frozenset(name for name, d in pairs if d <= depth) for depth in range(count)]
 
     def traced(active: frozenset[str]) -> Any:
-        return _trace(loss_fn, params, batch, slots, active, has_aux, optimizer)
+        chosen = find_active(params, slots, active)
+        return _trace(loss_fn, params, batch, chosen, has_aux, optimizer)
 
     def measure(active: frozenset[str]) -> float:
         if unit == "bytes":
@@ -140,8 +136,8 @@ def measure_costs(
         for at, name in zip(within, slots.names, strict=True)
     ]
     if unit == "milliseconds":
-        programs = [traced(active).lower().compile() for active in upto]
-        times = np.maximum.accumulate(_timed(programs, repeats))
+        times = _timed([traced(active).lower().compile() for active in upto], repeats)
+        times = np.maximum.accumulate(times)
         share = np.diff(times, prepend=0.0) / np.maximum(np.diff(totals, prepend=0.0), 1.0)
         own = [cost * share[depth] for cost, depth in zip(own, slots.depths, strict=True)]
         totals = times.tolist()
@@ -154,15 +150,9 @@ def measure_costs(
 
 
 def _trace(
-    loss_fn: Any,
-    params: Any,
-    batch: Any,
-    slots: Slots,
-    names: frozenset[str],
-    has_aux: bool,
-    optimizer: optax.GradientTransformation | None,
+    loss_fn: Any, params: Any, batch: Any, chosen: ActiveLeaves, has_aux: bool, optimizer: Any
 ) -> Any:
-    chosen = find_active(params, slots, names)
+    """The step of some leaves."""
     active, frozen = chosen.split(params)
     state = () if optimizer is None else jax.eval_shape(optimizer.init, chosen.part(params))
 

@@ -22,10 +22,9 @@ def freeze(
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer on everything but what is named, which stays bit for bit.
 
-    What is frozen has no optimizer state and no update, and needs no gradient: in a compiled step
-    that takes all of them, XLA does not compute those that nothing reads, nor the part of the
-    backward pass that only they need. A clip by global norm belongs inside, where it sees what is
-    trained only.
+    What is frozen has no optimizer state and no update, and needs no gradient: a compiled step does
+    not compute those that nothing reads, nor the part of the backward pass that only they need. A
+    clip by global norm belongs inside, where it sees what is trained only.
 
     Args:
       which: a leaf's path (``"encoder/0/kernel"``), a module's (``"encoder"``), a glob
@@ -37,9 +36,9 @@ def freeze(
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with the state of `optax.masked`. Updates are
-      `Frozen` where a leaf is frozen: they add themselves, so that `optax.apply_updates` takes
-      them, and with it `flax.nnx.Optimizer` and Linen's ``TrainState``. Gradients may be None or
-      left out, as `value_and_grad` does; then nothing changes.
+      `Frozen` where a leaf is frozen, which `optax.apply_updates`, `flax.nnx.Optimizer` and Linen's
+      ``TrainState`` take. Gradients may be None or left out, as `value_and_grad` does; then nothing
+      changes.
 
     Raises:
       TypeError: if ``optimizer`` is no transformation.

@@ -23,39 +23,24 @@ Names = str | Iterable[str] | Callable[[str], bool]
 
 
 def choose(names: Iterable[str], which: Names, what: str = "slot") -> frozenset[str]:
-    """Those of the names that are meant.
+    """Those of the names that are meant; ValueError where something matches none.
 
-    Args:
-      names: all there are, of slots or leaves.
-      which: a name; a glob, whose ``*`` and ``?`` match ``/`` too and whose brackets are brackets;
-        the name of a module or of a stacked leaf, for all in it; several of these; or a function
-        that says of each name whether it is meant.
-      what: what the names are of, for errors.
-
-    Raises:
-      ValueError: if something matches no name; says which are close.
-
-    Example:
-      >>> from priorityprop_jax.partial.grad import choose
-      >>> names = ["layers[0]", "layers[1]", "head/bias", "head/kernel"]
-      >>> sorted(choose(names, "head")), sorted(choose(names, ["layers[1]", "*/bias"]))
-      (['head/bias', 'head/kernel'], ['head/bias', 'layers[1]'])
+    ``which`` is a name; a glob, whose ``*`` and ``?`` match ``/`` too and whose brackets are
+    brackets; a module or a stacked leaf, for all in it; several of these; or a predicate.
     """
     names = tuple(names)
     if callable(which):
         return frozenset(name for name in names if which(name))
-    chosen: set[str] = set()
-    known = set(names)
+    chosen, known = set(), set(names)
     for pattern in (which,) if isinstance(which, str) else which:
-        if pattern in known:
-            chosen.add(pattern)
-            continue
-        glob = pattern.replace("[", "[[]")
-        found = [
-            name
-            for name in names
-            if fnmatch.fnmatchcase(name, glob) or name.startswith((f"{pattern}/", f"{pattern}["))
-        ]
+        glob, inside = pattern.replace("[", "[[]"), (f"{pattern}/", f"{pattern}[")
+        found = (
+            [pattern]
+            if pattern in known
+            else [
+                name for name in names if fnmatch.fnmatchcase(name, glob) or name.startswith(inside)
+            ]
+        )
         if not found:
             close = difflib.get_close_matches(pattern, names, n=4, cutoff=0.3) or names[:4]
             raise ValueError(
@@ -77,10 +62,8 @@ def active_rows(bundle: Bundle, slots: Slots, active: Iterable[str]) -> tuple[in
 class ActiveLeaves:
     """Which leaves of a pytree, and which layers of its stacked leaves, are active.
 
-    Attributes:
-      treedef: the pytree's structure.
-      rows: for every leaf: None (inactive), True (the whole leaf), or the active layers of a leaf
-        that stacks layers on axis 0, in ascending order.
+    ``rows`` has for every leaf None (inactive), True (the whole leaf), or the active layers of a
+    leaf that stacks layers on axis 0, in ascending order.
     """
 
     treedef: Any
@@ -122,22 +105,14 @@ class ActiveLeaves:
     def map(self, function: Callable[..., Any], *trees: Any) -> Any:
         """Maps ``(rows, leaf of each tree)`` to a tree; None counts as a leaf."""
         leaves = (self.treedef.flatten_up_to(tree) for tree in trees)
-        return self.treedef.unflatten(
-            [function(*row) for row in zip(self.rows, *leaves, strict=True)]
-        )
+        return self.treedef.unflatten(map(function, self.rows, *leaves))
 
 
 def find_active(params: Any, slots: Slots, active: Names) -> ActiveLeaves:
     """The leaves, and layers of stacked leaves, that active slots stand for.
 
-    Args:
-      params: pytree of arrays or `jax.ShapeDtypeStruct`.
-      slots: its slots.
-      active: the active ones, see `choose`.
-
-    Raises:
-      ValueError: if there is no slot of a name, if the slots are of other parameters, or if single
-        layers of a leaf are meant that is stacked on another axis than 0.
+    Of ``params`` only shapes are read. Raises a ValueError if there is no slot of a name, if the
+    slots are of other parameters, or for single layers of a stack on another axis than 0.
     """
     active = choose(slots.names, active)
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
@@ -199,10 +174,8 @@ def value_and_grad(
     .. math:: g_i = \partial L(\theta) / \partial \theta_i \quad \text{for active } i,
 
     but what is inactive enters it as a constant, so that XLA has neither its weight gradients nor
-    the part of the chain that only they need to compute. A backward pass that stops at a layer near
-    the output costs what the layers behind it cost. Inside a `jax.lax.scan` over layers all of them
-    run the same program: there the chain stops early only if the scan is split
-    (`priorityprop_jax.partial.stages` does).
+    the part of the chain that only they need to compute. Inside a `jax.lax.scan` over layers the
+    chain stops early only if the scan is split, as `scanned_stages` does.
 
     The gradients go into `update_active` or `freeze`, also through `flax.nnx.Optimizer.update` and
     Linen's ``TrainState.apply_gradients``.
@@ -211,7 +184,8 @@ def value_and_grad(
       loss_fn: ``(params, *args, **kwargs) -> loss``, or ``(loss, aux)`` with ``has_aux``. The first
         argument is a pytree of parameters or an `nnx.Module`.
       active: names of slots, ``"encoder/0/kernel"``, or ``"blocks/kernel[3]"`` for layer 3 of a
-        stack; globs such as ``"head/*"``; or a function of a slot's name; see `choose`. Static.
+        stack; names of modules; globs such as ``"head/*"``, whose ``*`` matches ``/`` too; or a
+        predicate of a slot's name. Static.
       has_aux: as in `jax.value_and_grad`.
       stacked_axis: see `find_slots`.
       group: see `find_slots`.
@@ -219,10 +193,10 @@ def value_and_grad(
 
     Returns:
       A function ``(params, *args, **kwargs) -> (value, grads)``. The value is what ``loss_fn``
-      returns, ``aux`` included. For a pytree, ``grads`` has its structure, with None in place of
-      inactive leaves. For a module it is the `nnx.State` that `nnx.value_and_grad` returns, without
-      the inactive variables; what else the loss changes in the module is changed. Where some layers
-      of a stacked leaf are active, its gradient is a `RowSparse` of these.
+      returns, ``aux`` included. For a pytree, ``grads`` has its structure, None where inactive. For
+      a module it is the `nnx.State` that `nnx.value_and_grad` returns, without inactive variables;
+      what else the loss changes in the module is changed. Where some layers of a stacked leaf are
+      active, its gradient is a `RowSparse` of these.
 
     Raises:
       TypeError: if ``loss_fn`` is no function.
@@ -254,21 +228,14 @@ def value_and_grad(
     def value_and_grad(params, *args, **kwargs):
         if isinstance(params, nnx.Module):
             return _of_module(loss_fn, looked_up, params, args, kwargs, has_aux, wrt)
-        return value_and_grad_of(loss_fn, looked_up(params), has_aux=has_aux)(
-            params, *args, **kwargs
-        )
+        of_pytree = value_and_grad_of(loss_fn, looked_up(params), has_aux=has_aux)
+        return of_pytree(params, *args, **kwargs)
 
     return value_and_grad
 
 
 def _of_module(
-    loss_fn: Callable[..., Any],
-    looked_up: Callable[[Any], ActiveLeaves],
-    model: nnx.Module,
-    args: Any,
-    kwargs: Any,
-    has_aux: bool,
-    wrt: Any,
+    loss_fn: Any, looked_up: Any, model: Any, args: Any, kwargs: Any, has_aux: bool, wrt: Any
 ) -> tuple[Any, Any]:
     state = nnx.state(model, wrt)
     params = nnx.as_pure(state)
@@ -282,21 +249,14 @@ def _of_module(
         nnx.update(model, mixed)
         result = loss_fn(model, *args, **kwargs)
         after = nnx.as_pure(nnx.state(model, wrt))
-        nnx.update(
-            model,
-            jax.tree.map(lambda old, put, new: old if new is put else new, before, mixed, after),
-        )
+        unchanged = lambda old, put, new: old if new is put else new  # noqa: E731
+        nnx.update(model, jax.tree.map(unchanged, before, mixed, after))
         return result
 
-    value, part = nnx.value_and_grad(of_part, has_aux=has_aux)(
-        chosen.part(params), model, args, kwargs
-    )
+    grad_fn = nnx.value_and_grad(of_part, has_aux=has_aux)
+    value, part = grad_fn(chosen.part(params), model, args, kwargs)
+    rows = chosen.as_rows(params, part)
     is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
-    grads = jax.tree.map(
-        lambda variable, grad: variable.replace(grad),
-        state,
-        chosen.as_rows(params, part),
-        is_leaf=is_variable,
-    )
+    grads = jax.tree.map(lambda v, grad: v.replace(grad), state, rows, is_leaf=is_variable)
     present = [(path, grad) for path, grad in nnx.to_flat_state(grads) if jax.tree.leaves(grad)]
     return value, nnx.from_flat_state(present)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -17,15 +17,17 @@ from priorityprop_jax.priority.per_slot import PerSlot
 
 STATES = ("keep", "reset", "offload")
 
+Row = dict[int, Any]  # the state of one slot: number of the state's leaf -> array
+
 
 class ActiveState:
     """Keeps the inner state of the active slots on the device, and no other.
 
-    With ``"reset"`` a slot that becomes active starts from a fresh state, its count for bias
-    correction included, as BAdam does. With ``"offload"`` its state waits in host memory and comes
-    back bit for bit. Between two steps, `move` goes from one active set to the next; the state
-    that it returns has None in place of what is absent, and the ``k`` active layers ``[k, ...]`` of
-    a stacked leaf, as `update_active` takes it.
+    With ``"reset"`` a slot that becomes active starts from a fresh state, its count included, as
+    BAdam does. With ``"offload"`` its state waits in host memory and comes back bit for bit.
+    Between two steps, `move` goes from one active set to the next; its state has None in place of
+    what is absent, and the ``k`` active layers ``[k, ...]`` of a stacked leaf, as `update_active`
+    takes it.
 
     Args:
       inner: the optimizer that `update_active` was made with.
@@ -72,30 +74,26 @@ class ActiveState:
         for bundle in self.slots.bundles:
             check_axis(bundle)
         self.per_slot = PerSlot(optax.with_extra_args_support(inner), params, self.slots)
-        self.waiting: dict[str, dict[int, np.ndarray]] = {}
+        self.waiting: dict[str, Row] = {}
 
     def empty(self) -> ActiveUpdatesState:
         """The state before the first step, with no slot's own state on the device."""
         per_slot = self.per_slot
         flat: list[Any] = [None] * len(per_slot.state_shapes)
         if per_slot.shared and self.slots.bundles:
-            bundle = self.slots.bundles[0]
-            params = [jnp.zeros(shape) for shape in self.slots.shapes[bundle.start]]
-            first = per_slot.init_slot(bundle, params)
+            params = [jnp.zeros(shape) for shape in self.slots.shapes[0]]
+            first = per_slot.init_slot(self.slots.bundles[0], params)
             for i in per_slot.shared:
-                flat[i] = jnp.broadcast_to(first[i], (len(self.slots), *first[i].shape))
+                flat[i] = per_slot.for_every_slot(i, first[i])
         return new_state(self.slots, per_slot.state_treedef.unflatten(flat))
 
     def move(self, state: ActiveUpdatesState, active: Names, params: Any) -> ActiveUpdatesState:
-        """Makes the active slots' state, and no other, resident. Waits for the device.
+        """The state with that of the active slots, and no other, resident. Waits for the device.
 
         Args:
           state: with the state of the slots in ``resident``.
-          active: the slots that are to be resident.
+          active: the slots that are to be resident, see `value_and_grad`.
           params: the parameters as they are now, from which fresh states are made.
-
-        Returns:
-          The state with that of the active slots.
 
         Raises:
           ValueError: if there is no slot of a name.
@@ -103,8 +101,7 @@ class ActiveState:
         active = choose(self.slots.names, active)
         if active == self.resident:
             return state
-        leaves = self.per_slot.flatten(params)
-        flat = self._flat(state)
+        leaves, flat = self.per_slot.flatten(params), self._flat(state)
         for bundle in self.slots.bundles:
             before = active_rows(bundle, self.slots, self.resident)
             after = active_rows(bundle, self.slots, active)
@@ -112,18 +109,14 @@ class ActiveState:
                 continue
             rows = self._rows(flat, bundle, before)
             for layer in set(before) - set(after) if self.mode == "offload" else ():
-                # Copies: on a CPU the array would otherwise share the device's buffer.
-                own = {i: np.array(x, copy=True) for i, x in rows[layer].items()}
-                self.waiting[self._name(bundle, layer)] = own
+                self.waiting[self._name(bundle, layer)] = _copied(rows[layer])
             for layer in set(after) - set(before):
                 rows[layer] = self._enter(flat, bundle, layer, leaves)
-            self._put(flat, bundle, [rows[layer] for layer in after], jnp.stack)
+            self._put(flat, bundle, after, rows, jnp.stack)
         self.resident = active
         return self._with(state, flat)
 
-    def _enter(
-        self, flat: list[Any], bundle: Bundle, layer: int, params: list[Any]
-    ) -> dict[int, jax.Array]:
+    def _enter(self, flat: list[Any], bundle: Bundle, layer: int, params: list[Any]) -> Row:
         """The state of a slot that becomes active; what it shares is put into ``flat``."""
         owned, stacked = self.per_slot.owned(bundle), bundle.layers is not None
         waiting = self.waiting.pop(self._name(bundle, layer), None)
@@ -131,7 +124,7 @@ class ActiveState:
             likes = [None if stacked else params[self.per_slot.owners[i]] for i in owned]
             return {i: _place(waiting[i], like) for i, like in zip(owned, likes, strict=True)}
         own = [params[i][layer] if stacked else params[i] for i in bundle.leaves]
-        fresh = self.per_slot.init_slot(bundle, own)
+        fresh = self.per_slot.init_slot(bundle, own, layer)
         for i in self.per_slot.shared:
             flat[i] = flat[i].at[bundle.start + layer].set(fresh[i])
         # The step donates its state, and an optimizer may keep the parameters themselves.
@@ -147,38 +140,34 @@ class ActiveState:
             present = active_rows(bundle, self.slots, self.resident)
             if len(present) == bundle.slots:
                 continue
-            rows = self._rows(flat, bundle, present)
             shapes = {i: self.per_slot.state_shapes[i] for i in self.per_slot.owned(bundle)}
             zeros = {i: np.zeros(one.shape, one.dtype) for i, one in shapes.items()}
-            for layer in range(bundle.slots):
-                own = self.waiting.get(self._name(bundle, layer), zeros)
-                rows.setdefault(layer, own)
-            self._put(flat, bundle, [rows[layer] for layer in range(bundle.slots)], np.stack)
+            every = range(bundle.slots)
+            away = {n: self.waiting.get(self._name(bundle, n), zeros) for n in every}
+            rows = away | self._rows(flat, bundle, present)
+            self._put(flat, bundle, every, rows, np.stack)
         return self._with(state, flat)
 
     def restore(
         self, complete: ActiveUpdatesState, resident: Iterable[str], waiting: Iterable[str]
     ) -> ActiveUpdatesState:
-        """The inverse of `complete`.
+        """The inverse of `complete`: the state with that of the resident slots.
 
         Args:
           complete: the state of all slots.
           resident: the slots whose state was on the device.
           waiting: the slots whose state was waiting.
-
-        Returns:
-          The state with that of the resident slots.
         """
         self.resident, waiting = frozenset(resident), frozenset(waiting)
         self.waiting = {}
         flat = self._flat(complete)
         for bundle in self.slots.bundles:
-            rows = self._rows(flat, bundle, tuple(range(bundle.slots)))
+            rows = self._rows(flat, bundle, range(bundle.slots))
             for layer, own in rows.items():
                 if (name := self._name(bundle, layer)) in waiting:
-                    self.waiting[name] = {i: np.array(x, copy=True) for i, x in own.items()}
+                    self.waiting[name] = _copied(own)
             present = active_rows(bundle, self.slots, self.resident)
-            self._put(flat, bundle, [rows[layer] for layer in present], jnp.stack)
+            self._put(flat, bundle, present, rows, jnp.stack)
         return jax.tree.map(
             lambda x: x if isinstance(x, jax.Array) else jnp.array(x, copy=True),
             self._with(complete, flat),
@@ -193,23 +182,24 @@ class ActiveState:
     def _with(self, state: ActiveUpdatesState, flat: list[Any]) -> ActiveUpdatesState:
         return state._replace(inner_state=self.per_slot.state_treedef.unflatten(flat))
 
-    def _rows(
-        self, flat: list[Any], bundle: Bundle, layers: tuple[int, ...]
-    ) -> dict[int, dict[int, Any]]:
-        """What a flat state has of these layers: layer -> number of the state's leaf -> array."""
+    def _rows(self, flat: list[Any], bundle: Bundle, layers: Sequence[int]) -> dict[int, Row]:
+        """What a flat state that has just these layers has of each."""
         owned, stacked = self.per_slot.owned(bundle), bundle.layers is not None
         return {
             layer: {i: flat[i][place] if stacked else flat[i] for i in owned}
             for place, layer in enumerate(layers)
         }
 
-    def _put(
-        self, flat: list[Any], bundle: Bundle, rows: list[dict[int, Any]], stack: Callable[..., Any]
-    ) -> None:
+    def _put(self, flat: Any, bundle: Bundle, layers: Any, rows: Any, stack: Any) -> None:
         """Puts the layers into a flat state: None for no layers, ``[k, ...]`` for some."""
         for i in self.per_slot.owned(bundle):
-            own = [row[i] for row in rows]
+            own = [rows[layer][i] for layer in layers]
             flat[i] = None if not own else own[0] if bundle.layers is None else stack(own)
+
+
+def _copied(row: Row) -> dict[int, np.ndarray]:
+    """In host memory. On a CPU an array would otherwise share the device's buffer."""
+    return {i: np.array(x, copy=True) for i, x in row.items()}
 
 
 def _place(x: np.ndarray, like: Any) -> jax.Array:

@@ -50,7 +50,7 @@ class Situation:
         return frozenset(self.slots.names)
 
     def rng(self, *more: int) -> np.random.Generator:
-        """Random numbers that are a function of the seed and the cycle."""
+        """Random numbers that are a function of the seed, the cycle and further numbers."""
         return np.random.default_rng((self.seed, self.cycle, *more))
 
     def at_depths(self, depths: Iterable[int]) -> frozenset[str]:
@@ -59,55 +59,52 @@ class Situation:
         pairs = zip(self.slots.names, self.slots.depths, strict=True)
         return frozenset(name for name, depth in pairs if depth in wanted)
 
-    def cost(self, active: Iterable[str]) -> float:
-        """What a step with these active slots is expected to cost."""
+    @property
+    def known_costs(self) -> StepCosts:
+        """The costs; a ValueError where there are none."""
         if self.costs is None:
             raise ValueError(
                 "this policy needs costs, which are measured where a budget is given: a share, "
                 "flops or milliseconds; or give it costs from measure_costs"
             )
-        return self.costs.of(self.slots, active)
+        return self.costs
+
+    def cost(self, active: Iterable[str]) -> float:
+        """What a step with these active slots is expected to cost."""
+        return self.known_costs.of(self.slots, active)
 
 
 Policy = Callable[[Situation], Sequence[frozenset[str]]]
 
 
 def by_priority(*, scoring_share: float = 0.1, always: Iterable[int] = (0,)) -> Policy:
-    """PriorityProp's policy: the active set that is worth most for the budget.
+    """PriorityProp's policy: the active set that is worth most for the budget, see `choose_active`.
 
-    The value of a slot is its expected decrease of the loss times the count discount
-    ``1 / update_count``, a bonus for slots that have not been updated for long; which slots to
-    spend the budget on is then chosen exactly (see `choose_active`). As values of slots that are
-    not updated go stale, some cycles begin with a full step, an ordinary update of all slots that
-    scores them as well: the first cycle, and then as often as ``scoring_share`` of the budget pays.
-    They are charged like any step, and the rest of the cycle makes up for them.
-
-    Args:
-      scoring_share: the share of the budget to spend on full steps after the first; 0 for none.
-      always: depths whose slots are always active; the output layer by default.
+    A slot is worth its expected decrease of the loss times the count discount ``1 / update_count``,
+    a bonus for slots that have not been updated for long. As values of slots that are not updated
+    go stale, some cycles begin with a full step, which scores all: the first cycle, and then as
+    often as ``scoring_share`` of the budget pays. The rest of the cycle makes up for it. Slots at
+    the depths ``always`` are always active.
     """
     if not 0 <= scoring_share <= 1:
         raise ValueError(f"scoring_share must be in [0, 1], got {scoring_share}")
     always = tuple(always)
 
     def policy(at: Situation) -> list[frozenset[str]]:
-        at.cost(())  # raises where there are none
+        costs = at.known_costs
         spare = scoring_share * at.budget / at.full * at.steps
         scoring = at.cycle == 0 or math.floor(spare * (at.cycle + 1)) > math.floor(spare * at.cycle)
         budget = at.budget
         if scoring and at.steps > 1:
             budget = max(at.budget * at.steps - at.full, 0.0) / (at.steps - 1)
         worth = np.asarray(priority(at.values, at.update_counts, 1.0))
-        must = [i for i, depth in enumerate(at.slots.depths) if depth in always]
-        if not (worth > 0).any() or budget <= 0:
-            chosen = np.isin(np.arange(len(worth)), must)
-        else:
-            chosen = choose_active(worth, at.slots.depths, at.costs, budget, always=must)
-        active = frozenset(name for name, on in zip(at.slots.names, chosen, strict=True) if on)
+        active = at.at_depths(always)
+        if (worth > 0).any() and budget > 0:
+            must = np.flatnonzero(np.isin(at.slots.depths, always))
+            chosen = choose_active(worth, at.slots.depths, costs, budget, always=must)
+            active = frozenset(name for name, on in zip(at.slots.names, chosen, strict=True) if on)
         active = active or at.at_depths([0])  # the cheapest that trains anything
-        if not scoring:
-            return [active] * at.steps
-        return [at.everything] + [active] * (at.steps - 1)
+        return [at.everything if scoring else active] + [active] * (at.steps - 1)
 
     return policy
 
@@ -115,7 +112,7 @@ def by_priority(*, scoring_share: float = 0.1, always: Iterable[int] = (0,)) -> 
 def at_random(*, always: Iterable[int] = (0,)) -> Policy:
     """Layers drawn at random each cycle, as many as the budget pays: the control for `by_priority`.
 
-    Slots at the depths ``always`` are always active; the output layer's by default.
+    Slots at the depths ``always`` are always active.
     """
     always = tuple(always)
 
@@ -140,8 +137,7 @@ def suffix(k: int) -> Policy:
 def lisa(k: int) -> Policy:
     """LISA: input and output layers always, and ``k`` random layers between them each cycle.
 
-    References:
-      LISA (Pan et al., 2024), https://arxiv.org/abs/2403.17919
+    See Pan et al. (2024), https://arxiv.org/abs/2403.17919
     """
     _check_layers("lisa", k, 1)
 
@@ -157,12 +153,9 @@ def lisa(k: int) -> Policy:
 def badam(k: int = 1) -> Policy:
     """BAdam: ``k`` layers a cycle in turn, from the output to the input and again.
 
-    The output layer is active all along, as a new classifier has to be learned whoever has the
-    turn; the input layer (embeddings) has no turn, as in the paper, which resets optimizer states
-    between turns: ``state="reset"``.
-
-    References:
-      BAdam (Luo, Yu, Li, 2024), https://arxiv.org/abs/2404.02827
+    The output layer is active all along, as a new classifier has to be learned; the input layer
+    has no turn, as in the paper, which resets optimizer states between turns (``state="reset"``).
+    See Luo, Yu and Li (2024), https://arxiv.org/abs/2404.02827
     """
     _check_layers("badam", k, 1)
 
@@ -238,8 +231,7 @@ def active_sets(
 ) -> list[frozenset[str]]:
     """The active set of every step of a cycle, from an allocation of `priorityprop`.
 
-    With ``spread="nested"`` the sets shrink from step to step and are few, which is what compiled
-    variants of a partial backward pass want.
+    With ``spread="nested"`` the sets shrink from step to step, and are few.
 
     Args:
       slots: the slots.
@@ -257,11 +249,12 @@ def active_sets(
       >>> [sorted(names) for names in active_sets(slots, [3, 1], 3)]
       [['a', 'b'], ['a'], ['a']]
     """
-    steps = (np.asarray(repeats(allocation, t, recalc_every, spread)) for t in range(recalc_every))
-    return [
-        frozenset(name for name, n in zip(slots.names, counts, strict=True) if n > 0)
-        for counts in steps
-    ]
+
+    def active(step: int) -> frozenset[str]:
+        counts = np.asarray(repeats(allocation, step, recalc_every, spread))
+        return frozenset(name for name, n in zip(slots.names, counts, strict=True) if n > 0)
+
+    return [active(step) for step in range(recalc_every)]
 
 
 def _check_layers(name: str, k: Any, least: int) -> None:

@@ -128,7 +128,7 @@ class Prefix:
         prefix = _of(names, params, rest)
         shapes = jax.tree.map(abstract, (*prefix, x))
         program, (outputs, _) = jax.make_jaxpr(
-            lambda *arguments: self._run(*arguments, 0, at), return_shape=True
+            lambda *arguments: self._run(*arguments, begin=0, stop=at), return_shape=True
         )(*shapes)
         # What the prefix computes: its program without the addresses of Python's objects, which
         # differ between processes, and what that closes over.
@@ -195,7 +195,7 @@ class Prefix:
         """FLOPs of the forward pass of all stages in front of one. Only shapes are read."""
         names = self._stages.names[:stop]
         arguments = (*_of(names, params, rest), x)
-        traced = jax.make_jaxpr(lambda *arguments: self._run(*arguments, 0, stop)[0])
+        traced = jax.make_jaxpr(lambda *arguments: self._run(*arguments, begin=0, stop=stop)[0])
         return program_flops(traced(*jax.tree.map(abstract, arguments))) if stop else 0.0
 
     def record(self) -> dict[str, Any]:

@@ -39,13 +39,11 @@ class PrefixCache:
     Args:
       directory: the folder of the cache, made if need be; None keeps the cache in memory.
       examples: how many examples there are, ids being below.
-      dtype: what floating arrays of more bits are stored as, ``"bfloat16"`` or ``"float32"``; see
-        `rounded`.
+      dtype: what floating arrays of more bits are rounded to, ``"bfloat16"`` or ``"float32"``.
       max_bytes: the most that the cache may hold. If not all examples fit, the first ids are
         cached, and any batch with another one in it is a miss.
 
     Attributes:
-      dtype: as given.
       key: of the prefix that the cache is open for; None if it is not open.
       hits: examples served so far.
       misses: examples in batches that were not served.
@@ -100,12 +98,12 @@ class PrefixCache:
         """Makes the cache that of a prefix; what was cached for another one is dropped.
 
         Args:
-          key: tells everything that the outputs depend on, see `fingerprint`.
+          key: tells everything that the outputs depend on.
           like: the outputs of one example, a pytree of `jax.ShapeDtypeStruct`.
 
         Raises:
           TypeError, ValueError: `like` has something else in it than arrays that can be stored, or
-            another process (or another `PrefixCache`) has the directory open.
+            another `PrefixCache` has the directory open.
         """
         fields: list[Any] = [("check", "u4"), ("inputs", "u4")]
         leaves, _ = jax.tree_util.tree_flatten_with_path(like)
@@ -135,16 +133,12 @@ class PrefixCache:
         self.key = key
 
     def lookup(self, ids: Any, inputs: Any) -> Any:
-        """The outputs of a batch, if all of its examples are cached.
+        """The outputs of a batch as NumPy arrays, or None if those of any example are not there.
 
         Args:
           ids: whole numbers from 0, one an example, `[batch]`.
           inputs: what the prefix is given, a pytree of arrays `[batch, ...]`: its checksum must be
             that of what the outputs were stored with.
-
-        Returns:
-          A pytree of NumPy arrays `[batch, ...]` of the dtypes of `like`, rounded as `rounded`
-          does; None if the outputs of any example are not there.
 
         Raises:
           ValueError: the ids are no whole numbers below `examples`, the inputs do not fit them, an
@@ -168,12 +162,7 @@ class PrefixCache:
         return structure.unflatten(arrays)
 
     def store(self, ids: Any, inputs: Any, outputs: Any) -> None:
-        """Caches the outputs of a batch that was looked up and not found.
-
-        Args:
-          ids: as for `lookup`.
-          inputs: as for `lookup`.
-          outputs: what the prefix made of them, a pytree of arrays `[batch, ...]`.
+        """Caches the outputs of a batch, a pytree of arrays `[batch, ...]`; see `lookup`.
 
         Raises:
           ValueError: as for `lookup`, or the outputs are not as `open` was told.
@@ -210,31 +199,26 @@ class PrefixCache:
         """The ids, and the checksum of the inputs of each."""
         if self.key is None:
             raise ValueError("the cache is not open; call open(key, like) first")
-        array = np.asarray(ids)
-        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        ids = np.asarray(ids)
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
             raise ValueError(
-                "ids must be whole numbers, one an example, got an array of shape "
-                f"{array.shape} and dtype {array.dtype}"
+                f"ids must be whole numbers, one an example, got {ids.dtype} of shape {ids.shape}"
             )
-        numbers = [int(i) for i in array.tolist()]
+        numbers = [int(i) for i in ids.tolist()]
         if not all(0 <= i < self._examples for i in numbers):
             raise ValueError(
                 f"ids must be from 0 on and below the {self._examples} examples that the cache was "
                 f"made for, got {min(numbers)} to {max(numbers)}; correct them, or raise examples"
             )
         checksums = [0] * len(numbers)
-        for leaf in jax.tree.leaves(inputs):
-            leaf = np.ascontiguousarray(leaf)
-            if leaf.ndim == 0 or len(leaf) != len(numbers):
+        for leaf in map(np.asarray, jax.tree.leaves(inputs)):
+            if leaf.shape[:1] != ids.shape:
                 raise ValueError(
-                    f"inputs must have one row an id, got an array of shape {leaf.shape} for "
-                    f"{len(numbers)} ids"
+                    f"inputs must have one row an id, got shape {leaf.shape} for {len(ids)} ids"
                 )
             kind = f"{leaf.dtype}{leaf.shape[1:]}".encode()
-            checksums = [
-                zlib.crc32(row.tobytes(), zlib.crc32(kind, checksum))
-                for row, checksum in zip(leaf, checksums, strict=True)
-            ]
+            for n, row in enumerate(leaf):
+                checksums[n] = zlib.crc32(row.tobytes(), zlib.crc32(kind, checksums[n]))
         seen: dict[int, int] = {}
         for i, checksum in zip(numbers, checksums, strict=True):
             if seen.setdefault(i, checksum) != checksum:
@@ -339,20 +323,8 @@ def _let_go(file: Any, lock: int) -> None:
 def rounded(outputs: Any, dtype: str = "bfloat16") -> Any:
     """What the cache gives back for `outputs`: rounded to `dtype`, in the dtypes they had.
 
-    Train on rounded outputs where they are computed, too: then a step does not depend on whether
-    the cache was hit. It can be compiled, unlike a pair of casts, which XLA may drop.
-
-    Args:
-      outputs: a pytree of arrays; floating ones of more bits than `dtype` are rounded to the
-        nearest value, ties to even.
-      dtype: that of the cache, ``"bfloat16"`` or ``"float32"``.
-
-    Example:
-      >>> import jax
-      >>> import jax.numpy as jnp
-      >>> from priorityprop_jax.partial.prefix_cache import rounded
-      >>> jax.jit(rounded)(jnp.array([1.0, 1.001, 3.14159]))
-      Array([1.    , 1.    , 3.140625], dtype=float32)
+    Trained on where outputs are computed, too, a step does not depend on whether the cache was hit.
+    It can be compiled, unlike a pair of casts, which XLA may drop.
     """
     _check_dtype(dtype)
 
@@ -368,15 +340,7 @@ def rounded(outputs: Any, dtype: str = "bfloat16") -> Any:
 
 
 def fingerprint(tree: Any, *extra: str) -> str:
-    """SHA-256 over the names, shapes, dtypes and bytes of all leaves, and over further strings.
-
-    Args:
-      tree: a pytree of arrays (random keys and numbers included). Arrays on a device are fetched.
-      *extra: whatever else matters, such as the text of a program.
-
-    Returns:
-      64 hexadecimal digits.
-    """
+    """SHA-256 of the names, shapes, dtypes and bytes of all leaves, and of further strings."""
     digest = hashlib.sha256()
 
     def add(part: bytes) -> None:
@@ -386,13 +350,12 @@ def fingerprint(tree: Any, *extra: str) -> str:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     add(str(len(leaves)).encode())
     for path, leaf in leaves:
-        name = path_name(path)
-        dtype = getattr(leaf, "dtype", None)
-        if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+        if jnp.issubdtype(dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         array = np.asarray(leaf)
-        add(f"{name}\0{array.shape}\0{dtype or array.dtype}".encode())
-        add(np.ascontiguousarray(array).tobytes())
+        add(f"{path_name(path)}\0{array.shape}\0{dtype}".encode())
+        add(array.tobytes())
     for text in extra:
         add(text.encode())
     return digest.hexdigest()

@@ -6,7 +6,8 @@ Everything is pure: parameters and state go in, outputs and new state come out.
 from __future__ import annotations
 
 import dataclasses
-import functools
+import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,9 +23,8 @@ Apply = Callable[[Any, Any, Any], tuple[Any, Any]]
 class Stages:
     """A model as a chain of named, pure stages; what one returns, the next is given.
 
-    What passes between two stages is any pytree, such as `(hidden, mask)`. A `Trainer` takes it as
-    it is: its `loss_fn` is given a function from inputs to outputs for a model, and is to call it
-    once.
+    What passes between two stages is any pytree, such as `(hidden, mask)`. A `Trainer` takes a
+    chain for a model; its `loss_fn` is given a function from inputs to outputs, to be called once.
 
     Attributes:
       names: of the stages, in forward order.
@@ -37,8 +37,8 @@ class Stages:
       write_back: puts params and state of all stages back to where they came from, or None.
 
     Raises:
-      TypeError, ValueError: there are no stages, a name is no string, occurs twice, is empty or has
-        a ``/`` in it; or functions, params or state are not those of the stages.
+      TypeError, ValueError: there are no stages; a name is no string, occurs twice, is empty or has
+        a ``/`` in it; or functions, params or state do not fit the names.
 
     Example:
       >>> from priorityprop_jax.partial.stages import chain, function_stage
@@ -59,7 +59,18 @@ class Stages:
     write_back: Callable[[dict[str, Any], dict[str, Any]], None] | None = None
 
     def __post_init__(self):
-        _check_names(self.names)
+        if not self.names:
+            raise ValueError("there are no stages; give at least one")
+        for name in self.names:
+            if not isinstance(name, str):
+                raise TypeError(f"the name of a stage must be a string, got {name!r}")
+            if not name or "/" in name:
+                raise ValueError(
+                    "the name of a stage must not be empty or have a '/' in it, which separates "
+                    f"the parts of a parameter's name, got {name!r}"
+                )
+        if twice := sorted({name for name in self.names if self.names.count(name) > 1}):
+            raise ValueError(f"stages must have different names, got {', '.join(twice)} twice")
         for field in ("applies", "eval_applies"):
             applies = getattr(self, field)
             if len(applies) != len(self.names) or not all(map(callable, applies)):
@@ -82,18 +93,10 @@ class Stages:
         stop: int | None = None,
         train: bool = True,
     ) -> tuple[Any, dict[str, Any]]:
-        """Runs the stages `start`, ..., `stop - 1`, one after the other.
+        """Runs the stages `start`, ..., `stop - 1` (by default all), in training mode or not.
 
-        Args:
-          params: by stage name, as is `state`.
-          state: what a run may change.
-          x: what stage `start` is given.
-          start: the first stage to run, static, as are `stop` and `train`.
-          stop: the first stage not to run; by default all are run.
-          train: whether to run in training mode.
-
-        Returns:
-          What the last of them returns (`x` if none runs), and the state of all stages.
+        Stage `start` is given `x`. Returns what the last of them returns (`x` if none runs), and
+        the new state of all stages.
         """
         stop = len(self) if stop is None else stop
         if not 0 <= start <= stop <= len(self):
@@ -104,7 +107,7 @@ class Stages:
         self._check_trees(params, state)
         new_state = dict(state)
         applies = self.applies if train else self.eval_applies
-        for name, apply in list(zip(self.names, applies, strict=True))[start:stop]:
+        for name, apply in zip(self.names[start:stop], applies[start:stop], strict=True):
             x, new_state[name] = apply(params[name], state[name], x)
         return x, new_state
 
@@ -122,14 +125,7 @@ class Stages:
             self.write_back(params, rest)
 
     def loss(
-        self,
-        loss_fn: Callable[..., Any],
-        params: Mapping[str, Any],
-        rest: Mapping[str, Any],
-        batch: Any,
-        *,
-        x: Any = None,
-        start: int = 0,
+        self, loss_fn: Any, params: Any, rest: Any, batch: Any, *, x: Any = None, start: int = 0
     ) -> tuple[Any, dict[str, Any]]:
         """What a loss returns for the stages from `start` on in training mode, and the new state.
 
@@ -141,8 +137,8 @@ class Stages:
 
         def model(inputs: Any) -> Any:
             if x is not None:
-                given, expected = jax.tree.leaves(inputs), jax.tree.leaves(batch["x"])
-                if [id(leaf) for leaf in given] != [id(leaf) for leaf in expected]:
+                given, expected = (list(map(id, jax.tree.leaves(t))) for t in (inputs, batch["x"]))
+                if given != expected:
                     raise ValueError(
                         "loss_fn must call the model with batch['x'] as it is, which frozen stages "
                         "have been run on already; change the data in the loader or in a stage"
@@ -164,16 +160,13 @@ class Stages:
     def _check_trees(self, params: Any, state: Any) -> None:
         for field, tree in (("params", params), ("state", state)):
             if not isinstance(tree, Mapping):
-                raise TypeError(
-                    f"{field} must be a dict by stage name, got {type(tree).__name__}; give {{}} "
-                    "to a stage that has none"
-                )
-            missing = [name for name in self.names if name not in tree]
-            unknown = [str(name) for name in tree if name not in self.names]
+                raise TypeError(f"{field} must be a dict by stage name, got {type(tree).__name__}")
+            missing = ", ".join(name for name in self.names if name not in tree)
+            unknown = ", ".join(str(name) for name in tree if name not in self.names)
             if missing or unknown:
                 raise ValueError(
-                    f"{field} must have an entry for each of {', '.join(self.names)}; missing: "
-                    f"{', '.join(missing) or 'none'}, unknown: {', '.join(unknown) or 'none'}"
+                    f"{field} must have an entry, {{}} for none, for each of the stages; missing: "
+                    f"{missing or 'none'}, unknown: {unknown or 'none'}"
                 )
 
 
@@ -181,8 +174,7 @@ def chain(*parts: Stages) -> Stages:
     """One chain out of several, in this order.
 
     Args:
-      *parts: chains of any kind: an embedding as `nnx_stages`, layers as `scanned_stages`, a head
-        as `function_stage`.
+      *parts: chains of any kind: an embedding as `nnx_stages`, a head as `function_stage`.
 
     Returns:
       The stages of all. Its `write_back` writes to those parts that have one.
@@ -197,18 +189,23 @@ def chain(*parts: Stages) -> Stages:
     written = [part for part in parts if part.write_back is not None]
     owners: dict[int, str] = {}
     for part in written:
-        for name in part.names:
-            for leaf in jax.tree.leaves(part.params[name]):
-                _check_untied(owners.setdefault(id(leaf), name), name, "parameters")
+        trees = {"parameters": part.params, "random streams or state": part.state}
+        for kind, name in itertools.product(trees, part.names):
+            for x in jax.tree.leaves(trees[kind][name]):
+                owner = owners.setdefault(id(x), name) if isinstance(x, jax.Array) else name
+                if owner != name:
+                    raise ValueError(
+                        f"the stages {owner!r} and {name!r} share {kind}, which cannot be trained "
+                        "by halves: put both uses into one stage, or give each its own (a copy, or "
+                        "rngs.fork())"
+                    )
 
     def write_back(params: dict[str, Any], state: dict[str, Any]) -> None:
         for part in written:
             part.join(*({name: tree[name] for name in part.names} for tree in (params, state)))
 
-    names = tuple(name for part in parts for name in part.names)
-    _check_names(names)
     return Stages(
-        names=names,
+        names=tuple(name for part in parts for name in part.names),
         applies=tuple(apply for part in parts for apply in part.applies),
         eval_applies=tuple(apply for part in parts for apply in part.eval_applies),
         params={name: part.params[name] for part in parts for name in part.names},
@@ -246,16 +243,14 @@ def function_stage(
       >>> stages.run(stages.params, stages.state, jnp.ones([4, 3]))[0].shape
       (4, 2)
     """
-    for argument, function in (("apply", apply), ("eval_apply", eval_apply or apply)):
+
+    def stateless(function: Any) -> tuple[Apply]:
         if not callable(function):
-            raise TypeError(f"{argument} must be a function (params, x) -> y, got {function!r}")
-    return Stages(
-        names=(name,),
-        applies=(_stateless(apply),),
-        eval_applies=(_stateless(eval_apply or apply),),
-        params={name: {} if params is None else params},
-        state={name: {}},
-    )
+            raise TypeError(f"apply must be a function (params, x) -> y, got {function!r}")
+        return (lambda params, state, x: (function(params, x), state),)
+
+    applies = stateless(apply), stateless(eval_apply or apply)
+    return Stages((name,), *applies, {name: {} if params is None else params}, {name: {}})
 
 
 def scanned_stages(
@@ -292,23 +287,19 @@ def scanned_stages(
       (('block_0', 'block_1', 'block_2'), (3, 2, 2))
     """
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(stacked_params)]
-    if not all(-len(shape) <= axis < len(shape) for shape in shapes):
+    fits = all(-len(shape) <= axis < len(shape) for shape in shapes)
+    if not fits or len({shape[axis] for shape in shapes}) != 1:
         raise ValueError(
-            f"every array of stacked_params must have its layers along axis {axis}, got the shapes "
-            f"{shapes}"
+            "stacked_params must be an array or several, all with the same number of layers along "
+            f"axis {axis}; got the shapes {shapes}"
         )
-    counts = {shape[axis] for shape in shapes}
-    if len(counts) != 1:
-        raise ValueError(
-            f"the arrays of stacked_params have {sorted(counts)} layers along axis {axis}; there "
-            "must be an array, and all must have the same number"
-        )
-    parts = []
-    for layer in range(counts.pop()):
-        take = functools.partial(_take, index=layer, axis=axis)
+
+    def stage(layer: int) -> Stages:
+        take = lambda x: jax.lax.index_in_dim(jnp.asarray(x), layer, axis, keepdims=False)  # noqa: E731
         params = jax.tree.map(take, stacked_params)
-        parts.append(function_stage(f"{name}_{layer}", apply, params, eval_apply=eval_apply))
-    return chain(*parts)
+        return function_stage(f"{name}_{layer}", apply, params, eval_apply=eval_apply)
+
+    return chain(*map(stage, range(shapes[0][axis])))
 
 
 def stack_params(params: Mapping[str, Any], *, name: str = "block", axis: int = 0) -> Any:
@@ -325,16 +316,13 @@ def stack_params(params: Mapping[str, Any], *, name: str = "block", axis: int = 
     Raises:
       ValueError: there is no stage `name_0`, or the numbers have a gap.
     """
-    count = 0
-    while f"{name}_{count}" in params:
-        count += 1
-    numbers = [key.removeprefix(f"{name}_") for key in params if key.startswith(f"{name}_")]
-    if not count or count < sum(number.isdecimal() for number in numbers):
+    found = [key for key in params if re.fullmatch(rf"{re.escape(name)}_\d+", key)]
+    layers = [params[key] for i in range(len(found)) if (key := f"{name}_{i}") in params]
+    if not layers or len(layers) < len(found):
         raise ValueError(
             f"params must have the stages {name}_0, {name}_1, ... without a gap, got "
             f"{', '.join(params) or 'none'}"
         )
-    layers = [params[f"{name}_{number}"] for number in range(count)]
     return jax.tree.map(lambda *rows: jnp.stack(rows, axis), *layers)
 
 
@@ -369,105 +357,55 @@ def nnx_stages(modules: Sequence[tuple[str, Any]]) -> Stages:
       >>> y.shape, sorted(stages.params["head"])
       ((5, 2), ['bias', 'kernel'])
     """
-    pairs = list(modules.items() if isinstance(modules, Mapping) else modules)
-    for pair in pairs:
+    parts = []
+    for pair in modules:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise TypeError(f"a stage must be a pair (name, module), got {pair!r}")
-    names = tuple(name for name, _ in pairs)
-    _check_names(names)
-    owners: dict[int, str] = {}
-    parts, originals = [], {}
-    for name, module in pairs:
-        if not isinstance(module, nnx.Module):
-            if not callable(module) or isinstance(module, type):
-                raise TypeError(
-                    f"stage {name!r} must be a module or a function x -> y, got {module!r}"
-                )
+        name, module = pair
+        if isinstance(module, nnx.Module):
+            parts.append(_module_stage(name, module))
+        elif callable(module) and not isinstance(module, type):
             parts.append(function_stage(name, lambda _, x, module=module: module(x)))
-            continue
-        for _, node in nnx.iter_graph(module):
-            if isinstance(node, nnx.Variable) and not isinstance(node, nnx.Intermediate):
-                kind = "parameters" if isinstance(node, nnx.Param) else "random streams or state"
-                _check_untied(owners.setdefault(id(node), name), name, kind)
-        # Modes are part of the static graph, so both graphs come from a copy.
-        twin = nnx.clone(module)
-        nnx.pop(twin, nnx.Intermediate)
-        twin.train()
-        graph, *variables = nnx.split(twin, nnx.Param, ...)
-        twin.eval()
-        applies = [(_nnx_apply(name, g, *variables),) for g in (graph, nnx.graphdef(twin))]
-        trees = [{name: nnx.to_pure_dict(part)} for part in variables]
-        parts.append(Stages((name,), *applies, *trees))
-        originals[name] = module, [jax.tree.structure(part) for part in variables]
-
-    def write_back(*trees: dict[str, Any]) -> None:
-        for name, (module, structures) in originals.items():
-            for structure, tree in zip(structures, trees, strict=True):
-                nnx.update(module, _like(structure, tree[name]))
-
-    return dataclasses.replace(chain(*parts), write_back=write_back)
+        else:
+            raise TypeError(f"stage {name!r} must be a module or a function x -> y, got {module!r}")
+    return chain(*parts)
 
 
-# What the adapters are made of.
+def _module_stage(name: str, module: nnx.Module) -> Stages:
+    # Modes are part of the static graph, so both graphs come from a copy.
+    twin = nnx.clone(module)
+    nnx.pop(twin, nnx.Intermediate)
+    twin.train()
+    graph, *variables = nnx.split(twin, nnx.Param, ...)
+    twin.eval()
+    structure, paths = jax.tree.structure(variables), _paths(variables[1])
+
+    def merged(*trees: Any) -> list[Any]:
+        """Arrays in nested dicts as the variables that they came from."""
+        return structure.unflatten(jax.tree.leaves(trees))
+
+    def applied(graph: Any) -> Apply:
+        def apply(params: Any, state: Any, x: Any) -> tuple[Any, Any]:
+            module = nnx.merge(graph, *merged(params, state))
+            y = module(x)
+            nnx.pop(module, nnx.Intermediate)
+            _, _, rest = nnx.split(module, nnx.Param, ...)
+            if changed := sorted(paths ^ _paths(rest)):
+                raise ValueError(
+                    f"stage {name!r} makes or removes variables while it runs: "
+                    f"{', '.join(changed)}; make them when the module is made"
+                )
+            return y, nnx.to_pure_dict(rest)
+
+        return apply
+
+    def write_back(params: dict[str, Any], state: dict[str, Any]) -> None:
+        nnx.update(module, *merged(params[name], state[name]))
+
+    params, state = ({name: nnx.to_pure_dict(part)} for part in variables)
+    applies = (applied(graph),), (applied(nnx.graphdef(twin)),)
+    return Stages((name,), *applies, params, state, write_back)
 
 
-def _stateless(apply: Callable[[Any, Any], Any]) -> Apply:
-    return lambda params, state, x: (apply(params, x), state)
-
-
-def _take(leaf: Any, *, index: int, axis: int) -> jax.Array:
-    return jax.lax.index_in_dim(jnp.asarray(leaf), index, axis, keepdims=False)
-
-
-def _nnx_apply(name: str, graph: Any, trainable: Any, others: Any) -> Apply:
-    structure, paths = jax.tree.structure(trainable), set(_paths(others))
-
-    def apply(params: Any, state: Any, x: Any) -> tuple[Any, Any]:
-        module = nnx.merge(
-            graph, _like(structure, params), _like(jax.tree.structure(others), state)
-        )
-        y = module(x)
-        nnx.pop(module, nnx.Intermediate)
-        _, _, rest = nnx.split(module, nnx.Param, ...)
-        changed = sorted(paths ^ set(_paths(rest)))
-        if changed:
-            raise ValueError(
-                f"stage {name!r} makes or removes variables while it runs: {', '.join(changed)}; "
-                "make them when the module is made"
-            )
-        return y, nnx.to_pure_dict(rest)
-
-    return apply
-
-
-def _like(structure: Any, pure: Any) -> Any:
-    """Arrays in nested dicts as the variables that they came from."""
-    return structure.unflatten(jax.tree.leaves(pure))
-
-
-def _paths(state: Any) -> list[str]:
-    return ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(state)]
-
-
-def _check_names(names: Sequence[Any]) -> None:
-    if not names:
-        raise ValueError("there are no stages; give at least one")
-    for name in names:
-        if not isinstance(name, str):
-            raise TypeError(f"the name of a stage must be a string, got {name!r}")
-        if not name or "/" in name:
-            raise ValueError(
-                f"the name of a stage must not be empty or have a '/' in it, which separates the "
-                f"parts of a parameter's name, got {name!r}"
-            )
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"stages must have different names, got {', '.join(twice)} twice")
-
-
-def _check_untied(owner: str, name: str, kind: str) -> None:
-    if owner != name:
-        raise ValueError(
-            f"the stages {owner!r} and {name!r} share {kind}, which cannot be trained by halves: "
-            "put both uses into one stage, or give each its own (a copy, or rngs.fork())"
-        )
+def _paths(state: Any) -> set[str]:
+    return {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(state)}

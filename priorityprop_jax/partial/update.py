@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,13 +13,7 @@ import numpy as np
 import optax
 
 from priorityprop_jax.core.paths import path_name
-from priorityprop_jax.core.rows import (
-    Frozen,
-    RowSparse,
-    check_transformation,
-    is_row_sparse,
-    take,
-)
+from priorityprop_jax.core.rows import Frozen, RowSparse, check_transformation, is_row_sparse, take
 from priorityprop_jax.core.slots import Bundle, Slots, find_slots
 from priorityprop_jax.partial.grad import Names, active_rows, check_axis, choose
 from priorityprop_jax.priority.per_slot import PerSlot
@@ -49,12 +43,8 @@ _STEP: contextvars.ContextVar[tuple[dict[str, Any], list[Any]] | None] = context
 def slots_by(**where: Any) -> Iterator[list[tuple[Any, float, dict[str, Any]]]]:
     """Within, an `update_active` that was not told its slots has those of the step that it is in.
 
-    Args:
-      **where: ``stacked_axis`` and ``group`` of the step.
-
-    Yields:
-      A list to which each `update_active` that is initialised adds what it was made with: the
-      inner optimizer, ``gain_decay``, and its ``stacked_axis`` and ``group``.
+    Yields a list to which each `update_active` that is initialised adds what it was made with: the
+    inner optimizer, ``gain_decay``, and its ``stacked_axis`` and ``group``.
     """
     token = _STEP.set((where, found := []))
     try:
@@ -72,18 +62,16 @@ def update_active(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Updates each active slot once, and keeps account of what the update promises.
 
-    The half of `priorityprop` that runs behind a partial backward pass: who is active was decided
-    before the gradients were computed, by a policy, and is known at compile time. A slot that is
-    not active keeps its parameters and its inner state bit for bit; inner step counts are per slot,
-    so that bias correction is right for each. For every active slot the state carries an
-    exponential moving average of its gain, the first-order decrease that the update promises,
+    The half of `priorityprop` that runs behind a partial backward pass: who is active is known at
+    compile time. A slot that is not keeps its parameters and its inner state bit for bit; inner
+    step counts are per slot, so that bias correction is right for each. For every active slot the
+    state carries an average of its gain, the first-order decrease that the update promises,
 
     .. math:: v_i \leftarrow \beta v_i + (1 - \beta) |\langle g_i, u_i \rangle|.
 
-    What must see all active gradients, such as `optax.clip_by_global_norm`, goes in front: absent
-    gradients have no part in it. What runs on the clock of steps, such as a learning-rate schedule,
-    goes behind: inside ``inner`` it runs on the slot's own count. What reads parameters, such as
-    weight decay, goes inside.
+    What must see all active gradients, such as `optax.clip_by_global_norm`, goes in front. What
+    runs on the clock of steps, such as a learning-rate schedule, goes behind: inside ``inner`` it
+    runs on the slot's own count. What reads parameters, such as weight decay, goes inside.
 
     Args:
       inner: any Optax optimizer.
@@ -94,13 +82,12 @@ def update_active(
     Returns:
       An `optax.GradientTransformationExtraArgs` with the state `ActiveUpdatesState`. ``update``
       needs ``params``. The slots whose gradients are present are active, and the layers that a
-      `RowSparse` gradient has: those that `value_and_grad` returns, or a tree where a leaf is None
-      or left out. The extra argument ``active`` (names of slots or globs, static) leaves out all
-      others though their gradients are there. ``uniform=True`` (static) promises that all slots
-      are active at every step: then the update is the plain optimizer's, bit for bit, and no gains
-      are taken. Updates have the structure of ``params``: `Frozen` where a leaf is inactive, and
-      `RowSparse` where some layers of a stacked leaf are active. Both add themselves, so that
-      `optax.apply_updates` takes them.
+      `RowSparse` gradient has, as `value_and_grad` returns them; a leaf may be None or left out.
+      The extra argument ``active`` (see `value_and_grad`) leaves out all others. ``uniform=True``
+      (static) promises that all slots are active at every step: then the update is the plain
+      optimizer's, bit for bit, and no gains are taken. Updates have the structure of ``params``:
+      `Frozen` where a leaf is inactive, and `RowSparse` where some layers of a stacked leaf are
+      active. Both add themselves, so that `optax.apply_updates` takes them.
 
     Raises:
       TypeError: if ``inner`` is no transformation.
@@ -146,18 +133,16 @@ def update_active(
         per_slot = PerSlot(inner, params, slots)
         leaves = per_slot.flatten(params)
         grads = beside(updates, params)
-        rows = _active_rows(slots, grads, leaves, active)
+        rows = _active_rows(slots, grads, active)
         if uniform and len(slots):
             if sum(map(len, rows)) < len(slots):
                 raise ValueError("uniform=True promises that all slots are active; some are not")
-            updates = per_slot.treedef.unflatten(grads)
-            return _update_all(per_slot, updates, state, params, extra_args)
+            return _update_all(per_slot, grads, state, params, extra_args)
         inner_state = per_slot.state_treedef.flatten_up_to(state.inner_state)
         for i in per_slot.shared:
-            shape = per_slot.state_shapes[i].shape
             # A hyperparameter that a user has set to one value holds for every slot.
-            if jnp.shape(inner_state[i]) == shape:
-                inner_state[i] = jnp.broadcast_to(inner_state[i], (len(slots), *shape))
+            if jnp.shape(inner_state[i]) == per_slot.state_shapes[i].shape:
+                inner_state[i] = per_slot.for_every_slot(i, jnp.asarray(inner_state[i]))
         new_updates: list[Any] = [Frozen()] * len(leaves)
         gains: list[jax.Array] = []
         updated: list[int] = []
@@ -168,9 +153,9 @@ def update_active(
                 per_slot, bundle, own, grads, leaves, inner_state, extra_args
             )
             for leaf, update in zip(bundle.leaves, new, strict=True):
-                if len(own) < bundle.slots:
-                    update = RowSparse(own, update, np.shape(leaves[leaf]))
-                new_updates[leaf] = update
+                part = len(own) < bundle.slots
+                shape = np.shape(leaves[leaf])
+                new_updates[leaf] = RowSparse(own, update, shape) if part else update
             gains.append(gained)
             updated.extend(bundle.start + row for row in own)
         state = state._replace(
@@ -193,11 +178,7 @@ def new_state(slots: Slots, inner_state: optax.OptState) -> ActiveUpdatesState:
 
 
 def beside(grads: Any, params: Any) -> list[Any]:
-    """The gradient of every leaf of ``params``; None for those that are None or left out.
-
-    Raises:
-      ValueError: if there is a gradient without a parameter, or of another shape.
-    """
+    """The gradient of every leaf of ``params``; None for those that are None or left out."""
     flat, _ = jax.tree_util.tree_flatten_with_path(grads, is_leaf=is_row_sparse)
     by_name = {path_name(path): grad for path, grad in flat}
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
@@ -220,21 +201,22 @@ def beside(grads: Any, params: Any) -> list[Any]:
 
 
 def _update_all(
-    per_slot: PerSlot, updates: Any, state: ActiveUpdatesState, params: Any, extra_args: Any
+    per_slot: PerSlot, grads: list[Any], state: ActiveUpdatesState, params: Any, extra: Any
 ) -> tuple[Any, ActiveUpdatesState]:
     """One inner update of all slots at once, where their counts are known to be equal."""
-    flat = per_slot.state_treedef.flatten_up_to(state.inner_state)
+    treedef = per_slot.state_treedef
+    flat = treedef.flatten_up_to(state.inner_state)
     for i in per_slot.shared:
         flat[i] = flat[i][0] if flat[i].shape != per_slot.state_shapes[i].shape else flat[i]
     updates, inner_state = per_slot.inner.update(
-        updates, per_slot.state_treedef.unflatten(flat), params, **extra_args
+        per_slot.treedef.unflatten(grads), treedef.unflatten(flat), params, **extra
     )
     flat = jax.tree.leaves(inner_state)
     for i in per_slot.shared:
-        flat[i] = jnp.broadcast_to(flat[i], (len(per_slot.slots), *flat[i].shape))
+        flat[i] = per_slot.for_every_slot(i, flat[i])
     return updates, state._replace(
         step=optax.safe_increment(state.step),
-        inner_state=per_slot.state_treedef.unflatten(flat),
+        inner_state=treedef.unflatten(flat),
         update_counts=state.update_counts + 1,
     )
 
@@ -249,9 +231,7 @@ def expected_gains(state: ActiveUpdatesState, gain_decay: float = 0.9) -> np.nda
     return np.where(counts > 0, mean / np.where(counts > 0, weight, 1.0), np.nan)
 
 
-def _active_rows(
-    slots: Slots, grads: list[Any], params: Sequence[Any], active: Names | None
-) -> list[tuple[int, ...]]:
+def _active_rows(slots: Slots, grads: list[Any], active: Names | None) -> list[tuple[int, ...]]:
     """The active layers of every bundle. Of the gradients, only theirs are left in ``grads``."""
     wanted = None if active is None else choose(slots.names, active)
     found = []
@@ -262,7 +242,7 @@ def _active_rows(
                 f"some leaves of slot {bundle.name!r} have gradients and some have none; "
                 "a slot's gradients are present or absent together"
             )
-        (there,) = present
+        there = present.pop()
         own = there if wanted is None else active_rows(bundle, slots, wanted)
         absent = set(own) - set(there)
         if absent:
@@ -301,44 +281,34 @@ def _update_rows(
     for i in owned:
         if state[i] is None:
             raise ValueError(f"slot {bundle.name!r} is active, but its optimizer state is absent")
-    if bundle.layers is None:
-        mine = {i: state[i] for i in owned} | {i: state[i][bundle.start] for i in shared}
-        updates, new = per_slot.update_slot(bundle, own_grads, own_params, mine, extra)
-        for i in owned:
-            state[i] = new[i]
-        for i in shared:
-            state[i] = state[i].at[bundle.start].set(new[i])
-        return _cast(updates, own_grads), gain(own_grads, updates)[None]
-
-    layers, k = bundle.layers, len(rows)
-    at = np.asarray(rows)
-    every = k == layers
-    axes = list(bundle.axes)
-    state_axes = {i: per_slot.state_axis[i] for i in owned}
-    if not every:
-        own_params = [take(x, rows) for x in own_params]  # [k, ...]
-    # A state without the inactive layers has k of them already.
-    whole = {i: state[i].shape[state_axes[i]] == layers for i in owned}
-    mine = {i: take(state[i], rows) if whole[i] and not every else state[i] for i in owned}
-    mine |= {i: state[i][bundle.start + at] for i in shared}
-    in_axes = {i: state_axes.get(i, 0) for i in mine}
 
     def one(grads, params, mine):
         updates, new = per_slot.update_slot(bundle, grads, params, mine, extra)
-        return _cast(updates, grads), new, gain(grads, updates)
+        updates = [u.astype(g.dtype) for u, g in zip(updates, grads, strict=True)]
+        return updates, new, gain(grads, updates)
 
-    updates, new, gains = jax.vmap(
-        one, in_axes=(axes, axes, in_axes), out_axes=(axes, in_axes, 0), axis_size=k
-    )(own_grads, own_params, mine)
+    if bundle.layers is None:
+        cut, at = [], 0
+        mine = {i: state[i] for i in owned} | {i: state[i][bundle.start] for i in shared}
+        updates, new, gains = one(own_grads, own_params, mine)
+    else:
+        k, at, axes = len(rows), np.asarray(rows), list(bundle.axes)
+        some = k < bundle.layers
+        if some:
+            own_params = [take(x, rows) for x in own_params]  # [k, ...]
+        # A state without the inactive layers has k of them already.
+        cut = [i for i in owned if some and state[i].shape[per_slot.state_axis[i]] > k]
+        mine = {i: take(state[i], rows) if i in cut else state[i] for i in owned}
+        mine |= {i: state[i][bundle.start + at] for i in shared}
+        in_axes = {i: per_slot.state_axis.get(i, 0) for i in mine}
+        updates, new, gains = jax.vmap(
+            one, in_axes=(axes, axes, in_axes), out_axes=(axes, in_axes, 0), axis_size=k
+        )(own_grads, own_params, mine)
     for i in owned:
-        state[i] = state[i].at[at].set(new[i]) if whole[i] and not every else new[i]
+        state[i] = state[i].at[at].set(new[i]) if i in cut else new[i]
     for i in shared:
         state[i] = state[i].at[bundle.start + at].set(new[i])
-    return updates, gains
-
-
-def _cast(updates: Sequence[jax.Array], grads: Sequence[jax.Array]) -> list[jax.Array]:
-    return [u.astype(g.dtype) for u, g in zip(updates, grads, strict=True)]
+    return updates, jnp.reshape(gains, -1)
 
 
 def _account(

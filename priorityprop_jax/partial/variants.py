@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Generic, TypeVar
 
@@ -36,21 +38,16 @@ def merge_upward(
     """
     if most < 1:
         raise ValueError(f"at least 1 set has to be left, got {most}")
-    counts: dict[Names, int] = {}
-    for names in sets:
-        counts[names] = counts.get(names, 0) + 1
+    counts = Counter(sets)
     merged = {names: names for names in counts}
+
+    def added(pair: tuple[Names, Names]) -> float:
+        return sum(counts[one] * (cost(pair[0] | pair[1]) - cost(one)) for one in pair)
+
     while len(counts) > most:
-        order = sorted(counts, key=sorted)
-
-        def added(pair, counts=counts):
-            a, b = pair
-            union = cost(a | b)
-            return counts[a] * (union - cost(a)) + counts[b] * (union - cost(b))
-
-        a, b = min(((a, b) for i, a in enumerate(order) for b in order[i + 1 :]), key=added)
+        a, b = min(itertools.combinations(sorted(counts, key=sorted), 2), key=added)
         number = counts.pop(a) + counts.pop(b)
-        counts[a | b] = counts.get(a | b, 0) + number
+        counts[a | b] += number
         merged = {names: a | b if to in (a, b) else to for names, to in merged.items()}
     return merged
 
@@ -58,15 +55,14 @@ def merge_upward(
 class Variants(Generic[Program]):
     """The programs of one run, of at most ``most`` active sets.
 
-    With ``exact`` a set is run as it is, and what was not used for longest makes room for its
-    program. Otherwise a set gets a program while there is room; then it runs in the cheapest
-    superset that has one. Room for the full set is kept from the start, so there always is one.
+    A set gets a program while there is room; then it runs in the cheapest superset that has one.
+    Room for the full set is kept from the start, so there always is one.
 
     Args:
       full: the set of everything.
       most: at most so many sets have programs, at least 1.
       cost: of a step with an active set.
-      exact: whether every set is run as it is.
+      exact: every set is run as it is; what was not used for longest makes room for its program.
 
     Attributes:
       sets: the sets that have a place; where they lose it, those used last come last.
@@ -82,12 +78,7 @@ class Variants(Generic[Program]):
     """
 
     def __init__(
-        self,
-        full: Names,
-        most: int,
-        cost: Callable[[Names], float] = len,
-        *,
-        exact: bool = False,
+        self, full: Names, most: int, cost: Callable[[Names], float] = len, *, exact: bool = False
     ) -> None:
         if isinstance(most, bool) or not isinstance(most, int) or most < 1:
             raise ValueError(f"max_variants must be a whole number of at least 1, got {most!r}")
@@ -96,14 +87,7 @@ class Variants(Generic[Program]):
         self._programs: dict[tuple[Names, Hashable], Program] = {}
 
     def plan(self, sets: Sequence[Names]) -> list[Names]:
-        """The sets to run for the steps of a cycle, in the same order.
-
-        Args:
-          sets: what the steps want.
-
-        Returns:
-          For every step what it wants, or a superset of it that has a place.
-        """
+        """For every step of a cycle the set that it wants, or a superset of it that has a place."""
         if self.exact:
             return list(sets)
         fresh = [names for names in sets if names not in self.sets and names != self.full]
@@ -126,13 +110,7 @@ class Variants(Generic[Program]):
         return best
 
     def program(self, names: Names, key: Hashable, build: Callable[[], Program]) -> Program:
-        """The program of a set for arguments of one kind; built when first asked for.
-
-        Args:
-          names: the set.
-          key: tells arguments of different shapes apart.
-          build: makes the program.
-        """
+        """The program of a set, built when first asked for; ``key`` tells shapes apart."""
         if self.exact:
             self.sets = [*(other for other in self.sets if other != names), names]
             while len(self.sets) > self.most:

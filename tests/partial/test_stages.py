@@ -318,9 +318,9 @@ class TestScanned:
         np.testing.assert_array_equal(stack_params(stages.params), np.arange(12.0))
 
     def test_wrong_input(self):
-        with pytest.raises(ValueError, match=r"have \[4, 5\] layers along axis 0"):
+        with pytest.raises(ValueError, match=r"layers along axis 0.*\(4, 1\), \(5, 1\)"):
             scanned_stages(self.layer, {"a": np.zeros([4, 1]), "b": np.zeros([5, 1])})
-        with pytest.raises(ValueError, match="layers along axis 0.*shape"):
+        with pytest.raises(ValueError, match=r"layers along axis 0.*shapes \[\(\)\]"):
             scanned_stages(self.layer, {"a": 1.0})
         with pytest.raises(ValueError, match="must be an array"):
             scanned_stages(self.layer, {})
