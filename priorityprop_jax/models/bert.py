@@ -201,7 +201,7 @@ class BertClassifier(nnx.Module):
       config: of the BERT.
       classes: number of classes.
       dropout: rate, in every place where a BERT has it; without it there is no randomness at all.
-        As every `nnx.Module`, the model drops out until `eval()`, and again after `train()`.
+        The model drops out until `eval()`, and again after `train()`.
       rngs: of the weights (`params`) and of the dropout (`dropout`).
 
     Raises:

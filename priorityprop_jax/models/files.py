@@ -1,9 +1,4 @@
-"""Finds files of data and of weights, and proves that they are whole.
-
-A file is looked for in the folder that the caller names, in the folder of the environment variable
-`PRIORITYPROP_DATA`, and in the cache folder; what is in none of them is downloaded into the cache
-from its public home. Every file is checked against a SHA-256 checksum, wherever it came from.
-"""
+"""Finds files of data and of weights, and proves by SHA-256 checksums that they are whole."""
 
 from __future__ import annotations
 
@@ -62,12 +57,11 @@ def read_file(file: DataFile, *, data_dir: str | os.PathLike[str] | None = None)
       file: what to find. A local `NAME.gz` of a home that serves plain `NAME` is decompressed
         before its checksum is taken.
       data_dir: the only folder to look in. By default the folder of `PRIORITYPROP_DATA` (if it is
-        set), then the cache folder, then the public homes. A damaged file in the cache is
-        downloaded anew; a damaged file in a folder of the user's is an error.
+        set), then the cache folder, then the public homes, which fill the cache.
 
     Raises:
-      DataError: the file is missing or damaged in `data_dir`, damaged in the folder of
-        `PRIORITYPROP_DATA`, or no public home gave it whole.
+      DataError: the file is missing from `data_dir`, damaged in a folder of the user's, or no
+        public home gave it whole. What is damaged in the cache is downloaded anew.
     """
     named = (os.environ.get(ENV_VAR) or None) if data_dir is None else data_dir
     if named is not None:

