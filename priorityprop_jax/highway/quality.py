@@ -17,19 +17,12 @@ ALL = "all"
 
 
 class GradientQuality(NamedTuple):
-    """Of one layer, or of all as one vector.
+    """Of one layer, or of all as one vector."""
 
-    Attributes:
-      iterations: the setting that gave the approximate gradient, or None.
-      layer: the name of a leaf, ``"layer 3"`` of a stack, or ``"all"``.
-      cosine: of the angle to the exact gradient, from -1 to 1; NaN where either is zero.
-      norm_ratio: norm of the approximate gradient over that of the exact one.
-    """
-
-    iterations: int | None
-    layer: str
-    cosine: float
-    norm_ratio: float
+    iterations: int | None  # the setting that gave the approximate gradient
+    layer: str  # the name of a leaf, "layer 3" of a stack, or "all"
+    cosine: float  # of the angle to the exact gradient, -1 to 1; NaN where either is zero
+    norm_ratio: float  # norm of the approximate gradient over that of the exact one
 
 
 def gradient_quality(
@@ -101,7 +94,8 @@ def gradient_quality_table(
 ) -> list[GradientQuality]:
     """Compares the gradients of several settings to the exact ones.
 
-    Use parameters as they are in training: what is near on a fresh model may not be later.
+    Use parameters as they are in training: what is near on a fresh model may not be later, as a
+    trained model's Jacobians are larger.
 
     Args:
       make_loss: ``k -> loss_fn``, with ``loss_fn(params, *args)``; ``make_loss(None)`` has the
@@ -120,8 +114,7 @@ def gradient_quality_table(
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from priorityprop_jax.highway.scan import highway_scan
-      >>> from priorityprop_jax.highway.quality import format_quality, gradient_quality_table
+      >>> from priorityprop_jax.highway import format_quality, gradient_quality_table, highway_scan
       >>> block = lambda p, x: x + jnp.tanh(x @ p)
       >>> make_loss = lambda k: lambda p, x: jnp.sum(highway_scan(block, p, x, iterations=k) ** 2)
       >>> params = 0.1 * jnp.stack([jnp.eye(4)] * 3)
@@ -135,15 +128,15 @@ def gradient_quality_table(
     """
     if not iterations:
         raise ValueError("name at least one setting in iterations")
-    select = select or (lambda grads: grads)
-    exact, *others = (
-        select(jax.jit(jax.grad(make_loss(k)))(params, *args)) for k in (None, *iterations)
-    )
-    return [
-        row
-        for k, grads in zip(iterations, others, strict=True)
-        for row in gradient_quality(exact, grads, axis=axis, iterations=k)
-    ]
+    rows, exact = [], None
+    for k in (None, *iterations):
+        grads = jax.jit(jax.grad(make_loss(k)))(params, *args)
+        grads = grads if select is None else select(grads)
+        if k is None:
+            exact = grads
+        else:
+            rows += gradient_quality(exact, grads, axis=axis, iterations=k)
+    return rows
 
 
 def format_quality(rows: Sequence[GradientQuality]) -> str:
@@ -153,19 +146,13 @@ def format_quality(rows: Sequence[GradientQuality]) -> str:
       rows: of `gradient_quality` or `gradient_quality_table`.
     """
     columns = _by_setting(rows)
-    header = ["layer"] + [
-        name if k is None else f"{name}, k = {k}"
-        for name in ("cosine", "norm ratio")
-        for k in columns
-    ]
-    first = next(iter(columns.values()))
-    cells = [
-        [layer]
-        + [f"{columns[k][layer].cosine:.4f}" for k in columns]
-        + [f"{columns[k][layer].norm_ratio:.4f}" for k in columns]
-        for layer in first
-    ]
-    return "\n".join(aligned([header, *cells]))
+    layers = next(iter(columns.values()))
+    table = [["layer", *layers]]
+    for name, field in (("cosine", "cosine"), ("norm ratio", "norm_ratio")):
+        for k, of in columns.items():
+            title = name if k is None else f"{name}, k = {k}"
+            table.append([title, *(f"{getattr(of[layer], field):.4f}" for layer in layers)])
+    return "\n".join(aligned([*zip(*table, strict=True)]))
 
 
 def plot_quality(rows: Sequence[GradientQuality], path: str | Path) -> Path:
@@ -183,6 +170,8 @@ def plot_quality(rows: Sequence[GradientQuality], path: str | Path) -> Path:
 
     columns = _by_setting(rows)
     layers = [layer for layer in next(iter(columns.values())) if layer != ALL]
+    stacked = all(layer.startswith("layer ") for layer in layers)
+    shown = range(0, len(layers), -(-len(layers) // 12))
     figure = Figure(figsize=(9, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2)
@@ -196,9 +185,6 @@ def plot_quality(rows: Sequence[GradientQuality], path: str | Path) -> Path:
     titles = "cosine to the exact gradient", "norm over the exact norm"
     for ax, title in zip(axes, titles, strict=True):
         ax.axhline(1, color="black", linewidth=0.7, linestyle=(0, (2, 3)), zorder=0)
-        every = -(-len(layers) // 12)
-        shown = range(0, len(layers), every)
-        stacked = all(layer.startswith("layer ") for layer in layers)
         labels = [layers[i].removeprefix("layer ") if stacked else layers[i] for i in shown]
         ax.set_xticks(shown, labels, **({} if stacked else {"rotation": 45, "ha": "right"}))
         if stacked:

@@ -14,7 +14,6 @@ from jax.extend import core
 
 from priorityprop_jax.rnn.rounds import (
     HighwayReport,
-    along_residual,
     check_iterations,
     iterate,
     wide_type,
@@ -51,7 +50,6 @@ def highway_scan(
     x: Any,
     *,
     iterations: int | None,
-    residual: Block | None = None,
     tol: float | None = None,
     guard: bool = True,
     has_aux: bool = False,
@@ -62,29 +60,23 @@ def highway_scan(
     The forward pass is `jax.lax.scan` over the layers, bit for bit. Of the gradient, which is a sum
     over all paths from a loss back to a layer, the backward pass keeps those that go through at
     most :math:`k` (``iterations``) blocks and along the residuals of all others. With
-    :math:`x_i = K_i x_{i-1} + g_i(x_{i-1})`, and :math:`b` the cotangents that the loss puts on
-    the :math:`x_i` directly,
+    :math:`x_i = x_{i-1} + g_i(x_{i-1})`, and :math:`b` the cotangent of the last of them,
 
     .. math::
-        w^{(0)} = S(b), \qquad
-        w^{(j+1)} = S\big(b + J_g^\top w^{(j)}\big), \qquad
-        S(c)_i = c_i + K_{i+1}\, S(c)_{i+1}
+        w^{(0)}_i = b, \qquad w^{(j+1)}_i = b + \sum_{l > i} J_{g_l}^\top w^{(j)}_l
 
-    where :math:`J_g^\top` is one product of all blocks' Jacobians with their cotangents at once.
-    One more gives the gradients of all parameters from :math:`w^{(k)}`, and that of ``x``. With
-    :math:`L` layers, :math:`k = L - 1` rounds are exact in exact arithmetic.
+    where all products of blocks' Jacobians with their cotangents are one. One more gives the
+    gradients of all parameters from :math:`w^{(k)}`, and that of ``x``. With :math:`L` layers,
+    :math:`k = L - 1` rounds are exact in exact arithmetic.
 
     This is no saving of work: forward and backward cost :math:`(3 + k) / 3` of those of plain
     backpropagation. It shortens the chain of dependent products from :math:`L` to :math:`k + 1`,
     which pays where a device is idle for most of a block, as with small batches and narrow layers.
-    What ``k`` a model needs is for `gradient_quality_table` to tell: a trained model's Jacobians
-    are larger than a fresh one's, and the iteration may not converge before :math:`k = L - 1`.
+    What ``k`` a model needs is for `gradient_quality_table` to tell.
 
     Differentiating the gradient again needs a single round, or ``guard=False`` and no ``tol``, as
-    JAX has no reverse mode for the loop that they need; it gives the derivative of the approximate
-    gradient.
-    Cotangents are accumulated in float32 where the blocks are in a narrower type. Under
-    `jax.checkpoint` a block is computed again in every round.
+    JAX has no reverse mode for the loop that they need. Cotangents are accumulated in float32 at
+    least. Under `jax.checkpoint` a block is computed again in every round.
 
     Args:
       block: ``(params_i, x) -> x``, the whole layer with its residual; the output is like ``x``.
@@ -95,10 +87,6 @@ def highway_scan(
       iterations: rounds, :math:`k \ge 0`, at most if ``tol`` or ``guard`` end them sooner. None, or
         :math:`k \ge L - 1` without ``tol``, means the exact gradient by plain autodiff of the
         scan, which is less work than as many rounds.
-      residual: the :math:`K_i` that paths go along: by default 1, or a function
-        ``(params_i, x) -> diagonal``, taken as constant, with a diagonal that broadcasts against
-        ``x``, such as the carry gate of a gated layer. Any choice leads to the same exact gradient;
-        a better one leads there in fewer rounds.
       tol: stop once a round's relative correction is not above it.
       guard: stop before a round whose correction is larger than the last one's, as the rounds
         after it would mostly lead further away; the first round is compared to the cotangents
@@ -131,7 +119,7 @@ def highway_scan(
       Fagnou et al., `Accelerated Training through Iterative Gradient Propagation Along the Residual
       Path <https://arxiv.org/abs/2501.17086>`_, 2025
     """
-    layers = _check(block, params, x, iterations, residual, tol)
+    layers = _check(block, params, x, iterations, tol)
     rounds = layers if iterations is None else iterations
 
     def layer(p: Any, x: Any) -> Any:
@@ -139,9 +127,8 @@ def highway_scan(
         _check_same(x, y)
         # A number is of the rest, so that what is differentiated is the floating-point alone.
         differentiated, others = _split(jax.tree.leaves(aux))
-        diagonal = None if residual is None else _diagonal(residual(p, x), x)
         structure.append(jax.tree.structure(aux))
-        return (y, differentiated), (others, diagonal)
+        return (y, differentiated), others
 
     structure: list[Any] = []
     first = jax.tree.map(lambda p: p[0], params)
@@ -155,7 +142,7 @@ def highway_scan(
 
     def scan(trained, shared, x, fixed, others, probe):
         def body(x, p):
-            (y, aux), (rest, _) = apply(p[0], shared, x, p[1], others)
+            (y, aux), rest = apply(p[0], shared, x, p[1], others)
             return y, (aux, rest)
 
         return lax.scan(body, x, (trained, fixed), length=layers)
@@ -163,34 +150,30 @@ def highway_scan(
     def forward(trained, shared, x, fixed, others, probe):
         def body(x, p):
             run = functools.partial(apply, fixed=p[1], others=others)
-            (y, aux), pullback, (rest, diagonal) = jax.vjp(run, p[0], shared, x, has_aux=True)
+            (y, aux), pullback, rest = jax.vjp(run, p[0], shared, x, has_aux=True)
             # The scan stacks what a pullback needs; what it has from the params is not copied.
-            return y, ((aux, rest), pullback, diagonal)
+            return y, ((aux, rest), pullback)
 
-        y, (outputs, pullbacks, diagonal) = lax.scan(body, x, (trained, fixed), length=layers)
-        return (y, outputs), (pullbacks, diagonal)
+        y, (outputs, pullbacks) = lax.scan(body, x, (trained, fixed), length=layers)
+        return (y, outputs), pullbacks
 
-    def backward(residuals, bars):
-        pullbacks, diagonal = residuals
+    def backward(pullbacks, bars):
         y_bar, (aux_bar, _) = bars
         narrow = lambda w: jax.tree.map(lambda w, y: w.astype(y.dtype), w, y_bar)  # noqa: E731
 
         def pull(w: Any) -> Any:
             return jax.vmap(lambda pullback, *bars: pullback(bars))(pullbacks, w, aux_bar)
 
-        b = jax.tree.map(lambda y: jnp.zeros((layers, *y.shape), wide_type(y)), y_bar)
-        b = jax.tree.map(lambda b, y: b.at[-1].set(y.astype(b.dtype)), b, y_bar)
+        # Along the residuals every layer's output gets what the last one's does.
+        first = jax.tree.map(lambda y: jnp.stack([y] * layers), _wide(y_bar))
 
         def step(w: Any) -> Any:
             w = narrow(w)  # as the blocks see it
-            w, u = _wide(w), _wide(pull(w)[2])
-            if diagonal is None:
-                u = jax.tree.map(jnp.subtract, u, w)
-            else:
-                u = jax.tree.map(lambda u, w, k: u - k * w, u, w, diagonal)
-            return _accumulate(jax.tree.map(lambda b, u: b.at[:-1].add(u[1:]), b, u), diagonal)
+            u = jax.tree.map(jnp.subtract, _wide(pull(w)[2]), _wide(w))
+            through = jax.tree.map(lambda u: lax.cumsum(u[1:], axis=0, reverse=True), u)
+            return jax.tree.map(lambda w, u: w.at[:-1].add(u), first, through)
 
-        w, report = iterate(step, _accumulate(b, diagonal), rounds, tol, guard)
+        w, report = iterate(step, first, rounds, tol, guard)
         trained_bar, shared_bar, x_bar = pull(narrow(w))
         add = lambda g: jnp.sum(g, 0, dtype=wide_type(g)).astype(g.dtype)  # noqa: E731
         shared_bar = jax.tree.map(add, shared_bar)
@@ -225,7 +208,7 @@ def highway_nnx(
         list costs a copy of all parameters in every step.
       x: pytree of floating-point arrays, the input of the first module.
       call: ``(module, x) -> x``, or ``(x, aux)`` with ``has_aux``; by default ``module(x)``.
-      **options: of `highway_scan`. A function ``residual`` takes a module for ``params_i``.
+      **options: of `highway_scan`.
 
     Returns:
       As `highway_scan`.
@@ -263,9 +246,6 @@ def highway_nnx(
         states = [split[1:] for split in splits]
         params, state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     has_aux = options.pop("has_aux", False)
-    residual = options.pop("residual", None)
-    if callable(residual):
-        function, residual = residual, lambda p, x: function(nnx.merge(graphdef, *p), x)
 
     def block(p: Any, x: Any) -> Any:
         module = nnx.merge(graphdef, *p)
@@ -273,20 +253,10 @@ def highway_nnx(
         y, aux = out if has_aux else (out, None)
         return y, (aux, nnx.state(module, nnx.Not(nnx.Param)))
 
-    y, (aux, state) = highway_scan(
-        block, (params, state), x, residual=residual, has_aux=True, **options
-    )
+    y, (aux, state) = highway_scan(block, (params, state), x, has_aux=True, **options)
     for i, module in enumerate(items):
         nnx.update(module, state if stacked else jax.tree.map(lambda s, i=i: s[i], state))
     return (y, aux) if has_aux else y
-
-
-def _accumulate(c: Any, diagonal: Any) -> Any:
-    """The cotangents ``c`` of all layers' outputs, ``[layers, ...]``, summed along the residual."""
-    if diagonal is None:
-        return jax.tree.map(functools.partial(lax.cumsum, axis=0, reverse=True), c)
-
-    return jax.tree.map(lambda c, k: along_residual(k, c), c, diagonal)
 
 
 def _wide(tree: Any) -> Any:
@@ -321,16 +291,12 @@ def _join(some: Sequence[Any], others: Sequence[Any]) -> list:
     return [b if a is None else a for a, b in zip(some, others, strict=True)]
 
 
-def _check(block: Any, params: Any, x: Any, iterations: Any, residual: Any, tol: Any) -> int:
+def _check(block: Any, params: Any, x: Any, iterations: Any, tol: Any) -> int:
     """Refuses what is no stack of layers, or else says how many layers it has."""
     if not callable(block):
         raise TypeError(f"block must be a function (params_i, x) -> x, got {block!r}")
     # Without rounds there is nothing that tol could end.
     check_iterations(iterations, None if iterations is None else tol)
-    if residual is not None and not callable(residual):
-        raise TypeError(
-            f"residual must be None or a function (params_i, x) -> diagonal, got {residual!r}"
-        )
     leaves = jax.tree.leaves(x)
     if not leaves or not all(jnp.issubdtype(jnp.result_type(a), jnp.floating) for a in leaves):
         raise TypeError(
@@ -358,19 +324,3 @@ def _check_same(x: Any, y: Any) -> None:
             f"block must return the like of x, {jax.tree.map(jax.typeof, x)}, got "
             f"{jax.tree.map(jax.typeof, y)}; is has_aux missing or too much?"
         )
-
-
-def _diagonal(diagonal: Any, x: Any) -> Any:
-    """A function's residual, with as many axes as ``x``."""
-
-    def fit(x: jax.Array, k: Any) -> jax.Array:
-        k = jnp.asarray(k, wide_type(x))
-        k = k.reshape((1,) * (x.ndim - k.ndim) + k.shape)
-        if k.ndim > x.ndim or any(n not in (1, m) for n, m in zip(k.shape, x.shape, strict=True)):
-            raise ValueError(
-                f"residual must return what broadcasts against x {list(x.shape)}, got "
-                f"{list(k.shape)}"
-            )
-        return lax.stop_gradient(k)
-
-    return jax.tree.map(fit, x, diagonal)

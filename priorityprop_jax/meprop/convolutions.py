@@ -82,10 +82,8 @@ def _hashable(option: Any) -> Any:
 def meprop_conv_general_dilated(k: K, **options: Any) -> MePropConv:
     """A `jax.lax.conv_general_dilated` whose gradient flows back through few output channels.
 
-    As `meprop_dot_general`, with the output channels for its output features, and the positions of
-    all examples for its examples: the pattern ``"example"`` gives each position of each example its
-    own channels. With feature groups, every group keeps its share of ``k``. With batch groups the
-    convolution stays as it is.
+    As `meprop_dot_general`, with output channels for features and all positions for examples. With
+    feature groups every group keeps its share of ``k``. With batch groups nothing is changed.
 
     Args:
       k: output channels to keep, see `meprop_dot_general`.

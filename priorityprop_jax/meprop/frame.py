@@ -23,25 +23,15 @@ class Tap(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LayerUse:
-    """How a model uses a layer in one pass.
+    """How a model uses a layer in one pass."""
 
-    Attributes:
-      rows: examples (and positions) that pass through it.
-      inputs: features that are contracted, those of one group for convolutions.
-      outputs: output features.
-      sizes: the numbers of output features that its compiled sizes keep, in ascending order.
-      by_rows: whether its kernel is a matrix ``(out, in)`` whose gradient can be row-sparse.
-      calls: how often it is called.
-      direct: whether all calls are outside of `jax.jit`, `jax.lax.scan` and other functions that
-        trace what they are given.
-    """
-
-    rows: int
-    inputs: int
+    rows: int  # examples (and positions) that pass through it
+    inputs: int  # features that are contracted, those of one group for convolutions
     outputs: int
-    sizes: tuple[int, ...]
-    by_rows: bool
+    sizes: tuple[int, ...]  # output features that its compiled sizes keep, ascending
+    by_rows: bool  # whether its kernel is (out, in), and its gradient can be row-sparse
     calls: int = 1
+    # Whether all calls are outside of `jax.jit`, `jax.lax.scan` and other functions that trace.
     direct: bool = True
 
     def flops(self, k: int) -> float:

@@ -44,10 +44,7 @@ def value_and_grad(
     Returns:
       A function ``(model, *args, **kwargs) -> (value, grads)``. The model is an `nnx` module, or a
       pytree of parameters in which a layer's kernel is found by the ``name`` of its
-      `meprop_dot_general`, as ``name/kernel``. For a module, ``grads`` is what `nnx.value_and_grad`
-      gives, the `nnx.State` of the variables that ``wrt`` lets through, for `nnx.Optimizer.update`;
-      and what else the loss changes in the model, or in modules and random streams among its
-      arguments, is changed.
+      `meprop_dot_general`, as ``name/kernel``. For a module all is as with `nnx.value_and_grad`.
 
     Raises:
       TypeError: if ``loss_fn`` is no function.
@@ -56,15 +53,14 @@ def value_and_grad(
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from priorityprop_jax import meprop
-      >>> model = nnx.Sequential(
-      ...     nnx.Linear(4, 32, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(32, 2, rngs=nnx.Rngs(1)))
-      >>> meprop.meprop(model, 3)  # the output layer stays dense
+      >>> model = nnx.Linear(4, 32, rngs=nnx.Rngs(0))
+      >>> meprop.meprop(model, 3, layers=nnx.Linear)
       1
       >>> optimizer = nnx.Optimizer(model, meprop.row_sparse_adam(1e-3), wrt=nnx.Param)
       >>> loss_fn = lambda model, x: (model(x) ** 2).sum()
       >>> value, grads = meprop.value_and_grad(loss_fn)(model, jnp.ones((5, 4)))
-      >>> grads["layers"][0]["kernel"].values.shape, grads["layers"][2]["kernel"].shape
-      ((3, 4), (32, 2))
+      >>> grads["kernel"].values.shape
+      (3, 4)
       >>> updates = optimizer.update(model, grads)
     """
     if not callable(loss_fn):
@@ -121,10 +117,9 @@ def row_value_and_grad(
     sizes: Mapping[str, jax.Array] | None = None,
     **kwargs: Any,
 ) -> tuple[Any, Any]:
-    """`value_and_grad` for a pure function ``(params, *args, **kwargs)`` of a pytree of parameters.
+    """`value_and_grad` for a pure function of a pytree of parameters.
 
-    ``sizes`` says by layer name which of its compiled sizes a layer uses, an int32 scalar; layers
-    that are not named use the largest.
+    ``sizes`` says by layer name which of its compiled sizes a layer uses, int32[], or the largest.
     """
 
     def loss(params):
@@ -195,6 +190,7 @@ def _tappable(loss: Callable[..., Any], params: Any) -> dict[int, tuple[str, int
     stopped: dict[Any, int] = {}
     found: dict[str, int] = {}
     others: set[int] = set()  # that something else depends on
+    floating = lambda x: jnp.issubdtype(x.aval.dtype, jnp.floating)  # noqa: E731
     for eqn in _live(jaxpr):
         operands = [None if hasattr(x, "val") else x for x in eqn.invars]
         kind, first, out = eqn.primitive.name, next(iter(operands), None), eqn.outvars[:1]
@@ -203,7 +199,7 @@ def _tappable(loss: Callable[..., Any], params: Any) -> dict[int, tuple[str, int
         elif kind == "stop_gradient":
             if first in leaf:
                 stopped[out[0]] = leaf[first]
-        elif kind == "convert_element_type" and first in leaf and _is_float(out[0]):
+        elif kind == "convert_element_type" and first in leaf and floating(out[0]):
             leaf[out[0]] = leaf[first]
         else:
             others.update(leaf[x] for x in operands if x in leaf)
@@ -231,10 +227,6 @@ def _live(jaxpr: Any) -> list[Any]:
             needed.update(x for x in eqn.invars if not hasattr(x, "val"))
             live.append(eqn)
     return live[::-1]
-
-
-def _is_float(x: Any) -> bool:
-    return jnp.issubdtype(x.aval.dtype, jnp.floating)
 
 
 def _kernels(params: Any) -> dict[str, int]:

@@ -71,11 +71,11 @@ def meprop(
     Example:
       >>> from flax import nnx
       >>> from priorityprop_jax.meprop import meprop, restore
-      >>> attention = nnx.MultiHeadAttention(4, 64, decode=False, rngs=nnx.Rngs(0))
-      >>> meprop(attention, 0.1, layers=nnx.LinearGeneral)
-      4
-      >>> restore(attention)
-      4
+      >>> model = nnx.Linear(4, 32, rngs=nnx.Rngs(0))
+      >>> meprop(model, 3, layers=nnx.Linear), model.kernel.shape
+      (1, (32, 4))
+      >>> restore(model), model.kernel.shape
+      (1, (4, 32))
     """
     check_module(model)
     found = _layers(model)
@@ -116,19 +116,10 @@ def restore(model: nnx.Module) -> int:
       model: the module; changed in place.
 
     Returns:
-      How many layers were changed back.
+      How many layers were changed back. `meprop` has an example.
 
     Raises:
       TypeError: if ``model`` is no `nnx.Module`.
-
-    Example:
-      >>> from flax import nnx
-      >>> from priorityprop_jax.meprop import meprop, restore
-      >>> model = nnx.Linear(4, 32, rngs=nnx.Rngs(0))
-      >>> meprop(model, 3, layers=nnx.Linear), model.kernel.shape
-      (1, (32, 4))
-      >>> restore(model), model.kernel.shape
-      (1, (4, 32))
     """
     check_module(model)
     return sum(_take_out(layer) for layer in _layers(model).values())

@@ -29,9 +29,6 @@ from priorityprop_jax.meprop.frame import Tap
 K = int | float | tuple[int | float, ...]
 
 
-# What is kept.
-
-
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """What one compiled size of a layer keeps: ``k`` of each of ``groups`` equal groups."""
@@ -108,9 +105,6 @@ def take(x: jax.Array, places: jax.Array, axis: int) -> jax.Array:
     return jnp.take(x, places, axis=axis, mode="clip", unique_indices=True, indices_are_sorted=True)
 
 
-# Linear maps.
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def apply(linear: Any, x: Any, kernel: Any, tap: Tap | None, size: Any) -> jax.Array:
     """``linear.compute(x, kernel)``, JAX's own, backward by ``linear.pull``.
@@ -159,26 +153,18 @@ class Compute:
         return self.function(x, kernel, *self.positional, **dict(self.keywords))
 
 
-# What a drop-in keeps.
-
-
 @dataclasses.dataclass(frozen=True)
 class MeProp:
-    """What a drop-in keeps; see `meprop_dot_general` for the meaning of all but the last two.
-
-    Attributes:
-      transposed: whether the layer's kernel is stored ``(out, in)`` though the layer asks for a
-        product with ``(in, out)``.
-      inner: what the layer had in this place before, for `restore`.
-    """
+    """What a drop-in keeps; see `meprop_dot_general` for the meaning of all but the last two."""
 
     k: K
     pattern: Pattern = "unified"
     tile: int = 16
     seed: int = 0
     name: str = ""
+    # Whether the kernel is stored (out, in) though the layer asks for a product with (in, out).
     transposed: bool = False
-    inner: Any = None
+    inner: Any = None  # what the layer had in this place before
 
     def __post_init__(self):
         if not self.sizes:

@@ -29,21 +29,13 @@ _Axes = tuple[tuple[int, ...], ...]
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
-    """A product of inputs and a kernel: its axes, and how JAX computes it.
+    """A product of inputs and a kernel: its axes, and how JAX computes it."""
 
-    Attributes:
-      compute: ``(x, kernel) -> y``, JAX's own.
-      x_axes: axes of ``x``: batch, free, contracted.
-      kernel_axes: axes of the kernel: batch, features, contracted.
-      y_axes: axes of ``y``: batch, free, features.
-      rules: of each compiled size, in ascending order of ``k``.
-    """
-
-    compute: Callable[..., jax.Array]
-    x_axes: _Axes
-    kernel_axes: _Axes
-    y_axes: _Axes
-    rules: tuple[Rule, ...]
+    compute: Compute
+    x_axes: _Axes  # batch, free, contracted
+    kernel_axes: _Axes  # batch, features, contracted
+    y_axes: _Axes  # batch, free, features
+    rules: tuple[Rule, ...]  # of each compiled size, in ascending order of k
 
     def pull(self, x: Any, kernel: Any, dy: Any, size: Any, compact: bool) -> tuple[Any, Any]:
         """See `apply`."""
@@ -54,9 +46,12 @@ class _Product:
         axis = 0 if by_rows else 1
         most = self.rules[-1].k if compact else None
 
+        taken_over = ("precision", "preferred_element_type")
+        given = {name: x for name, x in self.compute.keywords if name in taken_over}
+
         def multiply(x, kernel):
             numbers = (((1,), (1 - axis,)), ((), ()))
-            return lax.dot_general(x, kernel, numbers, **_keywords(self.compute))
+            return lax.dot_general(x, kernel, numbers, **given)
 
         def branch(rule: Rule) -> Callable[..., Any]:
             one: Any = functools.partial(pull_kept, rule, multiply, axes=(1, axis), most=most)
@@ -88,12 +83,6 @@ def _unmatrix(matrix: jax.Array, like: jax.Array, axes: _Axes) -> jax.Array:
     order = [axis for group in axes for axis in group]
     shape = [like.shape[axis] for axis in order]
     return matrix.reshape(shape).transpose(*np.argsort(order).tolist())
-
-
-def _keywords(compute: Any) -> dict[str, Any]:
-    """What the gradients' own products take over."""
-    names = ("precision", "preferred_element_type")
-    return {name: value for name, value in compute.keywords if name in names}
 
 
 class MePropDot(MeProp):
@@ -209,8 +198,7 @@ def meprop_dot_general(
     the gradient returned is a whole array. `meprop` and `value_and_grad` avoid both.
 
     Under `jax.vmap` over single examples every example has a pattern of its own, and under
-    `jax.shard_map` every shard; with an output axis that is sharded, the choice gathers the sums
-    of magnitudes from all devices. Forward-mode derivatives (`jax.jvp`) are an error.
+    `jax.shard_map` every shard. Forward-mode derivatives (`jax.jvp`) are an error.
 
     Args:
       k: output features to keep: a whole number, or a fraction in (0, 1] of the layer's. A tuple
@@ -231,8 +219,7 @@ def meprop_dot_general(
         layer's output features, or ``tile`` does not divide them.
 
     Example:
-      >>> import jax
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> from priorityprop_jax.meprop import meprop_dot_general
       >>> dot = meprop_dot_general(1)
       >>> x, kernel = jnp.ones((2, 3)), jnp.ones((3, 4))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,18 +16,16 @@ from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.core.program import abstract, product_flops
 from priorityprop_jax.core.row_optimizers import RowSparseState, row_sparse
 from priorityprop_jax.core.rows import RowSparse, is_row_sparse
-from priorityprop_jax.core.slots import Slots, by_layer, find_slots
+from priorityprop_jax.core.slots import by_layer, find_slots
 from priorityprop_jax.meprop.frame import LayerUse
 from priorityprop_jax.meprop.grad import find_uses, row_value_and_grad
 from priorityprop_jax.priority.scores import depth_factors, priority
 
+_DECAY = 0.9  # of the average of a layer's magnitudes over steps
+
 
 class FeaturesState(NamedTuple):
-    """The optimizer state of a training with meProp. Slots are layers, counts are of features.
-
-    A feature of a layer counts at every step at which the gradient flows through it, which are all
-    features of a layer that is dense.
-    """
+    """The optimizer state of a training with meProp. Slots are layers, counts are of features."""
 
     step: jax.Array  # int32[], steps taken.
     inner_state: optax.OptState  # of the optimizer by rows.
@@ -44,8 +41,6 @@ def step(
     *,
     recalc_every: int = 10,
     depth_base: float = 1.1,
-    depth_factor: Callable[[str], float] | None = None,
-    decay: float = 0.9,
 ) -> Callable[[Any], FeaturesStep]:
     """Makes the training step of a model with `meprop` layers, for `Trainer`.
 
@@ -60,12 +55,10 @@ def step(
     Args:
       share: of the FLOPs of the `meprop` layers' backward passes, in (0, 1], that a step may spend.
       recalc_every: steps in a cycle.
-      depth_base: see `priorityprop`, as for ``depth_factor``.
-      depth_factor: given a layer's name, its factor.
-      decay: of the average of a layer's magnitudes over steps, in [0, 1).
+      depth_base: see `priorityprop`.
 
     Returns:
-      A function that makes the step, see `FeaturesStep`.
+      A function that makes the step.
 
     Raises:
       TypeError, ValueError: an option is of the wrong kind or makes no sense; at the first step, if
@@ -88,59 +81,36 @@ def step(
       >>> trainer.get_step_report()["layers"][0]["k"]
       8
     """
-    if share is not None:
-        if isinstance(share, bool) or not isinstance(share, int | float | np.number):
-            raise TypeError(f"share must be a fraction or None, got {share!r}")
-        if not 0 < share <= 1:
-            raise ValueError(
-                "share is the fraction of the backward FLOPs of the meProp layers, above 0 and at "
-                f"most 1, or None for fixed k; got {share}"
-            )
+    if share is not None and (
+        isinstance(share, bool) or not isinstance(share, int | float | np.number)
+    ):
+        raise TypeError(f"share must be a fraction or None, got {share!r}")
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(
+            "share is the fraction of the backward FLOPs of the meProp layers, above 0 and at most "
+            f"1, or None for fixed k; got {share}"
+        )
     if isinstance(recalc_every, bool) or not isinstance(recalc_every, int | np.integer):
         raise TypeError(f"recalc_every must be a whole number, got {recalc_every!r}")
     if recalc_every < 1:
         raise ValueError(f"recalc_every must be at least 1, got {recalc_every}")
     if not 0 < depth_base < math.inf:
         raise ValueError(f"depth_base must be finite and above 0, got {depth_base}")
-    if depth_factor is not None and not callable(depth_factor):
-        raise TypeError(f"depth_factor must be a function of a name, got {depth_factor!r}")
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay must be from 0 to below 1, got {decay}")
-    share, cycle = None if share is None else float(share), int(recalc_every)
-
-    def factors(slots: Slots) -> np.ndarray:
-        return np.asarray(depth_factors(slots, depth_base, depth_factor))
-
-    def make(setup: Any) -> FeaturesStep:
-        return FeaturesStep(setup.loss, setup.params, setup.optimizer, share, cycle, factors, decay)
-
-    return make
+    share = None if share is None else float(share)
+    return lambda setup: FeaturesStep(setup, share, int(recalc_every), depth_base)
 
 
 class FeaturesStep:
     """The training step that `step` makes: one compiled and donated program for all sizes.
 
-    Attributes:
-      slots: the layers.
-      unit: what is counted of them, features.
-      compile_seconds: wall time spent on tracing and compiling so far.
-      programs: how many programs have been compiled.
+    Slots are layers. ``programs`` says how many programs have been compiled.
     """
 
     unit = "features"
 
-    def __init__(
-        self,
-        loss: Callable[..., Any],
-        params: Any,
-        optimizer: optax.GradientTransformation,
-        share: float | None,
-        cycle: int,
-        factors: Callable[[Slots], np.ndarray],
-        decay: float,
-    ) -> None:
-        self._loss, self._share, self._cycle, self._decay = loss, share, cycle, decay
-        self._shapes = jax.tree.map(abstract, params)
+    def __init__(self, setup: Any, share: float | None, cycle: int, depth_base: float) -> None:
+        self._loss, self._share, self._cycle = setup.loss, share, cycle
+        self._shapes, optimizer = jax.tree.map(abstract, setup.params), setup.optimizer
         by_rows = lambda node: isinstance(node, RowSparseState)  # noqa: E731
         states = jax.tree.leaves(jax.eval_shape(optimizer.init, self._shapes), is_leaf=by_rows)
         knows_rows = any(map(by_rows, states))
@@ -148,7 +118,7 @@ class FeaturesStep:
             optimizer if knows_rows else row_sparse(optimizer)
         )
         self.slots = find_slots(self._shapes, group=by_layer(self._shapes))
-        self._factors = factors(self.slots)
+        self._factors = depth_factors(self.slots, depth_base)
         self._uses: dict[str, LayerUse] = {}
         self._layers: list[_Layer] = []  # by slot, once a batch has been seen
         self._places: list[int] = []  # of the size of each slot in this cycle
@@ -167,43 +137,30 @@ class FeaturesStep:
 
     def init(self, params: Any) -> FeaturesState:
         """The optimizer state before the first step."""
-        counts = lambda: jnp.zeros(len(self.slots), jnp.int32)  # noqa: E731
-        values = lambda: jnp.zeros(len(self.slots), jnp.float32)  # noqa: E731
-        return FeaturesState(
-            step=jnp.zeros([], jnp.int32),
-            inner_state=self._optimizer.init(params),
-            update_counts=counts(),
-            magnitudes=values(),
-            priorities=values(),
-            allocation=counts(),
-            nonfinite_counts=counts(),
-        )
+        step, inner = jnp.zeros([], jnp.int32), self._optimizer.init(params)
+        dtypes = (jnp.int32, jnp.float32, jnp.float32, jnp.int32, jnp.int32)
+        return FeaturesState(step, inner, *(jnp.zeros(len(self.slots), d) for d in dtypes))
 
     # The account.
 
     @property
     def saved(self) -> float:
         """The share of a dense training's FLOPs that was not spent so far."""
-        full = self._full_flops * self._step
-        return 1 - self._flops / full if full else 0.0
+        return 1 - self._flops / self._full_flops if self._full_flops else 0.0
 
     @property
     def _full_flops(self) -> float:
-        """FLOPs of a step whose layers keep every feature."""
+        """FLOPs of the steps so far if every layer kept all features."""
         more = (use.flops(use.outputs) - use.flops(use.sizes[-1]) for use in self._uses.values())
-        return self._largest_flops + sum(more)
+        return self._step * (self._largest_flops + sum(more))
 
     def report(self, state: FeaturesState, seconds: float) -> dict[str, Any]:
         """What was spent, in all and by layer, against a dense training.
 
-        Returns:
-          ``steps``, ``flops`` (of all products and convolutions of the steps, as traced, with each
-          layer at its size), ``full_flops`` (the same if every layer kept all features),
-          ``share``, ``programs``, ``compile_seconds``, ``seconds`` and ``layers``, each with its
-          width, sizes, present ``k`` and the mean of all steps.
+        ``flops`` are those of all products and convolutions of the steps, as traced, with each
+        layer at its size; ``full_flops`` the same if every layer kept all features.
         """
-        full = self._full_flops * self._step
-        counts = np.asarray(state.update_counts)
+        full, counts = self._full_flops, np.asarray(state.update_counts)
         slots = zip(self.slots.names, self.slots.depths, counts, strict=True)
         # None before the first step, which learns them.
         layers = [
@@ -235,12 +192,7 @@ class FeaturesStep:
     def __call__(
         self, params: Any, rest: Any, state: FeaturesState, batch: Any
     ) -> tuple[Any, Any, FeaturesState, dict[str, Any]]:
-        """Runs one step. The first three arguments are donated.
-
-        Returns:
-          New parameters, rest and state, and a dict: ``loss`` and the metrics, as arrays on the
-          device; ``updates``, the features of all layers; ``flops``; ``cached``, 0.
-        """
+        """Runs one step, see `Step`; ``updates`` are the features of all layers."""
         batch = jax.tree.map(jnp.asarray, batch)
         if not self._layers:
             self._look(rest, batch)
@@ -251,11 +203,10 @@ class FeaturesStep:
         params, rest, state, values = self._compiled(params, rest, state, batch, places)
         if self.programs > programs:
             self.compile_seconds += time.perf_counter() - start
-        pairs = list(zip(self._layers, self._places, strict=True))
-        kept = sum(layer.sizes[place] for layer, place in pairs)
-        flops = self._largest_flops - sum(
-            layer.flops * (layer.sizes[-1] - layer.sizes[place]) for layer, place in pairs
-        )
+        kept, flops = 0, self._largest_flops
+        for layer, place in zip(self._layers, self._places, strict=True):
+            kept += layer.sizes[place]
+            flops -= layer.flops * (layer.sizes[-1] - layer.sizes[place])
         self._step += 1
         self._flops += flops
         return params, rest, state, values | {"updates": kept, "flops": flops, "cached": 0}
@@ -281,7 +232,7 @@ class FeaturesStep:
         updates, inner = self._optimizer.update(grads, state.inner_state, params, value=loss)
         params = optax.apply_updates(params, updates)
         usable = jnp.isfinite(magnitudes)
-        average = self._decay * state.magnitudes + (1 - self._decay) * magnitudes
+        average = _DECAY * state.magnitudes + (1 - _DECAY) * magnitudes
         state = state._replace(
             step=state.step + 1,
             inner_state=inner,
@@ -345,13 +296,9 @@ class FeaturesStep:
             chosen = [i for i, layer in enumerate(self._layers) if len(layer.sizes) > 1]
             layers = [self._layers[i] for i in chosen]
             budget = self._share * sum(layer.flops * layer.outputs for layer in layers)
+            sizes, costs = [layer.sizes for layer in layers], [layer.flops for layer in layers]
             try:
-                places = choose_sizes(
-                    [float(worth[i]) for i in chosen],
-                    [layer.sizes for layer in layers],
-                    [layer.flops for layer in layers],
-                    budget,
-                )
+                places = choose_sizes([float(worth[i]) for i in chosen], sizes, costs, budget)
             except ValueError as error:
                 raise ValueError(f"share={self._share:g}: {error}") from error
             for i, place in zip(chosen, places, strict=True):
@@ -381,11 +328,7 @@ class FeaturesStep:
         }
 
     def restore(self, record: Mapping[str, Any], state: FeaturesState) -> FeaturesState:
-        """The inverse of `record`.
-
-        Raises:
-          ValueError: the record is of a step with another share or cycle; nothing has changed then.
-        """
+        """The inverse of `record`; changes nothing and raises where share or cycle differ."""
         for name, ours in (("share", self._share), ("recalc_every", self._cycle)):
             theirs = record.get(name, "another kind of step")
             if theirs != ours:
@@ -401,8 +344,7 @@ class FeaturesStep:
         """Several processes can run this step: all of them see the same counts and magnitudes."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Layer:
+class _Layer(NamedTuple):
     """A slot as the budget sees it."""
 
     name: str  # of the meProp layer, "" where there is none
@@ -426,29 +368,12 @@ def choose_sizes(
     costs: Sequence[float],
     budget: float,
 ) -> list[int]:
-    r"""Each layer's ``k``: in proportion to its priority, among a few sizes, within a budget.
+    r"""Each layer's ``k``, as its place in ascending ``sizes``, by priority and within a budget.
 
     The target is :math:`t_i = \min(\max(\lambda s_i, \text{least}_i), \text{most}_i)` with
-    :math:`\sum_i \text{cost}_i t_i = B`. It is rounded down to the nearest size; what that leaves
-    of the budget goes, size by size, to the layer that is furthest below its target, in relation
-    to it, and whose next size is still paid for.
-
-    Args:
-      priorities: ``[layers]``; all zero means even.
-      sizes: of each layer, ascending.
-      costs: of one output feature, ``[layers]``.
-      budget: what all may cost together.
-
-    Returns:
-      ``[layers]``, for each layer the place of its size in ``sizes``.
-
-    Raises:
-      ValueError: if the budget does not pay for the smallest sizes.
-
-    Example:
-      >>> from priorityprop_jax.meprop.step import choose_sizes
-      >>> choose_sizes([3.0, 1.0], [[8, 16, 32], [8, 16, 32]], [1.0, 1.0], budget=44)
-      [2, 0]
+    :math:`\sum_i \text{cost}_i t_i = B`, ``costs`` being those of one output feature. It is rounded
+    down to the nearest size; what that leaves goes, size by size, to the layer that is furthest
+    below its target, in relation to it, and whose next size is still paid for.
     """
     weights = np.asarray(priorities, float)
     weights = np.where(np.isfinite(weights) & (weights > 0), weights, 0.0)

@@ -74,19 +74,6 @@ def iterate(
     return w, report
 
 
-def along_residual(a: jax.Array, b: jax.Array) -> jax.Array:
-    """``y_t = b_t + a_{t+1} y_{t+1}`` over axis 0, in a logarithm of the steps.
-
-    ``a`` broadcasts against ``b``, both ``[time, ...]``.
-    """
-
-    def join(first: Any, second: Any) -> Any:
-        return first[0] * second[0], second[0] * first[1] + second[1]
-
-    a = jnp.roll(a, -1, axis=0)  # nothing comes after the last step, whatever its factor
-    return lax.associative_scan(join, (a, b), reverse=True)[1]
-
-
 def _norm(w: Any) -> jax.Array:
     squares = [jnp.sum(jnp.square(leaf.astype(wide_type(leaf)))) for leaf in jax.tree.leaves(w)]
     return jnp.sqrt(functools.reduce(operator.add, squares)).astype(jnp.float32)
