@@ -53,13 +53,13 @@ def value_and_grad(
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from priorityprop_jax import meprop
-      >>> model = nnx.Linear(4, 32, rngs=nnx.Rngs(0))
+      >>> model = nnx.Sequential(nnx.Linear(4, 32, rngs=nnx.Rngs(0)))
       >>> meprop.meprop(model, 3, layers=nnx.Linear)
       1
       >>> optimizer = nnx.Optimizer(model, meprop.row_sparse_adam(1e-3), wrt=nnx.Param)
       >>> loss_fn = lambda model, x: (model(x) ** 2).sum()
       >>> value, grads = meprop.value_and_grad(loss_fn)(model, jnp.ones((5, 4)))
-      >>> grads["kernel"].values.shape
+      >>> grads["layers"][0]["kernel"].values.shape
       (3, 4)
       >>> updates = optimizer.update(model, grads)
     """
