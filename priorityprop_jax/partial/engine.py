@@ -256,8 +256,6 @@ class PartialStep:
           ``share``, ``cached_steps``, ``widened_steps`` (that trained more than the policy asked
           for), ``programs``, ``compile_seconds``, ``variants`` and ``layers``.
         """
-        if self._flop_costs is None and self._arguments is not None:
-            self._flop_costs = self._measured("flops")
         state = _find(opt_state)
         resident = self._everything if self._states is None else self._states.resident
         counts = np.asarray(state.update_counts).tolist()
@@ -266,7 +264,7 @@ class PartialStep:
         return {
             "programs": programs,
             "compile_seconds": self.compile_seconds,
-            **self._account.report(self._flop_costs, counts, held, seconds),
+            **self._account.report(self._report_costs(), counts, held, seconds),
         }
 
     def __call__(
@@ -400,9 +398,15 @@ class PartialStep:
             return opt_state
         return _put(opt_state, self._states.complete(_find(opt_state)))
 
+    def _report_costs(self) -> StepCosts | None:
+        """In FLOPs, for policies without a budget traced once a batch is known; else None."""
+        if self._flop_costs is None and self._arguments is not None:
+            self._flop_costs = self._measured("flops")
+        return self._flop_costs
+
     def record(self) -> dict[str, Any]:
         """What a resumed run needs beside the arrays, ready for JSON."""
-        costs = self._flop_costs
+        costs = self._report_costs()
         return {
             "options": self._options.record,
             "account": self._account.record(),

@@ -269,12 +269,7 @@ def test_an_interruption_after_the_last_step_loses_no_account(place, capsys, mon
     directory = place / "runs" / "sst2-full-1"
     assert not (directory / "report.json").exists()
     assert run("finetune", "--resume", str(directory)) == 0
-    # Of which layer got what share nothing is known without a step in this process.
-    report, lines = read_report(directory), records(directory)
-    spent = [line["flops"] for line in lines if line["kind"] == "step"]
-    assert report["compute"]["flops"] == pytest.approx(sum(spent)) and len(spent) == STEPS
-    assert report["compute"]["steps"] == report["results"]["steps"] == STEPS
-    assert [layer["updates"] for layer in report["compute"]["layers"]] == [STEPS] * len(LAYERS)
+    check_ledger(directory)
 
 
 def test_options(place):
