@@ -21,16 +21,14 @@ def is_fraction(k: int | float) -> bool:
 
 
 def check_k(k: int | float) -> None:
-    """Raises where ``k`` can be neither a number of features nor a fraction of them."""
+    """Raises where ``k`` can be neither a number of things to keep nor a fraction of them."""
     if isinstance(k, bool) or not isinstance(k, int | float | np.integer | np.floating):
         raise TypeError(f"k must be a whole number or a fraction such as 0.04, got {k!r}")
     if is_fraction(k):
         if not 0 < k <= 1:
-            raise ValueError(
-                f"k is {k}: a fraction of the output features is above 0 and at most 1"
-            )
+            raise ValueError(f"k is {k}: a fraction is above 0 and at most 1")
     elif k < 1:
-        raise ValueError(f"k is {k}: at least 1 output feature must be kept")
+        raise ValueError(f"k is {k}: at least 1 must be kept")
 
 
 def resolve_k(k: int | float, width: int, name: str = "", *, multiple: int = 1) -> int:

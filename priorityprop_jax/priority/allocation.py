@@ -157,8 +157,7 @@ def _allocate(priorities, budget, min_updates, max_updates):
 
     # Slots that weigh nothing share evenly, and only what the others cannot take.
     overflow = positive <= rounds
-    even = overflow & (index >= positive)
-    weights = _select(even, one, weights)
+    weights = _select(overflow & (index >= positive), one, weights)
 
     # Slot k is full if it would be with all slots before it full. The full slots come first, as
     # filling one raises the share of all the rest.
@@ -227,11 +226,8 @@ def repeats(
     steps = jnp.asarray(recalc_every, jnp.int32)
     # Whole rounds apart, so that no product grows past R * R.
     rest = allocation % steps
-    if spread == "even":
-        extra = (t + 1) * rest // steps - t * rest // steps
-    else:
-        extra = (t < rest).astype(jnp.int32)
-    return allocation // steps + extra
+    even = (t + 1) * rest // steps - t * rest // steps
+    return allocation // steps + (even if spread == "even" else (t < rest).astype(jnp.int32))
 
 
 def check_spread(spread: str) -> None:

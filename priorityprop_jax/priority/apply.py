@@ -80,12 +80,9 @@ class Work:
             # Index 0, but only once `counts` is known: the scoring that it waits for must have
             # read the gradients before updates may take their place.
             state[i] = lax.dynamic_index_in_dim(state[i], first, keepdims=False)
-        new, inner = per_slot.inner.update(
-            updates,
-            per_slot.state_treedef.unflatten(state),
-            None if self.params is None else per_slot.treedef.unflatten(self.params),
-            **self.extra_args,
-        )
+        state = per_slot.state_treedef.unflatten(state)
+        params = None if self.params is None else per_slot.treedef.unflatten(self.params)
+        new, inner = per_slot.inner.update(updates, state, params, **self.extra_args)
         flat = jax.tree.leaves(inner)
         for i in self.per_slot.shared:
             flat[i] = jnp.broadcast_to(flat[i], (len(per_slot.slots), *flat[i].shape))
@@ -119,17 +116,17 @@ class Work:
                 slot, shared, own, new = lax.fori_loop(0, bundle.layers, run, carry)
             state |= own
             updates |= new
-        state |= shared
-        return (
-            per_slot.treedef.unflatten(updates.values()),
-            per_slot.state_treedef.unflatten(state.values()),
-        )
+        inner_state = per_slot.state_treedef.unflatten((state | shared).values())
+        return per_slot.treedef.unflatten(updates.values()), inner_state
 
     def _run(self, bundle, counts, at_most_one, layer, carry):
         """Runs one slot. ``carry`` holds its number, the state, and gradients to be replaced."""
 
         def put(stacks, axes, layers):
-            return {i: _put(stacks[i], x, axes.get(i), layer) for i, x in layers.items()}
+            update = functools.partial(lax.dynamic_update_index_in_dim, index=layer)
+            return {
+                i: update(stacks[i], x, axis=axes[i]) if i in axes else x for i, x in layers.items()
+            }
 
         axes, own_axes = self.per_slot.stack_axis, self.per_slot.state_axis
 
@@ -149,9 +146,7 @@ class Work:
 
         # Loops of at most one round rather than branches: XLA updates a loop's carry in place.
         def when(predicate, body, carry):
-            def go(carry):
-                return (jnp.bool_(False), *body(carry[1:]))
-
+            go = lambda c: (jnp.bool_(False), *body(c[1:]))  # noqa: E731
             count = lax.dynamic_index_in_dim(counts, carry[0], keepdims=False)
             return lax.while_loop(lambda c: c[0], go, (predicate(count), *carry))[1:]
 
@@ -167,19 +162,10 @@ class Work:
             fresh, _ = lax.optimization_barrier((grads, done))
             moved: Any = None if params is None else optax.apply_updates(params, total)
             new, own, shared = self._update_one(bundle, slot, fresh, moved, own, shared)
-            total = [
-                jnp.where(done == 0, u, t + u).astype(t.dtype)
-                for t, u in zip(total, new, strict=True)
-            ]
-            return done + 1, slot, own, shared, total
+            add = lambda t, u: jnp.where(done == 0, u, t + u).astype(t.dtype)  # noqa: E731
+            return done + 1, slot, own, shared, [*map(add, total, new)]
 
-        *_, own, shared, total = lax.while_loop(
-            lambda c: c[0] < lax.dynamic_index_in_dim(counts, c[1], keepdims=False),
-            body,
-            (jnp.int32(0), slot, own, shared, [jnp.zeros_like(g) for g in grads]),
-        )
+        more = lambda c: c[0] < lax.dynamic_index_in_dim(counts, c[1], keepdims=False)  # noqa: E731
+        start = (jnp.int32(0), slot, own, shared, [*map(jnp.zeros_like, grads)])
+        *_, own, shared, total = lax.while_loop(more, body, start)
         return total, own, shared
-
-
-def _put(stack: jax.Array, x: jax.Array, axis: int | None, layer: Any) -> jax.Array:
-    return x if axis is None else lax.dynamic_update_index_in_dim(stack, x, layer, axis)

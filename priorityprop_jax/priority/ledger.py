@@ -59,10 +59,9 @@ class Ledger:
 
     def __init__(self, slots: Slots, unit: str = "updates") -> None:
         self.unit = unit
-        self.names: tuple[str, ...] = slots.names
-        self.depths: tuple[int, ...] = slots.depths
-        self.layers: tuple[str, ...] = slots.layers
-        self.shapes = ["+".join(map(_shape_text, shapes)) for shapes in slots.shapes]
+        self.names, self.depths, self.layers = slots.names, slots.depths, slots.layers
+        text = lambda shape: "x".join(map(str, shape)) or "scalar"  # noqa: E731
+        self.shapes = ["+".join(map(text, shapes)) for shapes in slots.shapes]
         self.steps: list[int] = []
         self.history: list[list[int]] = []  # [records][slots], spent so far
         self.clamped_cycles: int | None = None
@@ -89,11 +88,10 @@ class Ledger:
                 f"{len(self.names)} slots; give find_slots the options of the transformation"
             )
         step = int(read("step"))
-        if self.steps and self.steps[-1] == step:
-            self.steps.pop()
-            self.history.pop()
+        if self.steps[-1:] == [step]:
+            del self.steps[-1], self.history[-1]
         self.steps.append(step)
-        self.history.append([int(n) for n in counts])
+        self.history.append(counts.tolist())
         clamped = "clamped_cycles"
         self.clamped_cycles = int(read(clamped)) if clamped in state._fields else None
         self.vectors = {name: vector.tolist() for name, vector in vectors.items()}
@@ -127,7 +125,7 @@ class Ledger:
         """Everything, ready for JSON. `from_dict` is the inverse."""
         return {
             "unit": self.unit,
-            "step": self.steps[-1] if self.steps else 0,
+            "step": [0, *self.steps][-1],
             "total": self.total,
             "clamped_cycles": self.clamped_cycles,
             "slots": self.rows(),
@@ -171,9 +169,8 @@ class Ledger:
         return [heads, *body, [totals.get(head, "") for head in heads]]
 
     def _summary(self) -> str:
-        step = self.steps[-1] if self.steps else 0
         number, clamped = len(self.names), self.clamped_cycles
-        text = f"step {step}, {number} slot{'s' * (number != 1)}"
+        text = f"step {[0, *self.steps][-1]}, {number} slot{'s' * (number != 1)}"
         if clamped is None:
             return text
         return f"{text}, budget clamped in {clamped} cycle{'s' * (clamped != 1)}"
@@ -212,9 +209,8 @@ class Ledger:
         colors = colormaps["viridis"](np.linspace(0.05, 0.95, len(layers)))
         # Steps, not slopes: a share belongs to the whole stretch between two records.
         edges = np.repeat(steps, 2)[1:-1]
-        axes.stackplot(
-            edges, np.repeat(shares, 2, axis=0).T, colors=colors, edgecolor="white", linewidth=0.4
-        )
+        bands = np.repeat(shares, 2, axis=0).T
+        axes.stackplot(edges, bands, colors=colors, edgecolor="white", linewidth=0.4)
         even = np.array([self.layers.count(layer) for layer in layers]) / len(self.names)
         for line in np.cumsum(even)[:-1]:
             axes.axhline(line, color="black", linewidth=0.7, linestyle=(0, (2, 3)), alpha=0.6)
@@ -225,9 +221,8 @@ class Ledger:
         axes.set_title(f"Where the budget went: {spent}\n(dashed: an even split)", fontsize=11)
         for label, y in _labels(layers, shares[-1]):
             axes.text(1.01, y, label, transform=axes.transAxes, va="center", fontsize=8)
-        path = Path(path)
         figure.savefig(path, dpi=130)
-        return path
+        return Path(path)
 
     def _shares(self) -> tuple[list[str], np.ndarray, np.ndarray]:
         """Layers from the input, ``[records + 1]`` steps and ``[records, layers]`` shares."""
@@ -245,10 +240,6 @@ class Ledger:
             raise ValueError("nothing has been spent yet: record a state after some steps first")
         steps = np.concatenate([steps[:1], steps[1:][keep]])
         return layers, steps, spent[keep] / spent[keep].sum(axis=1, keepdims=True)
-
-
-def _shape_text(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
 
 
 def _labels(layers: Sequence[str], shares: np.ndarray) -> list[tuple[str, float]]:

@@ -45,14 +45,14 @@ class Options:
         """Raises for what is wrong whatever the parameters are."""
         check_spread(self.spread)
         check_magnitude(self.magnitude, extra_magnitudes)
-        for name, least in (("min_updates", 0), ("max_updates", 1), ("recalc_every", 1)):
+        bounds = {"min_updates": (0, 2**31 - 1), "max_updates": (1, 2**31 - 1)}
+        bounds["recalc_every"] = (1, 46_340)
+        for name, (least, most) in bounds.items():
             value = getattr(self, name)
             if isinstance(value, float | bool):
                 raise TypeError(f"{name} must be a whole number, got {value!r}")
-            if _is_static(value) and not least <= value < 2**31:
-                raise ValueError(f"{name} must be at least {least} and below 2**31, got {value}")
-        if _is_static(self.recalc_every) and self.recalc_every > 46_340:
-            raise ValueError(f"recalc_every must be at most 46,340, got {self.recalc_every}")
+            if _is_static(value) and not least <= value <= most:
+                raise ValueError(f"{name} must be from {least} to {most:,}, got {value}")
         if _is_static(self.min_updates, self.max_updates) and self.min_updates > self.max_updates:
             raise ValueError(
                 f"min_updates={self.min_updates} is more than max_updates={self.max_updates}"
@@ -69,17 +69,13 @@ class Options:
         if budget is None and _is_static(self.max_updates, self.recalc_every):
             if not self.min_updates <= self.recalc_every <= self.max_updates:
                 raise ValueError(
-                    f"the full budget gives every slot recalc_every={self.recalc_every} updates on "
-                    f"average, outside min_updates={self.min_updates} to "
-                    f"max_updates={self.max_updates}"
+                    f"the full budget gives every slot recalc_every={self.recalc_every} updates, "
+                    f"outside min_updates={self.min_updates} to max_updates={self.max_updates}"
                 )
 
     def slots(self, params: Any) -> Slots:
         """The slots of parameters."""
         return find_slots(params, stacked_axis=self.stacked_axis, group=self.group)
-
-    def _numbers(self) -> tuple[Any, Any, Any]:
-        return self.min_updates, self.max_updates, self.recalc_every
 
     def at_most_one(self) -> bool:
         """Whether no slot can be updated twice at one step, whatever the budget."""
@@ -88,7 +84,8 @@ class Options:
 
     def is_full(self) -> bool:
         """Whether every slot is known to get one update at every step: ordinary training."""
-        return _is_static(*self._numbers()) and len(set(self._numbers())) == 1
+        numbers = (self.min_updates, self.max_updates, self.recalc_every)
+        return _is_static(*numbers) and len(set(numbers)) == 1
 
     def check_present(self, slots: Slots, present: np.ndarray) -> None:
         """Raises a ValueError where a gradient is absent though every slot gets every update."""
@@ -102,25 +99,24 @@ class Options:
     def check_feasible(self, slots: Slots) -> None:
         """Raises a ValueError where the number of slots makes a static budget infeasible."""
         known = self.total_budget is None or _is_static(self.total_budget)
-        if not (known and _is_static(*self._numbers()) and len(slots)):
+        known = known and _is_static(self.min_updates, self.max_updates, self.recalc_every)
+        if not (known and len(slots)):
             return
         budget = self.budget(self.total_budget, len(slots))
-        least, most = len(slots) * self.min_updates, len(slots) * self.max_updates
+        low, high = self.min_updates, self.max_updates
+        least, most = len(slots) * low, len(slots) * high
         if max(budget, least) >= 2**31:
             raise ValueError(f"a cycle can hand out less than 2**31 updates, not {budget}")
         if least <= budget <= most:
             return
-        limit = (
-            f"with min_updates={self.min_updates} need {least}: raise total_budget, lower "
-            "min_updates (0 is allowed),"
-            if budget < least
-            else f"with max_updates={self.max_updates} can take {most}: lower total_budget, raise "
-            "max_updates,"
-        )
+        if budget < least:
+            why = f"min_updates={low} need {least}: raise total_budget, lower min_updates"
+        else:
+            why = f"max_updates={high} can take {most}: lower total_budget, raise max_updates"
         raise ValueError(
             f"total_budget={self.total_budget} is {budget} updates a cycle, but {len(slots)} slots "
-            f"{limit} give the budget as a fraction, such as 0.5, or leave total_budget out: the "
-            "default fits every number of slots"
+            f"with {why}, give the budget as a fraction, such as 0.5, or leave total_budget out: "
+            "the default fits every number of slots"
         )
 
     def budget(self, budget: Any, slots: int) -> Any:
@@ -132,7 +128,7 @@ class Options:
             least, most = self.min_updates * slots, self.max_updates * slots
             if _is_static(least, most):
                 return int(min(max(wanted, least), most))
-            return jnp.clip(jnp.asarray(wanted, jnp.int32), least, most).astype(jnp.int32)
+            return jnp.clip(jnp.int32(wanted), least, most).astype(jnp.int32)
         if _is_static(budget, self.recalc_every):
             if isinstance(budget, int | np.integer):
                 return int(budget)

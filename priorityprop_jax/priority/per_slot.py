@@ -193,9 +193,7 @@ class PerSlot:
         every = range(self.treedef.num_leaves)
         return self.treedef.unflatten([own[i] if i in own else hide(i) for i in every])
 
-    def init_slot(
-        self, bundle: Bundle, params: Sequence[Any], layer: int = 0
-    ) -> dict[int, jax.Array]:
+    def init_slot(self, bundle: Bundle, params: Sequence[Any], layer: int = 0) -> dict[int, Any]:
         """A fresh state of one slot, by the number of the state's leaf; the shared part included.
 
         ``params`` are those of the slot's leaves, of the one layer where they are stacked.
@@ -204,9 +202,7 @@ class PerSlot:
         mine = sorted({*self.owned(bundle), *self.shared})
         state = jax.tree.leaves(self.inner.init(tree))
         if len(state) != len(mine):
-            raise TypeError(
-                "the inner optimizer has another state for one slot alone than for all of them"
-            )
+            raise TypeError("the inner optimizer has another state for one slot than for all")
         new = {i: jnp.asarray(x) for i, x in zip(mine, state, strict=True)}
         for i in self._random:
             new[i] = self.for_every_slot(i, new[i])[bundle.start + layer]
@@ -221,9 +217,8 @@ class _StandIn(optax.MaskedNode):
     """
 
     def __new__(cls, owner: int, like: jax.ShapeDtypeStruct) -> _StandIn:
-        self = super().__new__(cls)
-        shape = {"shape": like.shape, "ndim": like.ndim, "size": like.size}
-        vars(self).update(owner=owner, dtype=like.dtype, **shape)
+        self, about = super().__new__(cls), ("shape", "dtype", "ndim", "size")
+        vars(self).update({name: getattr(like, name) for name in about}, owner=owner)
         return self
 
 

@@ -37,9 +37,8 @@ def magnitude(grads: Any, kind: Magnitude = "mean") -> jax.Array:
 
     Args:
       grads: pytree of the slot's gradients, real or complex.
-      kind: ``"mean"`` of ``|g|`` (PriorityProp's), ``"sum"`` of ``|g|``, ``"rms"``, ``"norm"``
-        (Euclidean), or a function of the list of the slot's gradients that returns a scalar, such
-        as `optax.tree.norm`.
+      kind: ``"mean"`` (PriorityProp's) or ``"sum"`` of ``|g|``, ``"rms"``, ``"norm"`` (Euclidean),
+        or a function of the list of the slot's gradients, such as `optax.tree.norm`.
 
     Returns:
       ``float32[]``, not negative. NaN and infinite values are passed on.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from priorityprop_jax.core.selection import resolve_k
+from priorityprop_jax.core.selection import check_k, is_fraction, resolve_k
 
 
 class TopKUpdatesState(NamedTuple):
@@ -55,44 +55,36 @@ def top_k_updates(k: int | float, *, error_feedback: bool = False) -> optax.Grad
       Aji and Heafield, *Sparse Communication for Distributed Gradient Descent*, 2017,
       arXiv 1704.05021; error feedback: Stich et al., 2018, arXiv 1809.07599.
     """
-    if isinstance(k, bool) or not isinstance(k, int | float):
-        raise TypeError(f"k must be an int or a float, got {k!r}")
-    if isinstance(k, int) and k < 1:
-        raise ValueError(f"k must be at least 1 element, got {k}")
-    if isinstance(k, float) and not 0 < k <= 1:
-        raise ValueError(f"k as a fraction must be in (0, 1], got {k}")
+    check_k(k)
 
     def init_fn(params):
         return TopKUpdatesState(optax.tree.zeros_like(params) if error_feedback else ())
 
+    def of_leaf(update, residual):
+        """What is let through and what is held back."""
+        if update is None:
+            return None, residual
+        if residual is not None:
+            update = update + residual.astype(update.dtype)
+        mask, zeros = _top_k_mask(update, k), jnp.zeros_like(update)
+        held = None if residual is None else jnp.where(mask, zeros, update).astype(residual.dtype)
+        return jnp.where(mask, update, zeros), held
+
     def update_fn(updates, state, params=None):
         del params
+        leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
+        held = treedef.flatten_up_to(state.residual) if error_feedback else [None] * len(leaves)
+        pairs = [of_leaf(*pair) for pair in zip(leaves, held, strict=True)]
         if error_feedback:
-            updates = _where_present(lambda u, r: u + r.astype(u.dtype), updates, state.residual)
-        masks = jax.tree.map(lambda u: _top_k_mask(u, k), updates)
-        kept = jax.tree.map(lambda u, m: jnp.where(m, u, jnp.zeros_like(u)), updates, masks)
-        if error_feedback:
-            held = jax.tree.map(lambda u, m: jnp.where(m, jnp.zeros_like(u), u), updates, masks)
-            cast = lambda h, r: h.astype(r.dtype)  # noqa: E731
-            state = TopKUpdatesState(_where_present(cast, held, state.residual, keep=True))
-        return kept, state
+            state = TopKUpdatesState(treedef.unflatten([held for _, held in pairs]))
+        return treedef.unflatten([kept for kept, _ in pairs]), state
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _where_present(function: Any, updates: Any, residual: Any, *, keep: bool = False) -> Any:
-    """Maps both; where an update is absent the result is None, or with `keep` the residual."""
-    return jax.tree.map(
-        lambda u, r: (r if keep else None) if u is None else function(u, r),
-        updates,
-        residual,
-        is_leaf=lambda x: x is None,
-    )
-
-
 def _top_k_mask(update: jax.Array, k: int | float) -> jax.Array:
     """``bool``, of the update's shape: where its k elements of the largest magnitude are."""
-    k = min(k, update.size) if isinstance(k, int) else resolve_k(k, update.size)
+    k = resolve_k(k, update.size) if is_fraction(k) else min(int(k), update.size)
     if k == update.size:
         return jnp.ones(update.shape, bool)
     # Magnitudes as integers of the same order; a bit less than they have, as they have no sign.

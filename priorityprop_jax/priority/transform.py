@@ -73,12 +73,11 @@ def priorityprop(
     A slot that gets several updates at a step has the inner optimizer run that often on the same
     gradient, each time from the parameters and the state that the last one left. A slot that gets
     none keeps its parameters **and its inner state** bit for bit, which zeroing its gradient would
-    not do: momentum would go on moving it. The inner state has the inner optimizer's own structure,
-    but with a step count for every slot, so that bias correction is right for each. Learning-rate
-    schedules inside ``inner`` therefore run on the slot's own count; to have one on the clock of
-    steps, chain `optax.scale_by_learning_rate` behind this transformation. The inner optimizer
-    sees one slot at a time: put what must see all gradients, such as
-    `optax.clip_by_global_norm`, in front.
+    not do: momentum would go on moving it. The inner state is the inner optimizer's, but with a
+    step count for every slot, so that bias correction is right for each. Learning-rate schedules
+    inside ``inner`` therefore run on the slot's own count; for one on the clock of steps, chain
+    `optax.scale_by_learning_rate` behind this transformation. The inner optimizer sees one slot at
+    a time: put what must see all gradients, such as `optax.clip_by_global_norm`, in front.
 
     With ``min_updates = max_updates = recalc_every`` and the full budget it is the inner optimizer.
 
@@ -87,10 +86,10 @@ def priorityprop(
 
     Args:
       inner: any Optax optimizer.
-      total_budget: updates to hand out in one cycle. An int; or a float, as a fraction of the full
-        budget (``recalc_every`` times the number of slots); or a schedule, a function of the step
-        that returns either; or None, the full budget. Traceable. PriorityProp's 100 is meant for
-        ten slots; left out, it becomes ten updates a slot, within the two bounds that follow.
+      total_budget: updates to hand out in one cycle: an int; a float, as a fraction of the full
+        budget (``recalc_every`` times the number of slots); a schedule, a function of the step that
+        returns either; or None, the full budget. Traceable. PriorityProp's 100 is meant for ten
+        slots; left out, it becomes ten updates a slot, within the two bounds that follow.
       min_updates: the least updates of a slot in a cycle; 0 is allowed. Traceable.
       max_updates: the most updates of a slot in a cycle. Traceable; no slot is ever updated twice
         at one step where it is a Python int of at most ``recalc_every``, which compiles to less.
@@ -141,14 +140,7 @@ def priorityprop(
     )  # fmt: skip
     options.check(extra_magnitudes=("gain",))
 
-    def init_fn(params):
-        slots = options.slots(params)
-        options.check_feasible(slots)
-        return _new_state(slots, PerSlot(inner, params, slots).init(params))
-
-    def update_fn(updates, state, params=None, **extra_args):
-        tree = updates if params is None else params
-        slots = _slots_of(options, tree, state)
+    def spend(slots, tree, updates, state, params, extra_args):
         per_slot = PerSlot(inner, tree, slots)
         grads = per_slot.flatten(updates)
         parameters = None if params is None else per_slot.flatten(params)
@@ -161,7 +153,8 @@ def priorityprop(
             new_updates, inner_state = work.apply(counts, at_most_one=options.at_most_one())
         return new_updates, state._replace(inner_state=inner_state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    first_state = lambda slots, params: PerSlot(inner, params, slots).init(params)  # noqa: E731
+    return _transformation(options, first_state, spend)
 
 
 def scale_by_priority(
@@ -216,15 +209,7 @@ def scale_by_priority(
     )  # fmt: skip
     options.check()
 
-    def init_fn(params):
-        slots = options.slots(params)
-        options.check_feasible(slots)
-        return _new_state(slots, optax.EmptyState())
-
-    def update_fn(updates, state, params=None, **extra_args):
-        del extra_args
-        tree = updates if params is None else params
-        slots = _slots_of(options, tree, state)
+    def spend(slots, tree, updates, state, params, extra_args):
         treedef = jax.tree.structure(tree)
         leaves = treedef.flatten_up_to(updates)
         state, counts = _plan(options, slots, leaves, state)
@@ -238,15 +223,35 @@ def scale_by_priority(
                     scaled[leaf] = _times(leaves[leaf], times, axis)
         return treedef.unflatten(scaled), state
 
+    return _transformation(options, lambda slots, params: optax.EmptyState(), spend)
+
+
+def _transformation(
+    options: Options, first_state: Callable[..., Any], spend: Callable[..., Any]
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation of the slots: its first inner state, and what it does at a step."""
+
+    def init_fn(params):
+        slots = options.slots(params)
+        options.check_feasible(slots)
+        return _new_state(slots, first_state(slots, params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        tree = updates if params is None else params
+        slots = options.slots(tree)
+        if state.update_counts.shape != (len(slots),):
+            raise ValueError(
+                f"the state was made for {state.update_counts.shape[0]} slots, the parameters have "
+                f"{len(slots)}; gradients that are absent need params to be given to update"
+            )
+        return spend(slots, tree, updates, state, params, extra_args)
+
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _times(update: jax.Array, times: jax.Array, axis: int | None) -> jax.Array:
     update = jnp.asarray(update)
-    shape = [1] * update.ndim
-    if axis is not None:
-        shape[axis] = times.size
-    times = times.reshape(shape)
+    times = times.reshape([times.size if place == axis else 1 for place in range(update.ndim)])
     # A slot without an update gets zeros even where its update is NaN.
     return jnp.where(times == 0, jnp.zeros_like(update), update * times.astype(update.dtype))
 
@@ -262,16 +267,6 @@ def _new_state(slots: Slots, inner_state: Any) -> PriorityPropState:
         magnitudes=real(), score_counts=whole(), priorities=real(), allocation=whole(),
         nonfinite_counts=whole(), clamped_cycles=number(),
     )  # fmt: skip
-
-
-def _slots_of(options: Options, tree: Any, state: PriorityPropState) -> Slots:
-    slots = options.slots(tree)
-    if state.update_counts.shape != (len(slots),):
-        raise ValueError(
-            f"the state was made for {state.update_counts.shape[0]} slots, but these parameters "
-            f"have {len(slots)}; gradients that are absent need params to be given to update"
-        )
-    return slots
 
 
 def _present(slots: Slots, leaves: Sequence[Any]) -> np.ndarray:
@@ -304,11 +299,7 @@ def _magnitudes(slots: Slots, leaves: Sequence[Any], kind: Magnitude) -> jax.Arr
 
 
 def _plan(
-    options: Options,
-    slots: Slots,
-    grads: Sequence[Any],
-    state: PriorityPropState,
-    gains: Any = None,
+    options: Options, slots: Slots, grads: list[Any], state: PriorityPropState, gains: Any = None
 ) -> tuple[PriorityPropState, jax.Array]:
     """Scores and allocates where a cycle starts.
 
@@ -332,20 +323,17 @@ def _plan(
         priorities = priority(unbiased, state.update_counts, factors, costs)
 
         budget = options.total_budget
-        if callable(budget):
-            budget = jnp.asarray(budget(state.step))
+        budget = jnp.asarray(budget(state.step)) if callable(budget) else budget
         budget = jnp.asarray(options.budget(budget, len(slots)), jnp.int32)
         least = jnp.asarray(len(slots) * options.min_updates, jnp.int32)
         allocation = allocate(priorities, budget, options.min_updates, options.max_updates)
         clamped = (budget < least) | (jnp.sum(allocation) < budget)
+        nonfinite = state.nonfinite_counts + (present & ~finite).astype(jnp.int32)
         return state._replace(
-            magnitudes=mean,
-            score_counts=score_counts,
-            priorities=priorities,
-            allocation=allocation,
-            nonfinite_counts=state.nonfinite_counts + (present & ~finite).astype(jnp.int32),
+            magnitudes=mean, score_counts=score_counts, priorities=priorities,
+            allocation=allocation, nonfinite_counts=nonfinite,
             clamped_cycles=state.clamped_cycles + clamped.astype(jnp.int32),
-        )
+        )  # fmt: skip
 
     # The inner state has no part in this; keep it out, lest the branch copy it.
     light = state._replace(inner_state=())

@@ -364,3 +364,14 @@ def test_stacks_on_another_axis_are_refused():
         ActiveState(
             INNER["adam"], {"w": jnp.ones((3, 3))}, mode="offload", stacked_axis=lambda path: 1
         )
+
+
+def test_every_layer_of_a_stack_draws_noise_of_its_own():
+    inner = optax.chain(optax.add_noise(1.0, 0.5, key=jax.random.key(3)), optax.sgd(1.0))
+    params = {"stack": jnp.zeros((3, 4)), "w": jnp.zeros(4)}
+    axis = {"stack": 0}.get
+    states = ActiveState(inner, params, mode="reset", stacked_axis=axis)
+    state = states.move(states.empty(), states.slots.names, params)
+    kept = update_active(inner, stacked_axis=axis).init(params)
+    keys = [jax.random.key_data(x.inner_state[0].rng_key).tolist() for x in (state, kept)]
+    assert keys[0] == keys[1] and len(set(map(tuple, keys[0]))) == 4
