@@ -10,11 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from priorityprop_jax.core.program import abstract, analysis, program_flops
 from priorityprop_jax.core.slots import Slots
-from priorityprop_jax.partial.grad import ActiveLeaves, find_active
+from priorityprop_jax.partial.grad import find_active, value_and_grad_of
 
 UNITS = ("flops", "bytes", "milliseconds")
 
@@ -27,7 +26,7 @@ class StepCosts:
 
     Attributes:
       own: ``[slots]``, what a slot adds to a step whose chain reaches it anyway: its weight
-        gradients and, where the optimizer was measured too, its update.
+        gradients.
       floors: ``[depths]``, forward pass and chain back to each depth, not decreasing.
       unit: ``"flops"``, ``"bytes"`` (read and written) or ``"milliseconds"``.
 
@@ -71,10 +70,9 @@ def measure_costs(
     *,
     unit: str = "flops",
     has_aux: bool = False,
-    optimizer: optax.GradientTransformation | None = None,
     repeats: int = 5,
 ) -> StepCosts:
-    r"""Measures what a step costs by which slots are active.
+    """Measures what a step costs by which slots are active, without its optimizer.
 
     For every depth there is the step with all slots up to there, and for every slot the step that
     reaches one layer further without it: the difference is the slot's own cost, and what is left
@@ -85,12 +83,11 @@ def measure_costs(
 
     Args:
       loss_fn: ``(params, batch) -> loss``, or ``(loss, aux)`` with ``has_aux``.
-      params: pytree of arrays or `jax.ShapeDtypeStruct`.
-      batch: pytree of arrays or `jax.ShapeDtypeStruct`.
+      params: pytree of arrays or `jax.ShapeDtypeStruct`, as is ``batch``.
+      batch: what the loss is given.
       slots: the slots of ``params``, see `find_slots`.
       unit: ``"flops"``, ``"bytes"`` or ``"milliseconds"``.
       has_aux: as in `jax.value_and_grad`.
-      optimizer: an optimizer whose update of the active slots is a part of the step.
       repeats: how often to run a step to time it.
 
     Returns:
@@ -121,7 +118,7 @@ def measure_costs(
 
     def traced(active: frozenset[str]) -> Any:
         chosen = find_active(params, slots, active)
-        return _trace(loss_fn, params, batch, chosen, has_aux, optimizer)
+        return jax.jit(value_and_grad_of(loss_fn, chosen, has_aux=has_aux)).trace(params, batch)
 
     def measure(active: frozenset[str]) -> float:
         if unit == "bytes":
@@ -147,29 +144,6 @@ def measure_costs(
     ]
     floors = np.maximum.accumulate(floors).tolist()
     return StepCosts(tuple(map(float, own)), tuple(floors), unit)
-
-
-def _trace(
-    loss_fn: Any, params: Any, batch: Any, chosen: ActiveLeaves, has_aux: bool, optimizer: Any
-) -> Any:
-    """The step of some leaves."""
-    active, frozen = chosen.split(params)
-    state = () if optimizer is None else jax.eval_shape(optimizer.init, chosen.part(params))
-
-    def step(active, state, frozen, batch):
-        params = chosen.join(active, frozen)
-        part = chosen.part(params)
-        value, grads = jax.value_and_grad(
-            lambda part: loss_fn(chosen.replace(params, part), batch), has_aux=has_aux
-        )(part)
-        if optimizer is None:
-            return grads, value
-        updates, state = optimizer.update(grads, state, part)
-        new, _ = chosen.split(chosen.replace(params, optax.apply_updates(part, updates)))
-        return new, state, value
-
-    donate = (0, 1) if optimizer else ()
-    return jax.jit(step, donate_argnums=donate).trace(active, state, frozen, batch)
 
 
 def _timed(programs: Sequence[Any], repeats: int) -> list[float]:

@@ -38,7 +38,7 @@ class ActiveState:
 
     Attributes:
       resident: the slots whose state is on the device.
-      waiting: the state that waits in host memory: slot -> number of the state's leaf -> array.
+      waiting: by slot the state that waits in host memory.
 
     Raises:
       ValueError: if ``mode`` is neither, or layers are stacked on another axis than 0.
@@ -78,14 +78,13 @@ class ActiveState:
 
     def empty(self) -> ActiveUpdatesState:
         """The state before the first step, with no slot's own state on the device."""
-        per_slot = self.per_slot
-        flat: list[Any] = [None] * len(per_slot.state_shapes)
-        if per_slot.shared and self.slots.bundles:
+        flat: list[Any] = [None] * len(self.per_slot.state_shapes)
+        if self.per_slot.shared and self.slots.bundles:
             params = [jnp.zeros(shape) for shape in self.slots.shapes[0]]
-            first = per_slot.init_slot(self.slots.bundles[0], params)
-            for i in per_slot.shared:
-                flat[i] = per_slot.for_every_slot(i, first[i])
-        return new_state(self.slots, per_slot.state_treedef.unflatten(flat))
+            first = self.per_slot.init_slot(self.slots.bundles[0], params)
+            for i in self.per_slot.shared:
+                flat[i] = self.per_slot.for_every_slot(i, first[i])
+        return new_state(self.slots, self.per_slot.state_treedef.unflatten(flat))
 
     def move(self, state: ActiveUpdatesState, active: Names, params: Any) -> ActiveUpdatesState:
         """The state with that of the active slots, and no other, resident. Waits for the device.

@@ -86,8 +86,6 @@ def by_priority(*, scoring_share: float = 0.1, always: Iterable[int] = (0,)) -> 
     often as ``scoring_share`` of the budget pays. The rest of the cycle makes up for it. Slots at
     the depths ``always`` are always active.
     """
-    if not 0 <= scoring_share <= 1:
-        raise ValueError(f"scoring_share must be in [0, 1], got {scoring_share}")
     always = tuple(always)
 
     def policy(at: Situation) -> list[frozenset[str]]:
@@ -129,8 +127,7 @@ def at_random(*, always: Iterable[int] = (0,)) -> Policy:
 
 
 def suffix(k: int) -> Policy:
-    """The output layer and the ``k`` layers before it, all along; ``k`` is at least 0."""
-    _check_layers("suffix", k, 0)
+    """The output layer and the ``k`` layers before it, all along."""
     return lambda at: [at.at_depths(range(k + 1))] * at.steps
 
 
@@ -139,7 +136,6 @@ def lisa(k: int) -> Policy:
 
     See Pan et al. (2024), https://arxiv.org/abs/2403.17919
     """
-    _check_layers("lisa", k, 1)
 
     def policy(at: Situation) -> list[frozenset[str]]:
         deepest = max(at.slots.depths, default=0)
@@ -157,7 +153,6 @@ def badam(k: int = 1) -> Policy:
     has no turn, as in the paper, which resets optimizer states between turns (``state="reset"``).
     See Luo, Yu and Li (2024), https://arxiv.org/abs/2404.02827
     """
-    _check_layers("badam", k, 1)
 
     def policy(at: Situation) -> list[frozenset[str]]:
         deepest = max(at.slots.depths, default=0)
@@ -173,14 +168,14 @@ def full() -> Policy:
     return lambda at: [at.everything] * at.steps
 
 
-# By name: what makes the policy, and whether it is told of how many layers.
-_POLICIES: dict[str, tuple[Callable[..., Policy], bool]] = {
-    "priority": (by_priority, False),
-    "random": (at_random, False),
-    "suffix": (suffix, True),
-    "lisa": (lisa, True),
-    "badam": (badam, True),
-    "full": (full, False),
+# By name: what makes the policy, and of how many layers at least, where it is told.
+_POLICIES: dict[str, tuple[Callable[..., Policy], int | None]] = {
+    "priority": (by_priority, None),
+    "random": (at_random, None),
+    "suffix": (suffix, 0),
+    "lisa": (lisa, 1),
+    "badam": (badam, 1),
+    "full": (full, None),
 }
 SPENDING = ("priority", "random")  # what they run is what a budget pays
 
@@ -219,11 +214,13 @@ def make_policy(policy: str | Policy) -> Policy:
             f"there is no policy {policy!r}; the policies are priority, random, suffix(k), "
             "lisa(k), badam(k) and full"
         )
-    make, has_layers = _POLICIES[match[1]]
-    if has_layers != (match[2] is not None):
-        form = f"{match[1]}(k), k layers" if has_layers else match[1]
+    make, least = _POLICIES[match[1]]
+    if match[2] is None and least is None:
+        return make()
+    if match[2] is None or least is None or int(match[2]) < least:
+        form = match[1] if least is None else f"{match[1]}(k), k layers from {least} on"
         raise ValueError(f"the policy is written {form}, got {policy!r}")
-    return make(int(match[2])) if has_layers else make()
+    return make(int(match[2]))
 
 
 def active_sets(
@@ -255,8 +252,3 @@ def active_sets(
         return frozenset(name for name, n in zip(slots.names, counts, strict=True) if n > 0)
 
     return [active(step) for step in range(recalc_every)]
-
-
-def _check_layers(name: str, k: Any, least: int) -> None:
-    if isinstance(k, bool) or not isinstance(k, int) or k < least:
-        raise ValueError(f"{name}(k) needs a whole number of layers from {least} on, got {k!r}")

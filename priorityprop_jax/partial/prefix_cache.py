@@ -28,7 +28,7 @@ except ImportError:  # Windows, which has no such lock.
 _DTYPES = ("bfloat16", "float32")
 
 
-class PrefixCache:
+class PrefixCache(contextlib.AbstractContextManager["PrefixCache"]):
     """The outputs of a frozen prefix by example id, in a file or in memory.
 
     A record counts only if its checksum fits its content, its id and the key of the cache, so that
@@ -146,7 +146,7 @@ class PrefixCache:
         """
         ids, checksums = self._check(ids, inputs)
         records, raw = self._empty(len(ids))
-        found = not self._off
+        found = True
         with self._guarded():
             for i, checksum, record, row in zip(ids, checksums, records, raw, strict=True):
                 there = not self._off and self._read(i, row)
@@ -187,10 +187,8 @@ class PrefixCache:
         """Lets go of the files and of the memory; `open` opens the cache again."""
         self.key, self._verified, self._memory, self._file = None, set(), {}, None
         if self._release is not None:
-            self._release()
-
-    def __enter__(self) -> PrefixCache:
-        return self
+            with contextlib.suppress(OSError):  # of a disk that fails
+                self._release()
 
     def __exit__(self, *_: Any) -> None:
         self.close()
@@ -264,8 +262,9 @@ class PrefixCache:
     def _open_files(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         header, records = directory / "prefix.json", directory / "prefix.bin"
-        lock = os.open(directory / "prefix.lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
+        with contextlib.ExitStack() as stack:
+            lock = os.open(directory / "prefix.lock", os.O_RDWR | os.O_CREAT, 0o666)
+            stack.callback(os.close, lock)
             _take(lock, directory)
             if not header.exists() or header.read_bytes() != self._header:
                 # Whatever is killed here leaves records that do not fit the header, which their
@@ -274,14 +273,10 @@ class PrefixCache:
                 temporary = directory / "prefix.json.tmp"
                 temporary.write_bytes(self._header)
                 temporary.replace(header)
-            binary = getattr(os, "O_BINARY", 0)  # Windows would translate line ends.
-            number = os.open(records, os.O_RDWR | os.O_CREAT | binary, 0o666)
-            self._file = open(number, "r+b", 0)  # noqa: SIM115
-        except BaseException:
-            os.close(lock)
-            raise
-        # Also where a cache is dropped without being closed.
-        self._release = weakref.finalize(self, _let_go, self._file, lock)
+            records.touch()
+            self._file = stack.enter_context(records.open("r+b", 0))
+            # Also where a cache is dropped without being closed.
+            self._release = weakref.finalize(self, stack.pop_all().close)
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -312,12 +307,6 @@ def _take(lock: int, directory: Path) -> None:
         ) from None
     except OSError:
         pass  # Some network file systems have no locks.
-
-
-def _let_go(file: Any, lock: int) -> None:
-    with contextlib.suppress(OSError):
-        file.close()
-    os.close(lock)
 
 
 def rounded(outputs: Any, dtype: str = "bfloat16") -> Any:

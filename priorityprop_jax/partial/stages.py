@@ -56,7 +56,7 @@ class Stages:
     eval_applies: tuple[Apply, ...]
     params: dict[str, Any]
     state: dict[str, Any]
-    write_back: Callable[[dict[str, Any], dict[str, Any]], None] | None = None
+    write_back: Callable[[Any, Any], None] | None = None
 
     def __post_init__(self):
         if not self.names:
@@ -230,18 +230,7 @@ def function_stage(
       eval_apply: the same in evaluation mode; by default `apply`.
 
     Returns:
-      The chain, without state.
-
-    Example:
-      >>> import jax
-      >>> import jax.numpy as jnp
-      >>> from flax import linen as nn
-      >>> from priorityprop_jax.partial.stages import function_stage
-      >>> dense = nn.Dense(2)
-      >>> variables = dense.init(jax.random.key(0), jnp.ones([4, 3]))
-      >>> stages = function_stage("head", dense.apply, variables)
-      >>> stages.run(stages.params, stages.state, jnp.ones([4, 3]))[0].shape
-      (4, 2)
+      The chain, without state. For an example see `Stages`.
     """
 
     def stateless(function: Any) -> tuple[Apply]:
@@ -264,7 +253,6 @@ def scanned_stages(
     """The layers of a scanned stack as stages of their own, `block_0`, `block_1`, ...
 
     Each has its own slice of the parameters, so that a layer can be frozen or skipped.
-    `stack_params` is the inverse; `chain` joins the layers to what comes before and behind them.
 
     Args:
       apply: one layer, `(layer_params, x) -> y`: the body of the scan.
@@ -303,15 +291,15 @@ def scanned_stages(
 
 
 def stack_params(params: Mapping[str, Any], *, name: str = "block", axis: int = 0) -> Any:
-    """Stacks the layers of `scanned_stages` again.
+    """Stacks the layers of `scanned_stages` again, the inverse.
 
     Args:
       params: parameters (or gradients) by stage name; other stages may be among them.
-      name: that of `scanned_stages`.
-      axis: where to put the layers.
+      name: see `scanned_stages`.
+      axis: see `scanned_stages`.
 
     Returns:
-      A pytree like that of one layer, its arrays with one axis more: `[layers, ...]`.
+      A pytree like that of one layer, its arrays `[layers, ...]`.
 
     Raises:
       ValueError: there is no stage `name_0`, or the numbers have a gap.
@@ -331,12 +319,11 @@ def nnx_stages(modules: Sequence[tuple[str, Any]]) -> Stages:
 
     The parameters are the `nnx.Param` variables, nested plain dicts of arrays; the state is all
     other variables but `nnx.Intermediate`. The arrays are those of the modules, not copies: copy
-    them before a step that donates them. A module's own mode (`train()` or `eval()`) is left alone.
-    What a module assigns to its parameters or to plain attributes while it runs is dropped.
+    them before a step that donates them. Modes (`train()` or `eval()`) are left alone. What a
+    module assigns to its parameters or to plain attributes while it runs is dropped.
 
     Args:
-      modules: pairs of a name and a module `x -> y`, or a function without parameters (a reshape,
-        an activation).
+      modules: pairs of a name and a module `x -> y`, or a function without parameters.
 
     Returns:
       The chain. Its `write_back` puts parameters and state into the modules.

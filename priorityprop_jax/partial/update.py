@@ -144,8 +144,7 @@ def update_active(
             if jnp.shape(inner_state[i]) == per_slot.state_shapes[i].shape:
                 inner_state[i] = per_slot.for_every_slot(i, jnp.asarray(inner_state[i]))
         new_updates: list[Any] = [Frozen()] * len(leaves)
-        gains: list[jax.Array] = []
-        updated: list[int] = []
+        gains, updated = [], []
         for bundle, own in zip(slots.bundles, rows, strict=True):
             if not own:
                 continue
