@@ -96,7 +96,7 @@ def weight_bytes(pattern: SparsePattern | None, dense: int) -> int:
     if pattern is None:
         return 4 * dense
     indices = sum(leaf.nbytes for leaf in jax.tree.leaves(pattern))
-    return 4 * math.prod(pattern.values_shape) + indices
+    return 4 * pattern.capacity + indices
 
 
 def programs_of(layer: Callable[..., jax.Array], parameters: Any, x: Any, patterns: Any) -> dict:
@@ -132,7 +132,7 @@ def linear_arm(case: dict, backend: str, sparsity: float) -> tuple[dict, int]:
         weights = [draw(i, width, width) for i in range(depth)]
     else:
         patterns = [random_pattern(width, width, sparsity, i) for i in range(depth)]
-        weights = [draw(i, *p.values_shape) for i, p in enumerate(patterns)]
+        weights = [draw(i, p.capacity) for i, p in enumerate(patterns)]
         # As few values a row as there are: keep outputs finite in a stack.
         weights = [w / jnp.maximum(jnp.std(w) * np.sqrt(width), 1e-6) for w in weights]
 

@@ -9,29 +9,15 @@ from flax import nnx
 
 
 def check_module(model: Any) -> None:
-    """Refuses a model that is no `nnx.Module`.
-
-    Args:
-      model: anything.
-
-    Raises:
-      TypeError: if it is none.
-    """
+    """Raises a TypeError for a model that is no `nnx.Module`."""
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model must be a flax.nnx module, got {type(model).__name__}")
 
 
 def walk(model: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """All modules of a model, each once, by path, in the order in which attributes were set.
+    """All modules of a model, each once, by path: a module, then its parts as they were set.
 
     `flax.nnx` itself goes by the alphabet, which tells nothing of the order of layers.
-
-    Args:
-      model: a module, or a list, tuple or dict of them.
-      name: what its path starts with.
-
-    Yields:
-      Paths joined by ``/`` and modules, a module before its parts.
     """
     seen: set[int] = set()
 
@@ -49,11 +35,7 @@ def walk(model: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def parts_of(node: Any) -> list[tuple[Any, Any]]:
-    """What a part of a model is made of, by attribute, key or place, in the order of setting.
-
-    Args:
-      node: a module or another pytree of `flax.nnx`, a list, tuple or dict; anything else has none.
-    """
+    """What a module, list, tuple or dict is made of, by attribute, key or place, as it was set."""
     if isinstance(node, nnx.Variable):
         return []
     if isinstance(node, nnx.Pytree):

@@ -24,28 +24,13 @@ _REDUCE = ("reduce_", "argmax", "argmin", "cumsum", "cumprod", "cummax", "cummin
 
 
 def program_flops(program: Any) -> float:
-    """The FLOPs of a program.
+    """The FLOPs of one run of a jaxpr, or of a compiled program by the compiler's own account.
 
-    Of a traced one every operation that computes numbers counts one for each of its results, a
-    product of matrices and a convolution two for each product of two numbers, padding included.
-    What nothing reads counts nothing. A `jax.lax.scan` counts its body times its length, a branch
-    as its dearest, a kernel as often as its grid says, and a loop of unknown length once.
-
-    Args:
-      program: what ``jax.make_jaxpr(f)(...)`` returns; or what ``jax.jit(f).lower(...).compile()``
-        does, for the compiler's own account, in which every loop counts once.
-
-    Returns:
-      Floating-point operations of one run.
-
-    Example:
-      >>> import jax
-      >>> import jax.numpy as jnp
-      >>> from priorityprop_jax.core.program import program_flops
-      >>> def f(x, w):
-      ...     return jax.lax.scan(lambda x, _: (x @ w, None), x, length=3)[0]
-      >>> program_flops(jax.make_jaxpr(f)(jnp.ones((4, 8)), jnp.ones((8, 8))))
-      1536.0
+    In a jaxpr every operation that computes numbers counts one for each of its results, a product
+    of matrices and a convolution two for each product of two numbers, padding included. What
+    nothing reads counts nothing. A `jax.lax.scan` counts its body times its length, a branch as its
+    dearest, a kernel as often as its grid says, and a loop of unknown length once. For the compiler
+    every loop counts once.
     """
     if hasattr(program, "cost_analysis"):
         return analysis(program)["flops"]
@@ -60,11 +45,7 @@ def product_flops(jaxpr: Any) -> float:
 def _count(jaxpr: Any, live: Any, products_only: bool) -> tuple[float, list[bool]]:
     """The FLOPs of what the outputs that are ``live`` need, and which inputs that reads."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    needed = {
-        var
-        for var, used in zip(jaxpr.outvars, live or [True] * len(jaxpr.outvars), strict=True)
-        if used and isinstance(var, jex_core.Var)
-    }
+    needed = _chosen(jaxpr.outvars, live or [True] * len(jaxpr.outvars))
     total = 0.0
     for eqn in reversed(jaxpr.eqns):
         used = [var in needed for var in eqn.outvars]
@@ -90,12 +71,14 @@ def _count(jaxpr: Any, live: Any, products_only: bool) -> tuple[float, list[bool
             total += _times(eqn) * _count(inner[0], live, products_only)[0]
         else:
             total += _flops(eqn, name, products_only)
-        needed.update(
-            var
-            for var, reads in zip(eqn.invars, read, strict=True)
-            if reads and isinstance(var, jex_core.Var)
-        )
+        needed |= _chosen(eqn.invars, read)
     return total, [var in needed for var in jaxpr.invars]
+
+
+def _chosen(variables: Any, flags: Any) -> set[Any]:
+    """Those of a true flag, literals left out."""
+    pairs = zip(variables, flags, strict=True)
+    return {var for var, flag in pairs if flag and isinstance(var, jex_core.Var)}
 
 
 def _flops(eqn: Any, name: str, products_only: bool) -> float:
@@ -107,9 +90,8 @@ def _flops(eqn: Any, name: str, products_only: bool) -> float:
         return 2.0 * result.size * math.prod(shape[axis] for axis in contracted)
     if name == "conv_general_dilated":
         kernel = eqn.invars[1].aval
-        return (
-            2.0 * result.size * kernel.size / kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-        )
+        outs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+        return 2.0 * result.size * kernel.size / outs
     if products_only or name in _FREE or not hasattr(result, "size"):
         return 0.0
     if name.startswith(_REDUCE):
@@ -168,16 +150,10 @@ def build(
 
 
 def abstract(x: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of an array, as JAX will have it.
-
-    Args:
-      x: an array, a number, or what is abstract already and stays as it is.
-    """
+    """Shape and dtype of an array or a number, as JAX will have it."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return x  # with its sharding, if it has one
-    dtype = getattr(x, "dtype", None)
-    if dtype is None:
-        dtype = jnp.result_type(x)
+    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
     if not jnp.issubdtype(dtype, jax.dtypes.extended):  # keys of random streams
         dtype = jax.dtypes.canonicalize_dtype(dtype)
     return jax.ShapeDtypeStruct(np.shape(x), dtype)
@@ -185,7 +161,5 @@ def abstract(x: Any) -> jax.ShapeDtypeStruct:
 
 def analysis(compiled: Any) -> Mapping[str, float]:
     """What the compiler counts of a program, by name."""
-    analysis = compiled.cost_analysis()
-    if isinstance(analysis, list):  # older JAX: one a device
-        analysis = analysis[0]
-    return {key: float(analysis.get(key, 0.0)) for key in ("flops", "bytes accessed")}
+    found = compiled.cost_analysis()
+    return {key: float(found.get(key, 0.0)) for key in ("flops", "bytes accessed")}

@@ -1,8 +1,7 @@
 """Optimizers that update the rows a gradient has, and leave the others alone.
 
-Compiled in place, an update reads and writes the touched rows of the weight and of its moments and
-nothing else. XLA writes in place only where every read of the old array comes before, and copies
-the whole of it otherwise: what looks idle below puts the reads first.
+XLA writes in place only where every read of the old array comes before, and copies the whole of it
+otherwise: what looks idle below puts the reads first.
 """
 
 from __future__ import annotations
@@ -28,19 +27,11 @@ from priorityprop_jax.core.rows import (
 
 
 class RowSparseState(NamedTuple):
-    """The state of `row_sparse`.
+    """The state of `row_sparse`; tuples are of the leaves of the parameters in flatten order."""
 
-    Attributes:
-      step: updates so far, ``int32[]``.
-      row_counts: for every leaf of the parameters in flatten order: ``int32[rows]``, how often each
-        row was touched; ``()`` for leaves of fewer than two dimensions.
-      inner_states: for every leaf the inner optimizer's state, with an axis of rows in front where
-        the leaf has at least two dimensions.
-    """
-
-    step: jax.Array
-    row_counts: tuple[Any, ...]
-    inner_states: tuple[Any, ...]
+    step: jax.Array  # int32[], updates so far
+    row_counts: tuple[Any, ...]  # int32[rows], how often each was touched; () below two dimensions
+    inner_states: tuple[Any, ...]  # with an axis of rows in front, from two dimensions on
 
 
 def row_sparse(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -48,21 +39,19 @@ def row_sparse(inner: optax.GradientTransformation) -> optax.GradientTransformat
 
     A leaf of at least two dimensions is row-wise: each row (index of axis 0) has its own moments
     and its own step count, so that bias correction is right for each. A row without a gradient
-    keeps its parameters and its state bit for bit: the moments of momentum and Adam stand still
-    meanwhile, the *lazy* variant of these optimizers. A dense gradient touches all rows, and gives
-    what ``inner`` alone would give. Leaves of fewer dimensions, such as biases, are updated by
-    ``inner`` as a whole; where their gradient is `RowSparse`, it is made dense. Where a gradient is
-    None nothing changes: its update is `Frozen`, or None too without ``params``.
+    keeps its parameters and its state bit for bit, the *lazy* variant of momentum and Adam. A dense
+    gradient touches all rows, and gives what ``inner`` alone would give. Leaves of fewer
+    dimensions, such as biases, are updated by ``inner`` as a whole. Where a gradient is None
+    nothing changes: its update is `Frozen`, or None too without ``params``.
 
-    ``inner`` must be elementwise, as Adam, SGD, RMSProp, Lion and Adagrad are. It sees one row (or
-    one leaf of fewer dimensions) at a time, without its name: what depends on other elements, such
-    as LAMB's trust ratio, Adafactor's factors or clipping by norm, takes each row for a parameter
-    of its own. A schedule inside ``inner`` runs on the row's count; one on the clock of steps goes
-    behind, as in ``optax.chain(row_sparse(optax.scale_by_adam()),
+    ``inner`` sees one row (or one leaf of fewer dimensions) at a time: what depends on other
+    elements, such as LAMB's trust ratio or clipping by norm, takes each row for a parameter of its
+    own. A schedule inside ``inner`` runs on the row's count; one on the clock of steps goes behind,
+    as in ``optax.chain(row_sparse(optax.scale_by_adam()),
     on_values(optax.scale_by_learning_rate(schedule)))``.
 
     Args:
-      inner: any elementwise Optax optimizer.
+      inner: an elementwise Optax optimizer, as Adam, SGD, RMSProp, Lion and Adagrad are.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with the state `RowSparseState`. Where the gradient
@@ -108,8 +97,12 @@ def row_sparse(inner: optax.GradientTransformation) -> optax.GradientTransformat
                 f"there are {len(grads)} gradients and {len(state.inner_states)} leaves in the "
                 "state; absent gradients are None, leaf by leaf"
             )
+
+        def update(grad, state, param):
+            return inner.update(grad, state, param, **extra_args)
+
         new = [
-            _update_leaf(inner, *leaf, extra_args)
+            _update_leaf(update, *leaf)
             for leaf in zip(grads, state.row_counts, state.inner_states, leaves, strict=True)
         ]
         state = RowSparseState(
@@ -117,7 +110,7 @@ def row_sparse(inner: optax.GradientTransformation) -> optax.GradientTransformat
             row_counts=tuple(counts for _, counts, _ in new),
             inner_states=tuple(inner_state for _, _, inner_state in new),
         )
-        return treedef.unflatten(_all_first([update for update, _, _ in new])), state
+        return treedef.unflatten(_all_first([updates for updates, _, _ in new])), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -147,41 +140,28 @@ def _laid_out(x: jax.Array, leaf: Any) -> jax.Array:
     return jax.device_put(x, sharding)
 
 
-def _update_leaf(
-    inner: optax.GradientTransformationExtraArgs,
-    grad: Any,
-    counts: Any,
-    state: Any,
-    param: Any,
-    extra_args: dict[str, Any],
-) -> tuple[Any, Any, Any]:
+def _update_leaf(update: Any, grad: Any, counts: Any, state: Any, param: Any) -> tuple[Any, ...]:
     """The update, the row counts and the inner state of one leaf."""
     if grad is None:
         return None if param is None else Frozen(), counts, state
+    whole = isinstance(counts, tuple)  # a leaf of fewer than two dimensions
     if is_row_sparse(grad):
         check_rows(grad)
         grad = RowSparse(jnp.asarray(grad.rows), grad.values, grad.shape)
         shape = grad.shape if param is None else jnp.shape(param)
         found, k = jnp.shape(grad.values), len(grad.rows)
-        fits = isinstance(counts, tuple) or counts.shape == shape[:1]
+        fits = whole or counts.shape == shape[:1]
         if grad.shape != shape or found != (k, *shape[1:]) or not fits:
             raise ValueError(
                 f"a gradient of shape {grad.shape} with {k} rows and values {found} does not fit a "
                 f"parameter of shape {shape}"
             )
-        if isinstance(counts, tuple):
+        if whole:
             grad = grad.densify()
-
-    def update(grad, state, param):
-        return inner.update(grad, state, param, **extra_args)
-
-    if isinstance(counts, tuple):
-        updates, new = update(grad, state, param)
-        return updates, counts, jax.tree.map(lambda x, y: y.astype(x.dtype), state, new)
     if not is_row_sparse(grad):
-        updates, new = jax.vmap(update)(grad, state, param)
+        updates, new = (update if whole else jax.vmap(update))(grad, state, param)
         new = jax.tree.map(lambda x, y: y.astype(x.dtype), state, new)
-        return updates, optax.safe_increment(counts), new
+        return updates, counts if whole else optax.safe_increment(counts), new
     if 0 in grad.shape or not len(grad.rows):
         return grad, counts, state
 
@@ -209,10 +189,7 @@ def row_sparse_adam(
     *,
     weight_decay: Any = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adam on the rows that have a gradient; `optax.adamw` where gradients are dense.
-
-    The moments of a row, and its count in the bias correction, stand still while it has no
-    gradient.
+    """Adam by `row_sparse`; `optax.adamw` where gradients are dense.
 
     Args:
       learning_rate: a number, or a schedule of steps (not of a row's updates).
@@ -250,18 +227,15 @@ def row_sparse_adam(
     if not isinstance(weight_decay, int | float) or weight_decay:
         inner = optax.chain(inner, optax.add_decayed_weights(weight_decay))
     # Behind the rows: inside, a schedule would run on each row's own count.
-    return optax.chain(
-        row_sparse(inner),
-        on_values(optax.scale_by_learning_rate(learning_rate)),
-    )
+    return optax.chain(row_sparse(inner), on_values(optax.scale_by_learning_rate(learning_rate)))
 
 
 def _all_first(updates: list[Any]) -> list[Any]:
     """The same updates, such that no row can be written before all of them are computed.
 
-    What they are computed from includes the weights: the backward pass reads a weight after its
-    own update is known, and XLA would copy it whole. The barrier says so, but XLA on CPUs drops it
-    before it decides what to copy; so the row numbers depend on an element of each update too.
+    The backward pass reads a weight after its own update is known, and XLA would copy it whole. It
+    drops the barrier on CPUs before it decides what to copy; so the row numbers depend on an
+    element of each update too.
     """
     if not any(map(is_row_sparse, updates)):
         return updates

@@ -1,9 +1,7 @@
 """Gradients of which only some rows exist, and what must know of them besides the optimizer.
 
-A backward pass that lets the top k of n output gradients through changes k of n rows of a weight
-stored ``(out, in)``; one through k layers of n changes k of n rows of their stacked parameters. As
-a dense array, such a gradient costs as much to write, and its optimizer as much to run, as a whole
-one; `RowSparse` carries the k rows alone.
+As a dense array, a gradient of k of n rows (output features of a weight, layers of a stack) costs
+as much to write, and its optimizer to run, as a whole one; `RowSparse` carries the k rows alone.
 """
 
 from __future__ import annotations
@@ -101,39 +99,20 @@ class RowSparse:
         return jnp.zeros(self.shape, self.values.dtype).at[rows].set(self.values, **SCATTER)
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
 class Frozen:
     """The update of a parameter that stays: ``array + Frozen()`` is the array, bit for bit.
 
     A pytree node without leaves, so that whatever maps over updates leaves it alone. What maps over
     parameters beside them, such as `optax.add_decayed_weights`, raises an error: it belongs inside
     of the optimizer that said so, where it sees what is trained only.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import optax
-      >>> from priorityprop_jax.core.rows import Frozen
-      >>> optax.apply_updates({"w": jnp.array([-0.0, 1.0])}, {"w": Frozen()})["w"].tolist()
-      [-0.0, 1.0]
     """
 
-    # NumPy would take this for a number, and add it to each of its elements.
-    __array_ufunc__ = None
-
-    def tree_flatten(self) -> tuple[tuple[()], None]:
-        """For JAX: no children, and nothing else."""
-        return (), None
-
-    @classmethod
-    def tree_unflatten(cls, _static: None, _children: Any) -> Frozen:
-        """For JAX: the inverse of `tree_flatten`."""
-        return cls()
+    __array_ufunc__ = None  # as for `RowSparse`
 
     def __radd__(self, whole: Any) -> Any:
         return whole
-
-    def __repr__(self) -> str:
-        return "Frozen()"
 
 
 def take(x: Any, rows: tuple[int, ...]) -> Any:
@@ -165,20 +144,13 @@ def is_row_sparse(x: Any) -> bool:
 
 
 def check_rows(x: RowSparse) -> None:
-    """Refuses row numbers that arithmetic has been done on.
-
-    Args:
-      x: the array in question.
-
-    Raises:
-      TypeError: if its rows are no integers.
-    """
+    """Raises a TypeError for row numbers that arithmetic has been done on."""
     if not isinstance(x.rows, tuple) and not jnp.issubdtype(x.rows.dtype, jnp.integer):
         raise TypeError(
             f"the row numbers of a RowSparse of shape {x.shape} are {x.rows.dtype}: something that "
             "maps over arrays, such as optax.clip_by_global_norm or optax.scale, has changed them. "
-            "Use clip_by_global_norm or on_values from priorityprop_jax.core.rows in its "
-            "place, or densify the tree first"
+            "Use clip_by_global_norm or on_values from priorityprop_jax.core.rows in its place, or "
+            "densify the tree first"
         )
 
 
@@ -208,8 +180,8 @@ def densify(tree: Any) -> Any:
 def on_values(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Lets an Optax transformation see the values of `RowSparse` updates, not the row numbers.
 
-    For what scales or clips, in front of a row optimizer or behind it: `optax.scale`,
-    `optax.scale_by_schedule`, `optax.clip`, `optax.clip_by_global_norm`. Padding appears as zeros.
+    For what scales or clips, in front of a row optimizer or behind it, such as `optax.scale` and
+    `optax.clip`. Padding appears as zeros.
 
     Args:
       inner: a transformation that needs no parameters and whose state has not their shapes.
@@ -274,14 +246,7 @@ def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def check_transformation(inner: Any) -> None:
-    """Refuses what is no Optax transformation.
-
-    Args:
-      inner: what a user has given as one.
-
-    Raises:
-      TypeError: if it lacks ``init`` or ``update``.
-    """
+    """Raises a TypeError for what a user gave as an Optax transformation and is none."""
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
         raise TypeError(f"inner must be an optax.GradientTransformation, got {inner!r}")
 

@@ -32,26 +32,10 @@ def check_k(k: int | float) -> None:
 
 
 def resolve_k(k: int | float, width: int, name: str = "", *, multiple: int = 1) -> int:
-    """The number of output features that ``k`` means for a layer.
+    """The number of output features, from 1 to ``width``, that ``k`` means for a layer.
 
-    Args:
-      k: a whole number of features, or a fraction in (0, 1] of them, rounded to the nearest.
-      width: output features of the layer.
-      name: what to call the layer in an error.
-      multiple: of what the number has to be a multiple, for tiles; rounded to the nearest, and at
-        least one.
-
-    Returns:
-      The number, from 1 to ``width``.
-
-    Raises:
-      TypeError: if ``k`` is not a number.
-      ValueError: if ``k`` is impossible, or ``width`` is no multiple of ``multiple``.
-
-    Example:
-      >>> from priorityprop_jax.core.selection import resolve_k
-      >>> resolve_k(20, 500), resolve_k(0.04, 500), resolve_k(0.04, 2048, multiple=16)
-      (20, 20, 80)
+    ``k`` is a number, or a fraction in (0, 1] of the width; rounded to the nearest ``multiple``, at
+    least one, for tiles. Raises as `check_k`, and where ``width`` is no multiple.
     """
     check_k(k)
     layer = f"layer {name!r}" if name else "the layer"
@@ -73,29 +57,18 @@ def resolve_k(k: int | float, width: int, name: str = "", *, multiple: int = 1) 
 
 
 def magnitudes(dy: jax.Array) -> jax.Array:
-    """Summed magnitude ``sum_m |dy_mj|`` of each column, float32; infinite where one is NaN.
+    """Summed magnitude ``sum_m |dy_mj|`` of each column of ``[rows, features]``, float32.
 
-    Args:
-      dy: output gradients ``[rows, features]``.
-
-    Returns:
-      ``[features]``. A NaN counts as infinite, so that it is chosen and seen, never dropped.
+    A NaN counts as infinite, so that it is chosen and seen, never dropped.
     """
     total = jnp.sum(jnp.abs(dy).astype(jnp.float32), axis=0)
     return jnp.where(jnp.isnan(total), jnp.inf, total)
 
 
 def largest(scores: jax.Array, k: int) -> jax.Array:
-    """Places of the ``k`` largest scores, in ascending order; of equal ones the first.
+    """Places of the ``k`` largest of scores ``[n]`` without NaN, ascending, ``int32[k]``.
 
-    On a TPU the choice is `jax.lax.approx_max_k`'s.
-
-    Args:
-      scores: ``[n]``, no NaN.
-      k: how many.
-
-    Returns:
-      ``[k]``, int32.
+    Of equal ones the first; on a TPU the choice is `jax.lax.approx_max_k`'s.
     """
     exact = lambda s: lax.top_k(s, k)[1]  # noqa: E731
     places = lax.platform_dependent(scores, default=exact, tpu=lambda s: lax.approx_max_k(s, k)[1])
@@ -105,16 +78,8 @@ def largest(scores: jax.Array, k: int) -> jax.Array:
 def at_random(dy: jax.Array, k: int, seed: int) -> jax.Array:
     """``k`` columns drawn without replacement, every set as likely, in ascending order.
 
-    A backward pass is given no key. The draw is a hash of the seed and of all bits of ``dy``: the
-    same gradients give the same columns on every run, and other gradients others.
-
-    Args:
-      dy: output gradients ``[rows, features]``.
-      k: how many.
-      seed: of the draw.
-
-    Returns:
-      ``[k]``, int32.
+    ``int32[k]``, of ``dy`` of ``[rows, features]``. A backward pass is given no key: the draw is a
+    hash of the seed and of all bits of ``dy``.
     """
     bits = lax.bitcast_convert_type(dy.astype(jnp.float32), jnp.uint32)
     # Weighted by place, as a plain sum does not see an exchange; whole numbers add up the same in
@@ -132,14 +97,9 @@ def seed_of(name: str, seed: int) -> int:
 
 
 def keep_largest(dy: jax.Array, k: int) -> jax.Array:
-    """``dy`` with all but the ``k`` largest magnitudes of each row set to zero.
+    """``dy``, of ``[rows, features]``, with all but the ``k`` largest magnitudes of each row zero.
 
-    Args:
-      dy: output gradients ``[rows, features]``.
-      k: how many of each row; of equal ones the first. NaN ranks above all.
-
-    Returns:
-      The same shape and dtype.
+    Of equal ones the first are kept; NaN ranks above all.
     """
     size = jnp.abs(dy).astype(jnp.float32)
     size = jnp.where(jnp.isnan(size), jnp.inf, size)

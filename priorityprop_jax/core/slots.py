@@ -61,22 +61,10 @@ class Slots:
         return len(self.names)
 
     def leaves(self, active: Iterable[str]) -> frozenset[str]:
-        """The leaves, and layers of stacked leaves, that a set of slots stands for.
-
-        Args:
-          active: names of slots.
-
-        Returns:
-          Their paths, ``[3]`` behind those of layer 3 of a stack.
+        """The leaves that slots stand for, by path, ``[3]`` behind those of layer 3 of a stack.
 
         Raises:
           ValueError: if there is no slot of a name, or a leaf is stacked on another axis than 0.
-
-        Example:
-          >>> from priorityprop_jax import find_slots
-          >>> slots = find_slots({"a": {"w": 1.0, "b": 1.0}}, group=lambda path: "all of a")
-          >>> sorted(slots.leaves({"all of a"}))
-          ['a/b', 'a/w']
         """
         index = {name: i for i, name in enumerate(self.names)}
         found: set[str] = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -11,10 +12,8 @@ from priorityprop_jax.sparse import csr, masked, native
 from priorityprop_jax.sparse.pattern import ConvGeometry, SparsePattern
 
 # The shares of non-zeros up to which a sparse kernel beats a dense product with the weight put
-# together for it. That takes longer than a layer that is dense from the start: whether to swap one
-# is for `sparsify` to measure. Figures are from benchmarks/sparse_layers.py: at a share of 0.2 the
-# native kernels are about twice as fast as a dense layer, and CSR is slower than it, but not slower
-# than putting the weight together.
+# together for it, from benchmarks/speed/sparse_layers.py. That takes longer than a layer that is
+# dense from the start: whether to swap one is for `sparsify` to measure.
 NATIVE_UP_TO = 0.4
 CSR_UP_TO = 0.2
 
@@ -27,12 +26,9 @@ class Kernel(Protocol):
     ) -> Any:
         """``y = x W^T``, ``[batch, out]``, or the convolution of a geometry, with ``out`` last.
 
-        Args:
-          values: float ``[capacity]``; those at places that are not used may be anything.
-          pattern: where they stand, of a matrix ``(out, in)``; of a kernel OIHW as the matrix
-            ``(out, in / groups * height * width)``. May be traced.
-          x: ``[batch, in]``, or images ``[batch, height, width, in]``.
-          geometry: of a convolution; None for a matrix product.
+        Of values ``[capacity]``, those at unused places being anything, and a pattern ``(out, in)``
+        or, of a kernel OIHW, ``(out, in / groups * height * width)``, which may be traced. ``x`` is
+        ``[batch, in]``, or images ``[batch, height, width, in]``.
         """
         ...
 
@@ -47,10 +43,7 @@ class Kernel(Protocol):
         inputs: bool = True,
         weights: bool = True,
     ) -> tuple[Any, Any]:
-        """``dx = dy W`` and ``dvalues = dy^T x`` at the places; None for what is not wanted.
-
-        ``dvalues`` is zero at places that are not used.
-        """
+        """``dx = dy W``, ``dvalues = dy^T x`` at the places in use; None for what is not wanted."""
         ...
 
 
@@ -94,9 +87,7 @@ def sparse_backend(
       'masked'
     """
     platform = platform or _platform()
-    kept = (
-        0.0 if pattern is None else pattern.capacity / max(pattern.shape[0] * pattern.shape[1], 1)
-    )
+    kept = 0.0 if pattern is None else pattern.capacity / max(math.prod(pattern.shape), 1)
     if platform != "cpu":
         return Backend("masked", f"single values are no work for a {platform}: dense is faster")
     available, status = native.native_status()
@@ -116,11 +107,7 @@ def sparse_backend(
 def choose_backend(
     asked: str | None, pattern: SparsePattern, dtype: Any, geometry: ConvGeometry | None
 ) -> str:
-    """The name of a backend: the one asked for, if it can do the work, or that of `sparse_backend`.
-
-    Raises:
-      ValueError: if there is no such backend, or it cannot multiply by such a weight here.
-    """
+    """The backend asked for, a ValueError where it cannot do it, or that of `sparse_backend`."""
     if asked is None:
         return sparse_backend(pattern, geometry=geometry, dtype=dtype).name
     if asked not in KERNELS:
@@ -130,9 +117,8 @@ def choose_backend(
     if asked == "native":
         available, status = native.native_status()
         if not available or _platform() != "cpu":
-            raise ValueError(
-                f"the backend 'native' cannot be used here: {status}, on {_platform()}"
-            )
+            why = f"{status}, on {_platform()}"
+            raise ValueError(f"the backend 'native' cannot be used here: {why}")
         if jnp.dtype(dtype).itemsize > 4:
             raise ValueError(f"the backend 'native' multiplies in float32, not in {dtype}")
     return asked

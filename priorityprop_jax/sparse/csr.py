@@ -1,8 +1,8 @@
 """Products with a sparse weight in plain JAX: for every platform, dtype and pattern.
 
-Rows are sorted by length and cut into slices, and each slice is walked a few places of every row at
-a time (the layout SELL-C-sigma of Kreutzer et al. 2014, made on the fly). Each step is one fused
-operation over a whole slice, which XLA shares among cores; a loop per row would stay on one.
+Rows are sorted by length and cut into slices (the layout SELL-C-sigma of Kreutzer et al. 2014), and
+each is walked a few places of every row at a time: one fused operation, which XLA shares among
+cores; a loop per row would stay on one.
 """
 
 from __future__ import annotations
@@ -75,11 +75,8 @@ def take_places(dense: jax.Array, pattern: SparsePattern) -> jax.Array:
     """What stands at the places of a pattern, as `take_values` does, in less time."""
     # The row of each place is known by column only, and to search for it costs more than to
     # scatter; reads by row go through `dense` in order.
-    rows = (
-        jnp.zeros_like(pattern.rows)
-        .at[pattern.order]
-        .set(pattern.rows, mode="promise_in_bounds", unique_indices=True)
-    )
+    rows = jnp.zeros_like(pattern.rows).at[pattern.order]
+    rows = rows.set(pattern.rows, mode="promise_in_bounds", unique_indices=True)
     used = jnp.arange(pattern.capacity, dtype=jnp.int32) < pattern.row_starts[-1]
     return jnp.where(used, dense.at[rows, pattern.columns].get(mode="clip"), 0)
 
@@ -94,7 +91,7 @@ class Lines(NamedTuple):
 def product(values: jax.Array, indices: jax.Array, lines: Lines, x: jax.Array) -> jax.Array:
     """For each line, the sum of ``values[k] * x[indices[k]]`` over its places, ``[lines, batch]``.
 
-    `values` and the `indices` of rows of `x` are ``[capacity]``, `x` is ``[rows, batch]``.
+    `values` and `indices` are ``[capacity]``, `x` is ``[rows, batch]``.
     """
     count, dtype = lines.starts.shape[0], jnp.result_type(values, x)
     if 0 in x.shape or count == 0 or not len(indices):
@@ -184,9 +181,8 @@ def _slices(lines: Lines) -> tuple[Lines, jax.Array, jax.Array]:
     longest = (2**31 - 1) // count - 1
     keys = (longest - jnp.minimum(lines.lengths, longest)) * count
     order = lax.sort(keys + jnp.arange(count, dtype=jnp.int32), is_stable=False) % count
-    place = (
-        jnp.zeros_like(order).at[order].set(jnp.arange(count, dtype=jnp.int32), unique_indices=True)
-    )
+    numbers = jnp.arange(count, dtype=jnp.int32)
+    place = jnp.zeros_like(order).at[order].set(numbers, unique_indices=True)
 
     def slices(a):
         return jnp.pad(a, padding).reshape(-1, rows)

@@ -83,7 +83,7 @@ def sparse_conv(
       kernel_size: one or two sizes.
       strides: steps between outputs, of each axis or of all.
       padding: ``"SAME"``, ``"VALID"``, ``"CIRCULAR"``, ``"REFLECT"``, ``"CAUSAL"`` (one axis), or
-        zeros of all sides, of each axis, or ``(low, high)`` of each axis.
+        how many zeros: one number, one of each axis, or ``(low, high)`` of each axis.
       kernel_dilation: steps between elements of the kernel, of each axis or of all.
       feature_group_count: groups of channels.
       backend: as for `sparse_linear`.
@@ -138,9 +138,8 @@ def _checked(x: Any, values: Any, pattern: SparsePattern) -> tuple[jax.Array, ja
     for name, array in {"x": x, "values": values}.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{name} must be of a real floating-point dtype, got {array.dtype}")
-    expected = pattern.values_shape
-    if values.shape != expected:
-        raise ValueError(f"values of this pattern must be {list(expected)}, got {values.shape}")
+    if values.shape != (pattern.capacity,):
+        raise ValueError(f"values of this pattern must be [{pattern.capacity}], got {values.shape}")
     return x, values, dtype
 
 

@@ -8,11 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax import lax
 
-from priorityprop_jax.core.paths import path_name
-from priorityprop_jax.sparse.layers import as_matrix
 from priorityprop_jax.sparse.masks import (
     check_scope,
     check_sparsity,
@@ -20,14 +17,6 @@ from priorityprop_jax.sparse.masks import (
     keep_largest,
     kept_count,
     scope_groups,
-)
-from priorityprop_jax.sparse.pattern import take_values
-from priorityprop_jax.sparse.swap import dense_layers, owner_of, replace, to_sparse
-
-# Optax's own words, which it keeps private.
-_NO_PARAMS = (
-    "You are using a transformation that requires the current value of parameters, but you are "
-    "not passing `params` when calling `update`."
 )
 
 
@@ -61,8 +50,7 @@ def gradual_pruning(
     others as they come. Leaves of fewer than two dimensions, such as biases, are left alone.
 
     An optimizer in front still spends memory and time on pruned weights, and where a gradient is
-    dense its moments go on moving. Once the masks are final, go on with
-    `sparse_from_pruned`.
+    dense its moments go on moving. Once the masks are final, `sparsify` makes layers sparse.
 
     Args:
       final_sparsity: in [0, 1].
@@ -83,14 +71,14 @@ def gradual_pruning(
     Example:
       >>> import jax.numpy as jnp
       >>> import optax
-      >>> from priorityprop_jax.sparse.gradual import gradual_pruning, masks_of
+      >>> from priorityprop_jax.sparse import gradual_pruning
       >>> tx = optax.chain(optax.sgd(0.5), gradual_pruning(0.5, begin=0, end=0, every=1))
       >>> params = {"kernel": jnp.array([[4.0, -3.0], [2.0, 1.0]])}
       >>> state = tx.init(params)
       >>> updates, state = tx.update({"kernel": jnp.ones((2, 2))}, state, params)
       >>> optax.apply_updates(params, updates)["kernel"].tolist()
       [[3.5, -3.5], [0.0, 0.0]]
-      >>> masks_of(state)["kernel"].tolist()
+      >>> state[1].masks["kernel"].tolist()
       [[True, True], [False, False]]
 
     References:
@@ -107,15 +95,13 @@ def gradual_pruning(
     def init_fn(params):
         leaves = choose_leaves(params, where)
         masks = [None if x is None else jnp.full_like(x, True, dtype=bool) for x in leaves]
-        return GradualPruningState(
-            step=jnp.zeros([], jnp.int32),
-            masks=jax.tree.structure(params).unflatten(masks),
-        )
+        masks = jax.tree.structure(params).unflatten(masks)
+        return GradualPruningState(jnp.zeros([], jnp.int32), masks)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         if params is None:
-            raise ValueError(_NO_PARAMS)
+            raise ValueError("requires the current value of parameters: pass params to update")
         weights, treedef = jax.tree.flatten(params)
         new_updates = treedef.flatten_up_to(updates)
         masks = treedef.flatten_up_to(state.masks)
@@ -123,7 +109,8 @@ def gradual_pruning(
 
         def prune():
             pruned = list(masks)
-            left = _left(step, begin, end)
+            done = (step - begin).astype(jnp.float32) / max(end - begin, 1)
+            left = (1 - jnp.where(step >= end, 1.0, done)) ** 3
             for group in scope_groups(masks, scope):
                 after = [_after(weights[i], new_updates[i]) for i in group]
                 # Counts rather than fractions: both ends are exact.
@@ -141,108 +128,11 @@ def gradual_pruning(
             update if update is None or mask is None else _masked(update, weight, mask)
             for update, weight, mask in zip(new_updates, weights, masks, strict=True)
         ]
-        state = GradualPruningState(
-            step=jnp.asarray(optax.safe_increment(step)),
-            masks=treedef.unflatten(masks),
-        )
+        step = jnp.asarray(optax.safe_increment(step))
+        state = GradualPruningState(step, treedef.unflatten(masks))
         return treedef.unflatten(new_updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def masks_of(state: Any) -> Any:
-    """The masks in the state of an optimizer, ready for sparsification.
-
-    Args:
-      state: a `GradualPruningState`, or any state of Optax or `flax.nnx.Optimizer` with one in it.
-
-    Returns:
-      As the parameters: bool arrays, True where a weight is kept, and None for leaves left alone.
-
-    Raises:
-      ValueError: unless exactly one is in it.
-    """
-    nodes = jax.tree.leaves(state, is_leaf=_is_state)
-    found = [node for node in nodes if _is_state(node)]
-    if len(found) != 1:
-        raise ValueError(
-            f"found {len(found)} states of gradual_pruning in {type(state).__name__}: give the "
-            "one whose masks are meant"
-        )
-    return found[0].masks
-
-
-def sparse_from_pruned(
-    model: nnx.Module, opt_state: Any, optimizer: optax.GradientTransformation
-) -> tuple[Any, Any]:
-    """Sparse layers, and the state of their optimizer, in place of what `gradual_pruning` pruned.
-
-    For any training loop: what follows is the same training without the weights that are pruned.
-    What the optimizer kept of these is let go.
-
-    Args:
-      model: the dense model; it is left alone. Only kernels of its `nnx.Linear` and `nnx.Conv` have
-        been pruned.
-      opt_state: the state of ``optax.chain(optimizer, gradual_pruning(...))`` or of any other
-        optimizer whose state is, in this order, that of ``optimizer`` and a `GradualPruningState`.
-      optimizer: the one that goes on.
-
-    Returns:
-      The sparse model, and the state of ``optimizer`` for its parameters.
-
-    Raises:
-      ValueError: if a leaf is pruned that is no such kernel, or the state is of another optimizer.
-
-    Example:
-      >>> import optax
-      >>> from flax import nnx
-      >>> from priorityprop_jax.sparse.gradual import gradual_pruning, sparse_from_pruned
-      >>> model = nnx.Sequential(nnx.Linear(8, 64, rngs=nnx.Rngs(0)))
-      >>> params = nnx.state(model, nnx.Param)
-      >>> pruning = optax.chain(optax.adam(0.1), gradual_pruning(0.9, begin=0, end=0, every=1))
-      >>> _, state = pruning.update(params, pruning.init(params), params)
-      >>> model, state = sparse_from_pruned(model, state, optax.adam(0.1))
-      >>> model.layers[0].nonzeros, state[0].mu["layers"][0]["values"].shape
-      (51, (51,))
-    """
-    flat, _ = jax.tree_util.tree_flatten_with_path(masks_of(opt_state))
-    masks = {path_name(path).removesuffix("kernel").rstrip("/"): mask for path, mask in flat}
-    model = nnx.clone(model)
-    layers = {name: layer for name, layer in dense_layers(model).items() if name in masks}
-    if others := masks.keys() - layers.keys():
-        raise ValueError(
-            "only kernels of nnx.Linear and nnx.Conv become sparse, but pruned are also "
-            f"{', '.join(sorted(others))}: choose by where= of gradual_pruning"
-        )
-    new = {id(layer): to_sparse(layer, masks[name]) for name, layer in layers.items()}
-    patterns = {f"{name}/values".lstrip("/"): new[id(layers[name])].pattern for name in layers}
-    model = replace(model, new)
-    like, treedef = jax.tree_util.tree_flatten_with_path(
-        optimizer.init(nnx.state(model, nnx.Param))
-    )
-    nodes = jax.tree.leaves(opt_state, is_leaf=_is_state)
-    leaves = [leaf for leaf in nodes if not _is_state(leaf)]
-    if len(leaves) != len(like):
-        raise ValueError(
-            f"the state without its masks has {len(leaves)} arrays, but the optimizer keeps "
-            f"{len(like)}: give the optimizer in front of gradual_pruning"
-        )
-    for place, (path, expected) in enumerate(like):
-        owner = owner_of(path, patterns)
-        if owner is not None and jnp.shape(leaves[place]) != jnp.shape(expected):
-            leaves[place] = take_values(as_matrix(leaves[place]), patterns[owner])
-    return model, treedef.unflatten(leaves)
-
-
-def _is_state(node: Any) -> bool:
-    return isinstance(node, GradualPruningState)
-
-
-def _left(step: jax.Array, begin: int, end: int) -> jax.Array:
-    """What is left to prune: 1 at `begin`, 0 at `end`, cubic between."""
-    done = (step - begin).astype(jnp.float32) / max(end - begin, 1)
-    done = jnp.where(step >= end, 1.0, done)
-    return (1 - done) ** 3
 
 
 def _after(weight: jax.Array, update: Any) -> jax.Array:

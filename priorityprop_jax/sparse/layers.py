@@ -13,6 +13,7 @@ from flax import nnx
 from flax.nnx import initializers
 from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
+from jax.core import Tracer
 
 from priorityprop_jax.sparse.functional import Padding, sparse_conv, sparse_linear
 from priorityprop_jax.sparse.masks import kept_of, random_mask
@@ -21,9 +22,7 @@ from priorityprop_jax.sparse.pattern import (
     SparsePattern,
     carry,
     change_pattern,
-    check_pattern,
     densify_values,
-    is_traced,
     make_pattern,
     mask_of,
     take_values,
@@ -50,20 +49,14 @@ class Options(TypedDict, total=False):
 
 
 class SparseLayer(nnx.Module):
-    """What `SparseLinear` and `SparseConv` share: a kernel kept as values at places.
-
-    Attributes:
-      values: the parameter, ``[capacity]``.
-      index: `SparseIndex` arrays of the pattern by name.
-      bias: the parameter ``[out]``, or None.
-    """
+    """What `SparseLinear` and `SparseConv` share: a kernel kept as values at places."""
 
     _dense: ClassVar[Any]  # the kind of layer that it stands for
     _own: ClassVar[tuple[str, ...]] = ()  # options that this kind has beside those of all
 
-    values: nnx.Param[jax.Array]
-    index: nnx.Dict
-    bias: nnx.Param[jax.Array] | None
+    values: nnx.Param[jax.Array]  # [capacity]
+    index: nnx.Dict  # `SparseIndex` arrays of the pattern, by name
+    bias: nnx.Param[jax.Array] | None  # [out]
     kernel_shape: tuple[int, ...]  # as `flax.nnx` stores it: (..., in, out)
     backend: str | None
     dtype: Any
@@ -94,12 +87,12 @@ class SparseLayer(nnx.Module):
             mask = random_mask(rngs.params(), shape, sparsity)
             # What is drawn under `nnx.jit` or `nnx.eval_shape` is not known, but how much is.
             kept = max(kept_of(math.prod(shape), sparsity), 1)
-            capacity = kept if capacity is None and is_traced(mask) else capacity
+            capacity = kept if capacity is None and isinstance(mask, Tracer) else capacity
         if np.shape(mask) != shape:
             raise ValueError(
                 f"the mask must be of the kernel's shape, {shape}, got {np.shape(mask)}"
             )
-        mask = mask if is_traced(mask) else np.asarray(mask)
+        mask = mask if isinstance(mask, Tracer) else np.asarray(mask)
         pattern = make_pattern(as_matrix(mask), capacity=capacity)
         self.kernel_shape = tuple(shape)
         self.index = nnx.Dict({name: SparseIndex(getattr(pattern, name)) for name in ARRAYS})
@@ -117,16 +110,13 @@ class SparseLayer(nnx.Module):
         capacity: int | None = None,
         backend: str | None = None,
     ) -> Self:
-        """The layer with its kernel kept sparsely.
+        """A new layer with copies of what an `nnx.Linear` or `nnx.Conv` holds.
 
         Args:
-          layer: the dense layer, an `nnx.Linear` or `nnx.Conv`; it is left alone.
+          layer: the dense layer.
           mask: bool, of the kernel's shape: what to keep; by default what is not zero.
-          capacity: places to make room for.
-          backend: which kernels.
-
-        Returns:
-          A new layer with copies of its values.
+          capacity: as for `SparseLinear`.
+          backend: as there.
 
         Raises:
           TypeError: if the layer is of another kind.
@@ -197,11 +187,6 @@ class SparseLayer(nnx.Module):
         """The places that are in use."""
         return int(self.index["row_starts"][...][-1])
 
-    @property
-    def sparsity(self) -> float:
-        """The share of the kernel that has no place."""
-        return 1 - self.nonzeros / max(math.prod(self.kernel_shape), 1)
-
     def kernel(self) -> jax.Array:
         """The kernel as a dense array, as `flax.nnx` stores it: ``(..., in, out)``."""
         return _unmatrix(densify_values(self.values[...], self.pattern), self.kernel_shape)
@@ -211,15 +196,10 @@ class SparseLayer(nnx.Module):
         return _unmatrix(mask_of(self.pattern), self.kernel_shape)
 
     def change_mask(self, mask: Any) -> jax.Array:
-        """Another mask of at most as many places, in place; nothing is compiled anew.
+        """Another mask of the kernel's shape and at most as many places, in place.
 
-        Args:
-          mask: bool, of the shape of the kernel. Values at places that stay are kept, those at
-            new places are zero.
-
-        Returns:
-          Where each value comes from, int32 ``[capacity]``: see `change_pattern`. What an optimizer
-          keeps follows by `carry`.
+        Values that stay are kept, new ones are zero; nothing is compiled anew. Returns where each
+        comes from, int32 ``[capacity]``: what an optimizer keeps follows by `carry`.
 
         Raises:
           ValueError: if the mask has another shape or too many places.
@@ -232,10 +212,6 @@ class SparseLayer(nnx.Module):
             self.index[name].set_value(getattr(pattern, name))
         self.values.set_value(carry(self.values[...], source))
         return source
-
-    def check(self) -> None:
-        """Refuses index arrays of no mask, as in a damaged file: see `check_pattern`."""
-        check_pattern(self.pattern)
 
     def _finish(self, y: jax.Array, bias: jax.Array | None) -> jax.Array:
         """The output in the dtype that was asked for, and the bias."""
@@ -306,10 +282,7 @@ class SparseConv(SparseLayer):
       in_features: channels of the input.
       out_features: channels of the output.
       kernel_size: one or two sizes.
-      strides: see `sparse_conv`, as for the three that follow.
-      padding: see there.
-      kernel_dilation: see there.
-      feature_group_count: see there.
+      strides, padding, kernel_dilation, feature_group_count: as `sparse_conv` has them.
       rngs: for initial values and places.
       **options: those of `SparseLinear`; the mask is bool ``[*kernel_size, in / groups, out]``.
 

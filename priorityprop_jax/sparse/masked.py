@@ -16,8 +16,7 @@ def forward(
     Zeros of the weight take part in the product: a NaN or an infinity in ``x`` reaches all outputs,
     as it does in a dense layer.
     """
-    weight = densify_values(values, pattern)
-    return (weight @ x.T).T if geometry is None else _convolve(weight, x, geometry)
+    return _product(densify_values(values, pattern), x, geometry)
 
 
 def backward(
@@ -32,19 +31,18 @@ def backward(
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """The gradients of `forward`: see `Kernel`."""
     weight = densify_values(values, pattern)
-    dx = dweight = None
+    dx = dvalues = None
+    if inputs:
+        [dx] = jax.vjp(lambda x: _product(weight, x, geometry), x)[1](dy)
+    if weights:
+        [dweight] = jax.vjp(lambda weight: _product(weight, x, geometry), weight)[1](dy)
+        dvalues = take_values(dweight, pattern)
+    return dx, dvalues
+
+
+def _product(weight: jax.Array, x: jax.Array, geometry: ConvGeometry | None) -> jax.Array:
     if geometry is None:
-        dx = (weight.T @ dy.T).T if inputs else None
-        dweight = dy.T @ x if weights else None
-    else:
-        if inputs:
-            [dx] = jax.vjp(lambda x: _convolve(weight, x, geometry), x)[1](dy)
-        if weights:
-            [dweight] = jax.vjp(lambda weight: _convolve(weight, x, geometry), weight)[1](dy)
-    return dx, None if dweight is None else take_values(dweight, pattern)
-
-
-def _convolve(weight: jax.Array, x: jax.Array, geometry: ConvGeometry) -> jax.Array:
+        return (weight @ x.T).T
     kernel = weight.reshape(weight.shape[0], -1, *geometry.kernel).transpose(2, 3, 1, 0)
     return lax.conv_general_dilated(
         x,

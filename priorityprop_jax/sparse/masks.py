@@ -58,17 +58,13 @@ def magnitude_masks(
     for group in scope_groups(leaves, scope):
         chosen = [jnp.asarray(leaves[i]) for i in group]
         count = kept_count(chosen, sparsity)
-        for i, mask in zip(group, _keep_largest(chosen, count), strict=True):
+        for i, mask in zip(group, keep_largest(chosen, count), strict=True):
             masks[i] = mask
     return treedef.unflatten(masks)
 
 
 def random_mask(key: jax.Array, shape: Sequence[int], sparsity: float) -> jax.Array:
-    """A mask that keeps ``round((1 - sparsity) * n)`` of ``n`` weights, drawn at random.
-
-    Raises:
-      ValueError: for a sparsity outside [0, 1].
-    """
+    """A mask that keeps ``round((1 - sparsity) * n)`` of ``n`` weights, drawn at random."""
     check_sparsity("sparsity", sparsity)
     size = math.prod(shape)
     kept = jnp.arange(size) < kept_of(size, sparsity)
@@ -76,16 +72,10 @@ def random_mask(key: jax.Array, shape: Sequence[int], sparsity: float) -> jax.Ar
 
 
 def as_mask(mask: Any, shape: tuple[int, ...], name: str) -> jax.Array:
-    """A mask that was made elsewhere as bools of a shape.
+    """A mask that was made elsewhere as bools of a shape; ``name`` is for errors.
 
-    Args:
-      mask: concrete zeros and ones (or bools) of the shape, or the same packed to uint8
-        ``[ceil(size / 8)]`` as by `numpy.packbits`, as in the state of `jaxpruner`.
-      shape: of what it masks.
-      name: of that, for errors.
-
-    Raises:
-      ValueError: if the shape does not fit, or anything but zeros and ones is in it.
+    It is concrete zeros and ones (or bools), or the same packed to uint8 ``[ceil(size / 8)]`` as by
+    `numpy.packbits`, as in the state of `jaxpruner`.
     """
     mask, size = np.asarray(mask), math.prod(shape)
     if mask.shape != shape and mask.dtype == np.uint8 and mask.shape == (-(-size // 8),):
@@ -140,26 +130,17 @@ def kept_count(leaves: Sequence[Any], sparsity: float) -> int:
     return kept_of(sum(math.prod(np.shape(leaf)) for leaf in leaves), sparsity)
 
 
+@jax.jit
 def keep_largest(
     weights: Sequence[jax.Array],
     count: jax.typing.ArrayLike,
     among: Sequence[jax.Array] | None = None,
 ) -> list[jax.Array]:
-    """Masks that keep the `count` largest magnitudes of all leaves; of equal ones the earlier.
+    """Masks of the `count` largest magnitudes of all leaves, of those `among` them if given.
 
-    The threshold is found bit by bit, each by counting: unlike a sort, that moves no element, so
-    that it costs one pass a bit and sharded leaves stay where they are.
-
-    Args:
-      weights: at least one leaf; a NaN counts as larger than all numbers.
-      count: may be traced; at most as many as there are to choose from.
-      among: masks of those to choose from; by default all.
-
-    Returns:
-      A bool array for every leaf.
-
-    Raises:
-      ValueError: for 2**31 weights or more.
+    Of equal ones the earlier; a NaN counts as largest. The threshold is found bit by bit, each by
+    counting: unlike a sort, that moves no element, so that it costs one pass a bit and sharded
+    leaves stay where they are.
     """
     sizes = [math.prod(x.shape) for x in weights]
     if sum(sizes) >= 2**31:
@@ -183,9 +164,6 @@ def keep_largest(
     ]
 
 
-_keep_largest = jax.jit(keep_largest)
-
-
 def _keys(weights: jax.Array, dtype: Any) -> jax.Array:
     """Unsigned integers in the order of magnitudes, NaN last: their bits, taken in one dtype."""
     magnitudes = jnp.abs(weights.astype(dtype))
@@ -195,10 +173,7 @@ def _keys(weights: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _threshold(
-    keys: Sequence[jax.Array],
-    among: Sequence[jax.Array],
-    count: jax.Array,
-    bits: int | None = None,
+    keys: Sequence[jax.Array], among: Sequence[jax.Array], count: jax.Array, bits: int | None = None
 ) -> jax.Array:
     """The largest number, of so many bits, that at least `count` keys reach."""
     dtype = keys[0].dtype

@@ -17,15 +17,9 @@ from priorityprop_jax.core.modules import check_module, walk
 from priorityprop_jax.core.tables import aligned
 from priorityprop_jax.sparse.backends import sparse_backend
 from priorityprop_jax.sparse.layers import SparseConv, SparseLayer
+from priorityprop_jax.sparse.masks import check_sparsity
 from priorityprop_jax.sparse.pattern import ConvGeometry
-from priorityprop_jax.sparse.swap import (
-    dense_layers,
-    is_dense,
-    is_tied,
-    replace,
-    shared_variables,
-    to_sparse,
-)
+from priorityprop_jax.sparse.swap import dense_layers, is_dense, replace, to_sparse, untied
 
 SECONDS = 0.3  # for measuring one layer, compiling left out
 
@@ -49,8 +43,8 @@ def sparsify(
     An `nnx.Linear` or `nnx.Conv` is swapped when enough of its kernel is zero and its sparse layer
     is faster, forward and backward, on inputs of the shapes that it gets when the model is called
     with the sample: by the median of runs in turn with the dense one, warm. Zeros stay zero from
-    then on, and a layer that shares parameters stays dense, as in `sparse_start`. Prints the table
-    that it returns. Make the optimizer behind it, as there are other parameters.
+    then on, and a layer that shares parameters stays dense. Prints the table that it returns. Make
+    the optimizer behind it, as there are other parameters.
 
     Args:
       model: a module, such as after `prune`.
@@ -78,18 +72,12 @@ def sparsify(
       layers/2      0.0%         -          -        -   dense
     """
     check_module(model)
-    if not 0 <= min_sparsity <= 1:
-        raise ValueError(f"min_sparsity must be from 0 to 1, got {min_sparsity}")
+    check_sparsity("min_sparsity", min_sparsity)
     if is_dense(model):
         raise ValueError("the model is one layer: take SparseLinear.from_dense or SparseConv's")
     layers = dense_layers(model)
     zeros = {name: _share_of_zeros(layer) for name, layer in layers.items()}
-    tied = shared_variables(model)
-    tried = {
-        name: layer
-        for name, layer in layers.items()
-        if zeros[name] >= min_sparsity and not is_tied(layer, tied)
-    }
+    tried = untied(model, {n: layers[n] for n, share in zeros.items() if share >= min_sparsity})
     inputs = _inputs_of(model, tried, sample_input) if tried else {}
     rows, new = [], {}
     for name, layer in layers.items():
@@ -104,15 +92,13 @@ def sparsify(
         backend = _backend(sparse, inputs[name][0])
         rows.append(LayerChoice(name, zeros[name], dense_ms, sparse_ms, backend, choice))
     replace(model, new)
-    print("\n".join(aligned([_HEADER, *map(_cells, rows)])))
+    header = ("layer", "sparsity", "dense ms", "sparse ms", "backend", "choice")
+    print("\n".join(aligned([header, *map(_cells, rows)])))
     return rows
 
 
 def layer_table(model: nnx.Module) -> list[dict[str, Any]]:
-    """One dict for each layer that is sparse or could be, ready for JSON.
-
-    Of its path, shape, non-zeros and weights, in the order in which attributes were set.
-    """
+    """Path, shape, non-zeros and weights of each layer that is sparse or could be, for JSON."""
     rows = []
     for name, layer in walk(model):
         if isinstance(layer, SparseLayer | nnx.Linear | nnx.Conv):
@@ -122,9 +108,6 @@ def layer_table(model: nnx.Module) -> list[dict[str, Any]]:
             row = {"layer": name, "shape": list(shape), "nonzeros": count}
             rows.append({**row, "weights": math.prod(shape)})
     return rows
-
-
-_HEADER = ("layer", "sparsity", "dense ms", "sparse ms", "backend", "choice")
 
 
 def _cells(row: LayerChoice) -> tuple[str, ...]:

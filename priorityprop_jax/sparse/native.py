@@ -1,8 +1,7 @@
 """Sparse products on a CPU by kernels in C++, where the installation has them.
 
-The kernels are built when the package is installed, once for each instruction set that the compiler
-knows; the best that the processor has is loaded with the first use. Nothing here can be
-differentiated: the custom rules around it are elsewhere.
+They are built with the package, once for each instruction set that the compiler knows; the best
+that the processor has is loaded with the first use.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from priorityprop_jax.sparse.pattern import ConvGeometry, SparsePattern
 _INSTRUCTION_SETS = {"avx512": "AVX-512", "avx2": "AVX2", "base": "baseline"}
 _HANDLERS = ("linear_forward", "linear_backward", "conv_forward", "conv_backward")
 _INTERFACE = 2  # of the handlers, as csrc/ffi.cc has it
+_AGAIN = "install priorityprop_jax again"
 _lock = threading.Lock()
 
 
@@ -46,12 +46,7 @@ def native_status() -> tuple[bool, str]:
 def forward(
     values: jax.Array, pattern: SparsePattern, x: jax.Array, geometry: ConvGeometry | None = None
 ) -> jax.Array:
-    """``y = x W^T``, or a convolution, of float32 arrays: see `Kernel`.
-
-    Raises:
-      RuntimeError: if there are no native kernels; `native_status` says why.
-      ValueError: if shapes do not fit together.
-    """
+    """``y = x W^T``, or a convolution, of float32 arrays: see `Kernel`."""
     shape = _output(values, pattern, x, geometry)
     operands = (values, pattern.row_starts, pattern.columns, x)
     if geometry is None:
@@ -71,12 +66,7 @@ def backward(
     inputs: bool = True,
     weights: bool = True,
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """The gradients of `forward`, in float32: see `Kernel`.
-
-    Raises:
-      RuntimeError: if there are no native kernels; `native_status` says why.
-      ValueError: if shapes do not fit together.
-    """
+    """The gradients of `forward`, in float32: see `Kernel`."""
     shape = _output(values, pattern, x, geometry)
     if dy.shape != shape:
         raise ValueError(f"the output of this product is {shape}, and dy is {dy.shape}")
@@ -100,7 +90,7 @@ def _output(
     """Checks the operands of a product, and gives the shape of its output."""
     (outs, columns), taken = pattern.shape, "[batch, in]"
     expected: tuple[int, ...] = (columns,)
-    fits = values.shape == pattern.values_shape
+    fits = values.shape == (pattern.capacity,)
     if geometry is not None:
         taps = geometry.kernel[0] * geometry.kernel[1]
         channels = columns // taps * geometry.groups
@@ -143,9 +133,6 @@ def _call(
     return call(*operands, **attributes)
 
 
-# Loading.
-
-
 def _library() -> _Library:
     """The kernels to use, loaded once."""
     with _lock:
@@ -156,19 +143,14 @@ def _library() -> _Library:
 def _load_best() -> _Library:
     paths = _installed()
     if "base" not in paths:
-        return _Library(
-            None,
-            "no native library was built with this installation (was there a C++ compiler?)",
-        )
+        why = "no native library was built with this installation (was there a C++ compiler?)"
+        return _Library(None, why)
     try:
         return _load_of(paths)
     except (OSError, AttributeError) as error:
         why = f"the native library cannot be loaded: {error}"
-        warnings.warn(
-            f"sparse products run by JAX alone, as {why}; install priorityprop_jax again",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        message = f"sparse products run by JAX alone, as {why}; {_AGAIN}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
         return _Library(None, why)
 
 
@@ -178,18 +160,14 @@ def _load_of(paths: dict[str, pathlib.Path]) -> _Library:
         return _Library(None, "the FFI version of this jaxlib is unknown: it has no headers")
     ours = base.priorityprop_ffi_version()
     if ours // 1000 != version // 1000 or ours > version:
-        return _Library(
-            None,
-            f"the native library was built for FFI version {ours // 1000}.{ours % 1000}, and this "
-            f"jaxlib has {version // 1000}.{version % 1000}: install priorityprop_jax again",
+        why = (
+            f"was built for FFI version {ours // 1000}.{ours % 1000}, and this jaxlib has "
+            f"{version // 1000}.{version % 1000}"
         )
-    interface = getattr(base, "priorityprop_interface", lambda: 1)()
-    if interface != _INTERFACE:
-        return _Library(
-            None,
-            "the native library was built from other sources than these: install priorityprop_jax "
-            "again",
-        )
+        return _Library(None, f"the native library {why}: {_AGAIN}")
+    if getattr(base, "priorityprop_interface", lambda: 1)() != _INTERFACE:
+        why = "was built from other sources than these"
+        return _Library(None, f"the native library {why}: {_AGAIN}")
     for name, title in _INSTRUCTION_SETS.items():
         if name in paths and _can_run(paths, name):
             _load(name)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+
+from priorityprop_jax.core.rows import SCATTER
 
 ARRAYS = ("row_starts", "columns", "column_starts", "rows", "order")
 
@@ -47,11 +50,6 @@ class SparsePattern:
         """The places that the arrays have room for."""
         return self.columns.shape[-1]
 
-    @property
-    def values_shape(self) -> tuple[int]:
-        """The shape of the values that belong to it."""
-        return (self.capacity,)
-
 
 class ConvGeometry(NamedTuple):
     """What a convolution over two axes is but for its weight; static."""
@@ -72,17 +70,12 @@ class ConvGeometry(NamedTuple):
         return height, width
 
 
-def is_traced(x: Any) -> bool:
-    """Whether something is known by shape and dtype alone, as under `jax.jit`."""
-    return isinstance(x, Tracer)
-
-
 def make_pattern(mask: Any, *, capacity: int | None = None) -> SparsePattern:
     """The pattern of a mask.
 
     Args:
       mask: bool ``[out, in]`` (or numbers: non-zero is kept). A traced one needs a ``capacity``;
-        should it keep more places, `check_pattern` and the native kernels refuse what comes out.
+        should it keep more places, the native kernels refuse what comes out.
       capacity: room for as many places; by default as many as are used, and at least 1.
 
     Raises:
@@ -98,7 +91,7 @@ def make_pattern(mask: Any, *, capacity: int | None = None) -> SparsePattern:
       >>> pattern.column_starts.tolist(), pattern.rows.tolist(), pattern.order.tolist()
       ([0, 1, 2, 3], [1, 0, 0, 0], [2, 0, 1, 3])
     """
-    traced = is_traced(mask)
+    traced = isinstance(mask, Tracer)
     if traced and capacity is None:
         raise TypeError(
             "the number of places of a traced mask is not known: give a capacity, or make the "
@@ -138,77 +131,11 @@ def make_pattern(mask: Any, *, capacity: int | None = None) -> SparsePattern:
     return SparsePattern(**arrays, shape=(outs, ins))
 
 
-def check_pattern(pattern: SparsePattern) -> None:
-    """Refuses index arrays that no mask gives: out of range, unsorted, or not of one pattern.
-
-    For patterns that come from elsewhere than `make_pattern`, such as a file.
-
-    Args:
-      pattern: concrete index arrays.
-
-    Raises:
-      ValueError: if anything about them is wrong.
-
-    Example:
-      >>> import dataclasses, numpy as np
-      >>> from priorityprop_jax.sparse.pattern import check_pattern, make_pattern
-      >>> pattern = make_pattern(np.eye(3))
-      >>> check_pattern(dataclasses.replace(pattern, columns=pattern.columns + 3))
-      Traceback (most recent call last):
-      ...
-      ValueError: columns of a sparse pattern must lie in [0, 3), ascending in each row
-    """
-    outs, ins = pattern.shape
-    capacity = pattern.capacity
-    lengths = {"row_starts": outs + 1, "column_starts": ins + 1}
-    for name in ARRAYS:
-        array, length = getattr(pattern, name), lengths.get(name, capacity)
-        if array.shape != (length,) or array.dtype != jnp.int32:
-            raise ValueError(
-                f"{name} of a sparse pattern must be int32 [{length}], got "
-                f"{array.dtype} {list(array.shape)}"
-            )
-    starts = np.asarray(pattern.row_starts)
-    used = int(starts[-1])
-    if starts[0] != 0 or np.any(np.diff(starts) < 0) or used > capacity:
-        raise ValueError(f"row_starts must ascend from 0 to at most the capacity, {capacity}")
-    columns = np.asarray(pattern.columns)[:used]
-    inside = np.all((columns >= 0) & (columns < ins))
-    if not inside or np.any(np.diff(_flat(pattern)) <= 0):
-        raise ValueError(
-            f"columns of a sparse pattern must lie in [0, {ins}), ascending in each row"
-        )
-    again = make_pattern(mask_of(pattern), capacity=capacity)
-    lengths = {"column_starts": ins + 1, "rows": used, "order": capacity}
-    for name, length in lengths.items():
-        if not np.array_equal(getattr(pattern, name)[:length], getattr(again, name)[:length]):
-            raise ValueError(
-                "column_starts, rows and order of a sparse pattern do not go through the places of "
-                "row_starts and columns: make them together, by make_pattern"
-            )
-
-
 def change_pattern(pattern: SparsePattern, mask: Any) -> tuple[SparsePattern, jax.Array]:
-    """Another mask for a weight, in arrays of the same size, and where its values come from.
+    """A concrete mask ``[out, in]`` in arrays of the same size, and where its values come from.
 
-    Args:
-      pattern: the pattern so far.
-      mask: bool ``[out, in]``, concrete, with at most as many places as the pattern has room for.
-
-    Returns:
-      The new pattern, and int32 ``[capacity]``: for each of its places the place that it had
-      before, -1 for one that is new or not used. `carry` takes values and moments along.
-
-    Raises:
-      ValueError: if the mask has another shape, or needs more room.
-
-    Example:
-      >>> import jax.numpy as jnp, numpy as np
-      >>> from priorityprop_jax.sparse.pattern import carry, change_pattern, make_pattern
-      >>> pattern = make_pattern(np.array([[1, 1, 0]]))
-      >>> pattern, source = change_pattern(pattern, np.array([[0, 1, 1]]))
-      >>> carry(jnp.array([5.0, 7.0]), source).tolist()
-      [7.0, 0.0]
+    That is int32 ``[capacity]``: for each new place the one that it had before, -1 for one that is
+    new or not used. A mask of another shape, or that needs more room, is a ValueError.
     """
     mask = np.asarray(mask) != 0
     if mask.shape != pattern.shape:
@@ -241,22 +168,15 @@ def mask_of(pattern: SparsePattern) -> np.ndarray:
 
 def densify_values(values: jax.Array, pattern: SparsePattern) -> jax.Array:
     """The weight ``[out, in]`` of values ``[capacity]``; both may be traced."""
-    outs, ins = pattern.shape
-    flat = jnp.zeros(outs * ins, values.dtype)
+    flat = jnp.zeros(math.prod(pattern.shape), values.dtype)
     # Places that are not used point behind the last one, and are dropped.
-    flat = flat.at[_flat_traced(pattern)].set(
-        values, mode="drop", unique_indices=True, indices_are_sorted=True
-    )
-    return flat.reshape(outs, ins)
+    return flat.at[_flat_traced(pattern)].set(values, **SCATTER).reshape(pattern.shape)
 
 
 def take_values(dense: jax.Array, pattern: SparsePattern) -> jax.Array:
     """The inverse of `densify_values`: ``[capacity]``, zero at places that are not used."""
-    return (
-        dense.reshape(-1)
-        .at[_flat_traced(pattern)]
-        .get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
-    )
+    places = dense.reshape(-1).at[_flat_traced(pattern)]
+    return places.get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
 
 
 def _flat(pattern: SparsePattern) -> np.ndarray:

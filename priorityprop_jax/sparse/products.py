@@ -1,8 +1,4 @@
-"""Products with sparse weights that can be differentiated, mapped and sharded, over any kernel.
-
-A kernel multiplies, and knows nothing else: here it gets its gradients, of any order in reverse
-mode, its rule for `jax.vmap` and its rule for meshes. `functional.py` is what users call.
-"""
+"""What kernels lack: gradients of any order in reverse mode, rules for `jax.vmap` and meshes."""
 
 from __future__ import annotations
 
@@ -28,6 +24,7 @@ class Product(NamedTuple):
     geometry: ConvGeometry | None = None  # None for a matrix product
 
 
+@jax.tree_util.register_static
 class _Wanted(NamedTuple):
     """Which gradients somebody asked for; neither in a forward pass."""
 
@@ -67,15 +64,15 @@ def _multiply_forward(product: Product, values: Any, pattern: Any, x: Any) -> An
     )
     # By the rule itself, not by the kernel: who differentiates twice comes through here.
     y = _multiply(product, values.value, pattern, x.value)
-    return y, (_Static(wanted), values.value, pattern, x.value)
+    return y, (wanted, values.value, pattern, x.value)
 
 
 def _multiply_backward(product: Product, residuals: Any, dy: Any) -> Any:
     wanted, values, pattern, x = residuals
     if isinstance(dy, jax.custom_derivatives.SymbolicZero):
         return None, None, None
-    found: Any = _gradients(product, wanted.value, values, pattern, x, dy)
-    dx, dvalues = found
+    gradients: Any = _gradients  # custom rules have no type of their own
+    dx, dvalues = gradients(product, wanted, values, pattern, x, dy)
     return dvalues, None, dx
 
 
@@ -94,11 +91,8 @@ def _gradients(
     return dx, dvalues
 
 
-def _gradients_forward(
-    product: Product, wanted: _Wanted, values: Any, pattern: Any, x: Any, dy: Any
-) -> Any:
-    found = _gradients(product, wanted, values, pattern, x, dy)
-    return found, (values, pattern, x, dy)
+def _gradients_forward(product: Product, wanted: _Wanted, *arrays: Any) -> Any:
+    return _gradients(product, wanted, *arrays), arrays
 
 
 def _gradients_backward(product: Product, wanted: _Wanted, residuals: Any, cotangents: Any) -> Any:
@@ -109,7 +103,7 @@ def _gradients_backward(product: Product, wanted: _Wanted, residuals: Any, cotan
     ``(dy^T u)`` at the places.
     """
     values, pattern, x, dy = residuals
-    multiply_again: Any = _multiply  # custom rules have no type of their own
+    multiply_again: Any = _multiply
     gradients: Any = _gradients
     u, c = cotangents
     ddy = jnp.zeros_like(dy)
@@ -124,13 +118,6 @@ def _gradients_backward(product: Product, wanted: _Wanted, residuals: Any, cotan
 
 
 _gradients.defvjp(_gradients_forward, _gradients_backward)
-
-
-@jax.tree_util.register_static
-class _Static(NamedTuple):
-    """Carries what is known while tracing from the forward to the backward pass."""
-
-    value: Any
 
 
 @functools.cache
@@ -198,7 +185,7 @@ def _partitioned(product: Product, wanted: _Wanted, *arguments: Any) -> list[Any
         return function(*arguments)
 
     def partition(mesh, shapes, _):
-        spec = tuple(shapes[2].sharding.spec)
+        spec = shapes[2].sharding.spec
         names = spec[0] if spec else None
         over_batch, whole = NamedSharding(mesh, jax.P(names)), NamedSharding(mesh, jax.P())
         by_argument = [
@@ -217,11 +204,8 @@ def _partitioned(product: Product, wanted: _Wanted, *arguments: Any) -> list[Any
         return mesh, lower, results, tuple(by_argument)
 
     call = custom_partitioning(function)
-    call.def_partition(
-        partition=partition,
-        infer_sharding_from_operands=None,
-        **_sharding_rule(product, wanted, arguments),
-    )
+    rule = _sharding_rule(product, wanted, arguments)
+    call.def_partition(partition=partition, infer_sharding_from_operands=None, **rule)
     return call(*arguments)
 
 

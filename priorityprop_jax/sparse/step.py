@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,13 +15,7 @@ from flax import nnx
 
 from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.sparse.layers import as_matrix
-from priorityprop_jax.sparse.pattern import (
-    ARRAYS,
-    SparsePattern,
-    change_pattern,
-    is_traced,
-    mask_of,
-)
+from priorityprop_jax.sparse.pattern import ARRAYS, SparsePattern, change_pattern, mask_of
 from priorityprop_jax.sparse.swap import by_all_names, move_state, replace, sparse_layers
 
 
@@ -29,14 +24,15 @@ def dynamic(end: int, *, every: int = 100, fraction: float = 0.3) -> Callable[[A
 
     Before step ``every``, ``2 * every`` and so on, up to ``end``, each `SparseLinear` and
     `SparseConv` of an `nnx` module drops a fraction of its places, where values are smallest, and
-    grows as many where the magnitude of the dense gradient of that batch is largest: see
-    `drop_and_grow` and `cosine_fraction`. New values are zero, and so is what the optimizer keeps
-    of them. In between, steps cost what the non-zeros cost, and nothing is compiled anew.
+    grows as many where the magnitude of the dense gradient of that batch is largest. New values are
+    zero, and so is what the optimizer keeps of them. In between, steps cost what the non-zeros
+    cost, and nothing is compiled anew.
 
     Args:
       end: the step from which places stay, such as three quarters of the run.
       every: steps between two changes.
-      fraction: of the places that move, at first; it falls to 0 at ``end``.
+      fraction: of the places that move, at first; at step ``t`` it is this times
+        ``(1 + cos(pi t / end)) / 2``.
 
     Returns:
       A function of a `Setup` that wraps its plain step. It raises a ValueError where the model has
@@ -79,7 +75,7 @@ class DynamicStep:
         self._steps = 0
 
     def __getattr__(self, name: str) -> Any:
-        """All that is not of places is the plain step's."""
+        """All else is the plain step's."""
         return getattr(self._plain, name)
 
     @property
@@ -93,7 +89,7 @@ class DynamicStep:
         """Moves places, if it is time, and runs the plain step."""
         end, every, fraction = self._options.values()
         if 0 < self._steps < end and self._steps % every == 0:
-            now = float(cosine_fraction(self._steps, end, fraction))
+            now = cosine_fraction(self._steps, end, fraction)
             params, rest, opt_state = self._move(now, params, rest, opt_state, batch)
         result = self._plain(params, rest, opt_state, batch)
         self._steps += 1
@@ -104,11 +100,7 @@ class DynamicStep:
         return {"dynamic": self._options, "steps": self._steps, "plain": self._plain.record()}
 
     def restore(self, record: Mapping[str, Any], opt_state: Any) -> Any:
-        """Goes on from a record.
-
-        Raises:
-          ValueError: if it is of other options.
-        """
+        """Goes on from a record; one of other options is a ValueError."""
         if record.get("dynamic") != self._options:
             raise ValueError(
                 f"the run was recorded with dynamic sparsity {record.get('dynamic')}, this one has "
@@ -186,48 +178,13 @@ def drop_and_grow(
 ) -> tuple[SparsePattern, jax.Array]:
     """Moves a fraction of the places of a weight from small values to where scores are large.
 
-    Of ``n`` places in use the ``round(fraction * n)`` of the smallest magnitude are dropped, and as
-    many grown where nothing stood and scores are largest. Only when there are too few of these
-    do dropped places stay, those with the largest scores. Of equal ones the earlier place by row
-    is kept, or grown. A value of NaN counts as infinite, a score of NaN as minus infinity.
-
-    It runs on the host, between compiled steps.
-
-    Args:
-      values: ``[capacity]``, concrete.
-      pattern: where they stand, concrete.
-      scores: ``[out, in]``, concrete: for RigL the magnitude of the dense gradient, or any
-        priority.
-      fraction: of the places, in [0, 1]; see `cosine_fraction`.
-
-    Returns:
-      A pattern of the same capacity and number of places, and where its values come from: see
-      `change_pattern`. With this, `carry` takes values and moments along, zero where new.
-
-    Raises:
-      TypeError: if an argument is traced.
-      ValueError: if shapes do not fit the pattern, or the fraction is outside [0, 1].
-
-    Example:
-      >>> import jax.numpy as jnp, numpy as np
-      >>> from priorityprop_jax.sparse.step import drop_and_grow
-      >>> from priorityprop_jax.sparse.pattern import carry, make_pattern, mask_of
-      >>> pattern = make_pattern(np.array([[1, 1, 0, 0]]))
-      >>> values, scores = jnp.array([0.1, 2.0]), jnp.array([[9.0, 9.0, 1.0, 3.0]])
-      >>> pattern, source = drop_and_grow(values, pattern, scores, fraction=0.5)
-      >>> mask_of(pattern).astype(int).tolist(), carry(values, source).tolist()
-      ([[0, 1, 0, 1]], [2.0, 0.0])
+    Of ``n`` places the ``round(fraction * n)`` of the smallest values ``[capacity]`` are dropped,
+    and as many grown where nothing stood and scores ``[out, in]`` are largest. Only when there are
+    too few of these do dropped places stay, those with the largest scores. Of equal ones the
+    earlier place by row is kept, or grown. A value of NaN counts as infinite, a score of NaN as
+    minus infinity. On concrete arrays, on the host; returns what `change_pattern` does.
     """
-    if any(map(is_traced, (values, pattern.columns, scores, fraction))):
-        raise TypeError("drop_and_grow runs on the host, on concrete arrays: call it outside jit")
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"fraction must be in [0, 1], got {fraction}")
     values, scores = _to_float(values), _to_float(scores)
-    if values.shape != pattern.values_shape or scores.shape != pattern.shape:
-        raise ValueError(
-            f"values must be of shape {pattern.values_shape} and scores of {pattern.shape}, got "
-            f"{values.shape} and {scores.shape}"
-        )
     mask = mask_of(pattern).reshape(-1)
     places, free = np.flatnonzero(mask), np.flatnonzero(~mask)
     magnitudes = np.abs(values[: len(places)])
@@ -243,22 +200,9 @@ def drop_and_grow(
     return change_pattern(pattern, mask.reshape(pattern.shape))
 
 
-def cosine_fraction(step: jax.typing.ArrayLike, end: int, initial: float = 0.3) -> jax.Array:
-    r"""The fraction to move at a step, as RigL decays it.
-
-    .. math:: f_t = \frac{\alpha}{2} \left(1 + \cos \frac{t \pi}{T}\right)
-
-    It is 0 from ``end``, :math:`T`, on; ``initial`` is :math:`\alpha`, in [0, 1]. :math:`t` may be
-    traced.
-
-    Example:
-      >>> from priorityprop_jax.sparse.step import cosine_fraction
-      >>> [round(float(cosine_fraction(t, 100)), 2) for t in (0, 50, 100, 200)]
-      [0.3, 0.15, 0.0, 0.0]
-    """
-    step = jnp.asarray(step)
-    fraction = initial / 2 * (1 + jnp.cos(jnp.pi * step.astype(jnp.float32) / end))
-    return jnp.where(step >= end, 0.0, fraction)
+def cosine_fraction(step: int, end: int, initial: float) -> float:
+    """The fraction to move at a step up to ``end``, as RigL has it."""
+    return initial / 2 * (1 + math.cos(math.pi * step / end))
 
 
 def _largest(scores: np.ndarray, count: int) -> np.ndarray:

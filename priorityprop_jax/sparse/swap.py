@@ -69,12 +69,7 @@ def prune(
 
 
 def sparse_start(
-    model: nnx.Module,
-    sparsity: float,
-    *,
-    places: str = "random",
-    layers: Any = None,
-    seed: int = 0,
+    model: nnx.Module, sparsity: float, *, places: str = "random", layers: Any = None, seed: int = 0
 ) -> int:
     """Makes the layers of a model sparse, in place, to train it so from the start.
 
@@ -109,9 +104,7 @@ def sparse_start(
         raise ValueError(f"sparsity must be from 0 to below 1, got {sparsity}")
     if places not in ("random", "largest"):
         raise ValueError(f'places must be "random" or "largest", got {places!r}')
-    tied = shared_variables(model)
-    found = layers_to_prune(model, layers)
-    found = {name: layer for name, layer in found.items() if not is_tied(layer, tied)}
+    found = untied(model, layers_to_prune(model, layers))
     if not found:
         raise ValueError("there is no layer to make sparse: all share parameters with others")
     kernels = {name: layer.kernel[...] for name, layer in found.items()}
@@ -141,13 +134,10 @@ def densify(model: nnx.Module) -> int:
     The inverse of `sparsify` and of `sparse_start`. Make a new optimizer behind it, as for them.
 
     Args:
-      model: the module.
+      model: the module; a sparse layer itself is a ValueError.
 
     Returns:
       How many layers were changed.
-
-    Raises:
-      ValueError: if the model itself is a sparse layer.
 
     Example:
       >>> from flax import nnx
@@ -170,9 +160,8 @@ def apply_further_mask(model: nnx.Module, masks: Any, optimizer: Any = None) -> 
 
     Args:
       model: a module with sparse layers, or one of these.
-      masks: for each layer to prune what to keep of it, bool in the shape of its kernel, by path
-        (``{"layers/0": mask}``) or as a tree; for one layer the mask itself. What is not in the
-        layer stays out of it.
+      masks: what to keep of each layer to prune, as for `prune`; for one layer the mask itself.
+        What is not in the layer stays out of it.
       optimizer: what belongs to the model's parameters and should go along: an `nnx.Optimizer`,
         changed in place, or any pytree whose paths end as theirs do, such as an Optax state.
 
@@ -216,30 +205,23 @@ def move_state(
     moved: Mapping[str, tuple[tuple[int, ...], jax.Array]],
     like: Callable[[jax.Array, jax.Array], jax.Array] = lambda new, old: new,
 ) -> Any:
-    """What is kept for the values of sparse layers, brought to where these are now.
+    """What is kept for values of sparse layers, as by an optimizer, brought to where these are now.
 
-    `carry` is done to each leaf of the tree, such as the state of an optimizer, that has the path
-    and shape of values. ``moved`` holds by path of a layer this shape and where the values come
-    from; ``like`` makes of a new leaf and the old one what to put there.
+    `carry` is done to each leaf that has the shape of values and a path that ends like theirs.
+    ``moved`` holds by path of a layer this shape and where the values come from; ``like`` makes of
+    a new leaf and the old one what to put there.
     """
-    owners = {f"{name}/values".lstrip("/"): entry for name, entry in moved.items()}
+    owners = {f"/{name}/values".replace("//", "/"): entry for name, entry in moved.items()}
 
     def move(path: Any, leaf: Any) -> Any:
-        owner = owner_of(path, owners)
+        where = f"/{path_name(path)}"
+        # One name may end like another: the longest is meant.
+        owner = max(filter(where.endswith, owners), key=len, default=None)
         if owner is None or leaf.shape != owners[owner][0]:
             return leaf
         return like(carry(leaf, owners[owner][1]), leaf)
 
     return jax.tree_util.tree_map_with_path(move, tree)
-
-
-def owner_of(path: Any, names: Iterable[str]) -> str | None:
-    """Which parameter a leaf of an optimizer's state is kept for: its path ends like its name.
-
-    One name may end like another: the longest is meant.
-    """
-    where = f"/{path_name(path)}"
-    return max((name for name in names if where.endswith(f"/{name}")), key=len, default=None)
 
 
 def sparse_layers(model: nnx.Module) -> dict[str, Any]:
@@ -253,11 +235,7 @@ def dense_layers(model: nnx.Module) -> dict[str, Any]:
 
 
 def layers_to_prune(model: nnx.Module, layers: Any = None) -> dict[str, Any]:
-    """The dense layers that an `nnx` filter means, by path; by default all but the output layer.
-
-    Raises:
-      ValueError: if there is none.
-    """
+    """The dense layers that an `nnx` filter means, by path; by default all but the output layer."""
     found = dense_layers(model)
     if layers is None:
         chosen = dict(list(found.items())[:-1])
@@ -279,8 +257,8 @@ def is_dense(layer: Any) -> bool:
     return type(layer) in (nnx.Linear, nnx.Conv) and convertible(layer)
 
 
-def shared_variables(model: nnx.Module) -> set[int]:
-    """The ids of those variables of a model that several modules hold."""
+def untied(model: nnx.Module, layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the dense layers of a model whose parameters no other module holds too."""
     seen: set[int] = set()
     shared: set[int] = set()
 
@@ -295,12 +273,8 @@ def shared_variables(model: nnx.Module) -> set[int]:
                 visit(entry)
 
     visit(model)
-    return shared
-
-
-def is_tied(layer: Any, shared: set[int]) -> bool:
-    """Whether a dense layer has a parameter that others have too, as `shared_variables` tells."""
-    return not shared.isdisjoint((id(layer.kernel), id(layer.bias)))
+    parameters = {name: {id(layer.kernel), id(layer.bias)} for name, layer in layers.items()}
+    return {name: layers[name] for name, ids in parameters.items() if ids.isdisjoint(shared)}
 
 
 def to_sparse(layer: Any, mask: Any = None, *, capacity: int | None = None) -> Any:
@@ -310,10 +284,9 @@ def to_sparse(layer: Any, mask: Any = None, *, capacity: int | None = None) -> A
 
 
 def replace(node: Any, new: Mapping[int, Any], seen: set[int] | None = None) -> Any:
-    """Puts other modules in place of those with these ids, wherever they stand.
+    """Puts other modules in place of those with these ids, in place but for tuples.
 
-    The node, a module or a list, tuple or dict of them, is changed in place but for tuples; returns
-    it, or what is in its place.
+    The node is a module or a list, tuple or dict of them; returns it, or what is in its place.
     """
     seen = set() if seen is None else seen
     if id(node) in new:

@@ -28,7 +28,7 @@ def close(result, expected, largest=None):
 
 def spoiled(pattern, rng):
     """Values with NaN at the places that are not used."""
-    values = rng.normal(size=pattern.values_shape).astype(np.float32)
+    values = rng.normal(size=pattern.capacity).astype(np.float32)
     values[int(pattern.row_starts[-1]) :] = np.nan
     return values
 
@@ -297,7 +297,7 @@ def test_in_a_linen_module():
 
         @linen.compact
         def __call__(self, x):
-            values = self.param("values", linen.initializers.ones_init(), self.pattern.values_shape)
+            values = self.param("values", linen.initializers.ones_init(), (self.pattern.capacity,))
             bias = self.param("bias", linen.initializers.zeros_init(), (self.features,))
             return sparse_linear(x, values, self.pattern) + bias
 

@@ -1,6 +1,5 @@
-"""Index arrays: what `make_pattern` gives, what `check_pattern` refuses, and changing masks."""
+"""Index arrays: what `make_pattern` gives, and changing masks."""
 
-import dataclasses
 import functools
 
 import jax
@@ -14,7 +13,6 @@ from hypothesis.extra import numpy as hnp
 from priorityprop_jax.sparse.pattern import (
     carry,
     change_pattern,
-    check_pattern,
     densify_values,
     make_pattern,
     mask_of,
@@ -30,11 +28,12 @@ from priorityprop_jax.sparse.pattern import (
 def test_both_orders_go_through_the_places_of_the_mask(mask, spare):
     used = int(mask.sum())
     pattern = make_pattern(mask, capacity=used + spare)
-    check_pattern(pattern)
     rows, columns = np.nonzero(mask)
     assert pattern.capacity == used + spare and pattern.shape == mask.shape
     assert pattern.row_starts.tolist() == [np.sum(rows < row) for row in range(len(mask) + 1)]
     assert pattern.columns.tolist() == [*columns, *[0] * spare]
+    starts = [np.sum(columns < column) for column in range(mask.shape[1] + 1)]
+    assert pattern.column_starts.tolist() == starts
     by_column = [(r, c) for c, r in sorted(zip(columns, rows, strict=True))]
     order, found = np.asarray(pattern.order)[:used], np.asarray(pattern.rows)[:used]
     assert list(zip(found, columns[order], strict=True)) == by_column
@@ -50,7 +49,7 @@ def test_values_to_dense_and_back():
         used = mask.sum()
         weight = np.where(mask, rng.normal(size=mask.shape), 0).astype(np.float32)
         values = jax.jit(take_values)(weight, pattern)
-        assert values.shape == pattern.values_shape and not np.asarray(values[used:]).any()
+        assert values.shape == (60,) and not np.asarray(values[used:]).any()
         # What stands at places that are not used goes nowhere.
         values = values.at[used:].set(jnp.nan)
         assert np.array_equal(jax.jit(densify_values)(values, pattern), weight)
@@ -76,46 +75,6 @@ def test_traced_masks_give_the_same_pattern():
         patterns = make(mask), make_pattern(mask, capacity=30)
         for found, expected in zip(*map(jax.tree.leaves, patterns), strict=True):
             assert found.dtype == expected.dtype and np.array_equal(found, expected)
-    with pytest.raises(ValueError, match="at most the capacity, 30"):
-        check_pattern(make(np.ones((5, 8))))
-
-
-def test_index_arrays_of_no_mask_are_refused():
-    pattern = make_pattern(np.array([[1, 0, 1], [0, 1, 1]]), capacity=6)
-    check_pattern(pattern)
-
-    def check(**changes):
-        arrays = {
-            name: value if isinstance(value, jax.Array) else jnp.array(value, jnp.int32)
-            for name, value in changes.items()
-        }
-        check_pattern(dataclasses.replace(pattern, **arrays))
-
-    check(columns=[0, 2, 1, 2, 9, -9])  # places that are not used may hold anything
-    for name in ("row_starts", "columns", "column_starts", "rows", "order"):
-        array = getattr(pattern, name)
-        for wrong in (array[:-1], array.astype(float), array[None]):
-            with pytest.raises(ValueError, match="of a sparse pattern must be int32"):
-                check(**{name: wrong})
-    for changes, message in [
-        ({"row_starts": [0, 3, 2]}, "row_starts must ascend"),
-        ({"row_starts": [1, 2, 4]}, "row_starts must ascend"),
-        ({"row_starts": [0, 2, 7]}, "row_starts must ascend"),
-        ({"columns": [0, 3, 1, 2, 0, 0]}, r"must lie in \[0, 3\)"),
-        ({"columns": [-1, 2, 1, 2, 0, 0]}, r"must lie in \[0, 3\)"),
-        ({"columns": [2, 0, 1, 2, 0, 0]}, "ascending in each row"),
-        ({"columns": [0, 2, 2, 2, 0, 0]}, "ascending in each row"),
-        ({"columns": [0, 1, 1, 2, 0, 0]}, "do not go through the places"),
-        ({"column_starts": [0, 1, 3, 4]}, "do not go through the places"),
-        ({"column_starts": [0, 0, 0, 0]}, "do not go through the places"),
-        ({"rows": [0, 1, 0, 0, 0, 0]}, "do not go through the places"),
-        ({"rows": [0, 9, 0, 1, 0, 0]}, "do not go through the places"),
-        ({"order": [0, 2, 3, 1, 4, 5]}, "do not go through the places"),
-        ({"order": [0, 2, 1, 3, 5, 4]}, "do not go through the places"),
-        ({"order": [0, 2, 1, 3, 4, 6]}, "do not go through the places"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            check(**changes)
 
 
 def test_changed_masks_carry_what_stays():
@@ -124,7 +83,9 @@ def test_changed_masks_carry_what_stays():
     pattern = make_pattern(before, capacity=45)
     weight = np.where(before, rng.normal(size=before.shape), 0).astype(np.float32)
     changed, source = change_pattern(pattern, after)
-    check_pattern(changed)
+    expected = make_pattern(after, capacity=45)
+    for found, array in zip(*map(jax.tree.leaves, (changed, expected)), strict=True):
+        np.testing.assert_array_equal(found, array)
     assert jax.tree.structure(changed) == jax.tree.structure(pattern)
     assert jax.tree.map(jnp.shape, changed) == jax.tree.map(jnp.shape, pattern)
     values = take_values(jnp.asarray(weight), pattern)
