@@ -147,13 +147,14 @@ def command_of(directory: Path) -> str:
 
 def new_directory(out: Path, name: str, command: str, config: argparse.Namespace) -> Path:
     """Makes `OUT/NAME-1`, or the first number after that which is free, with its config.json."""
-    for number in itertools.count(1):
-        directory = out / f"{name}-{number}"
+    numbers = itertools.count(1)
+    directory = out / f"{name}-{next(numbers)}"
+    while True:
         try:
             directory.mkdir(parents=True)
             break
         except FileExistsError:
-            continue
+            directory = out / f"{name}-{next(numbers)}"
     values = {"command": command, **vars(config)}
     write(directory / "config.json", json.dumps(values, indent=2) + "\n")
     return directory

@@ -230,8 +230,8 @@ def report(record: Mapping[str, Any]) -> Report:
     from priorityprop_jax.priority.ledger import Ledger
 
     config = record["config"]
-    rows = [("", "validation", "best", "test", "val. loss", "steps", "updates")]
-    rows[0] += ("train s", "ms a step", "compile s")
+    header = ("", "validation", "best", "test", "val. loss", "steps", "updates")
+    rows: list[tuple[str, ...]] = [(*header, "train s", "ms a step", "compile s")]
     for name, found in record["results"].items():
         rows.append(
             (

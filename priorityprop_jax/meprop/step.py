@@ -154,13 +154,13 @@ class FeaturesStep:
         more = (use.flops(use.outputs) - use.flops(use.sizes[-1]) for use in self._uses.values())
         return self._step * (self._largest_flops + sum(more))
 
-    def report(self, state: FeaturesState, seconds: float) -> dict[str, Any]:
+    def report(self, opt_state: FeaturesState, seconds: float) -> dict[str, Any]:
         """What was spent, in all and by layer, against a dense training.
 
         ``flops`` are those of all products and convolutions of the steps, as traced, with each
         layer at its size; ``full_flops`` the same if every layer kept all features.
         """
-        full, counts = self._full_flops, np.asarray(state.update_counts)
+        full, counts = self._full_flops, np.asarray(opt_state.update_counts)
         slots = zip(self.slots.names, self.slots.depths, counts, strict=True)
         # None before the first step, which learns them.
         layers = [
@@ -190,17 +190,17 @@ class FeaturesStep:
     # Running.
 
     def __call__(
-        self, params: Any, rest: Any, state: FeaturesState, batch: Any
+        self, params: Any, rest: Any, opt_state: FeaturesState, batch: Any
     ) -> tuple[Any, Any, FeaturesState, dict[str, Any]]:
         """Runs one step, see `Step`; ``updates`` are the features of all layers."""
         batch = jax.tree.map(jnp.asarray, batch)
         if not self._layers:
             self._look(rest, batch)
         if self._step % self._cycle == 0:
-            state = self._new_cycle(state)
+            opt_state = self._new_cycle(opt_state)
         places = jnp.asarray(self._places, jnp.int32)
         start, programs = time.perf_counter(), self.programs
-        params, rest, state, values = self._compiled(params, rest, state, batch, places)
+        params, rest, opt_state, values = self._compiled(params, rest, opt_state, batch, places)
         if self.programs > programs:
             self.compile_seconds += time.perf_counter() - start
         kept, flops = 0, self._largest_flops
@@ -209,7 +209,7 @@ class FeaturesStep:
             flops -= layer.flops * (layer.sizes[-1] - layer.sizes[place])
         self._step += 1
         self._flops += flops
-        return params, rest, state, values | {"updates": kept, "flops": flops, "cached": 0}
+        return params, rest, opt_state, values | {"updates": kept, "flops": flops, "cached": 0}
 
     def _program(self, params, rest, state, batch, places=None):
         """The step, as a pure function; ``places``: of the sizes, ``int32[slots]``, or largest."""
@@ -313,9 +313,9 @@ class FeaturesStep:
 
     # Checkpoints.
 
-    def complete(self, state: FeaturesState) -> FeaturesState:
+    def complete(self, opt_state: FeaturesState) -> FeaturesState:
         """The optimizer state, as it is."""
-        return state
+        return opt_state
 
     def record(self) -> dict[str, Any]:
         """What a resumed run needs beside the arrays, ready for JSON."""
@@ -327,7 +327,7 @@ class FeaturesStep:
             "places": [int(place) for place in self._places],
         }
 
-    def restore(self, record: Mapping[str, Any], state: FeaturesState) -> FeaturesState:
+    def restore(self, record: Mapping[str, Any], opt_state: FeaturesState) -> FeaturesState:
         """The inverse of `record`; changes nothing and raises where share or cycle differ."""
         for name, ours in (("share", self._share), ("recalc_every", self._cycle)):
             theirs = record.get(name, "another kind of step")
@@ -338,7 +338,7 @@ class FeaturesStep:
                 )
         self._step, self._flops = record["step"], record["flops"]
         self._places = list(record["places"])
-        return state
+        return opt_state
 
     def check_processes(self) -> None:
         """Several processes can run this step: all of them see the same counts and magnitudes."""

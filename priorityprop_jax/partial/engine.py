@@ -217,10 +217,11 @@ class PartialStep:
     def init(self, params: Any) -> Any:
         """The optimizer state before the first step."""
         with slots_by(**self._where):
-            if self._states is None:
+            states = self._states
+            if states is None:
                 return self._optimizer.init(params)
             # Compiled, so that what is replaced is not even made.
-            return jax.jit(lambda p: _put(self._optimizer.init(p), self._states.empty()))(params)
+            return jax.jit(lambda p: _put(self._optimizer.init(p), states.empty()))(params)
 
     def lay_out(self, layout: Any) -> None:
         """Nothing: every program keeps the layout of what it is given."""
@@ -433,7 +434,9 @@ class PartialStep:
         self._account.restore(record["account"])
         self._planner.restore(record["planner"])
         if record["costs"] is not None:  # for a report where no step is left to run
-            lists = {k: tuple(v) if isinstance(v, list) else v for k, v in record["costs"].items()}
+            lists: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in record["costs"].items()
+            }
             self._flop_costs = StepCosts(**lists)
         if self._prefix is not None:
             self._prefix.restore(record["prefix"])

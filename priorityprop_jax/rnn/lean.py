@@ -179,7 +179,7 @@ class LinenLeanRNN(nn.RNN, kw_only=True):
             initial_carry = cell.initialize_carry(init_key, shape)
         layers = nn.unbox(cell.variables["params"])
 
-        def fuse(names, x):
+        def fuse(names, x) -> Any:
             kernel = jnp.concatenate([layers[name]["kernel"].T for name in names])
             biases = [layers[name]["bias"] for name in names if "bias" in layers[name]]
             return promote_dtype(x, kernel, joined(biases) if biases else None, dtype=cell.dtype)
