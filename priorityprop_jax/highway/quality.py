@@ -140,11 +140,7 @@ def gradient_quality_table(
 
 
 def format_quality(rows: Sequence[GradientQuality]) -> str:
-    """The rows as a table of text: a line for each layer, two columns for each setting.
-
-    Args:
-      rows: of `gradient_quality` or `gradient_quality_table`.
-    """
+    """Rows as a table of text: a line for each layer, two columns for each setting."""
     columns = _by_setting(rows)
     layers = next(iter(columns.values()))
     table = [["layer", *layers]]

@@ -25,9 +25,8 @@ Block = Callable[[Any, Any], Any]
 def highway_report() -> HighwayReport:
     """A zero `HighwayReport`, for the argument ``probe`` of `highway_scan`.
 
-    A backward pass has no output of its own but gradients. So it writes its report there: the
-    gradient of the loss for the probe *is* the report. Give each `highway_scan` of a model a probe
-    of its own, as the reports of several would add up, like gradients do.
+    A backward pass has no output but gradients: that of the loss for the probe *is* the report.
+    Give each `highway_scan` a probe of its own, as reports add up, like gradients do.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -88,10 +87,9 @@ def highway_scan(
         :math:`k \ge L - 1` without ``tol``, means the exact gradient by plain autodiff of the
         scan, which is less work than as many rounds.
       tol: stop once a round's relative correction is not above it.
-      guard: stop before a round whose correction is larger than the last one's, as the rounds
-        after it would mostly lead further away; the first round is compared to the cotangents
-        themselves. A correction that is NaN stops too, and the gradient shows the NaN. Ask for a
-        report with ``probe``.
+      guard: stop before a round whose correction is larger than the last one's (the first one's is
+        compared to the cotangents), as the rounds after it would mostly lead further away. A
+        correction that is NaN stops too, and the gradient shows the NaN.
       has_aux: ``block`` returns ``(x, aux)``. The gradients of ``aux`` are exact for the
         parameters of the same layer, and a path from there goes through one block at least.
       probe: a zero report, see `highway_report`. Its gradient is the report of the backward pass.

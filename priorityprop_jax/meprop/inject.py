@@ -39,13 +39,12 @@ def meprop(
 ) -> int:
     """Gives the layers of an existing model meProp's backward pass, in place.
 
-    The forward pass stays as it is. `nnx.Linear`, `nnx.LinearGeneral` (so attention's projections),
-    `nnx.Conv` and `nnx.Einsum` get `meprop_dot_general` and its kin; `nnx.RNN` with an LSTM or GRU
-    cell gets one backward pass over the whole sequence, where ``k`` counts the features of each
-    gate. Call it before the optimizer is made, as the shapes of kernels change: those of
-    `nnx.Linear` and `nnx.LinearGeneral` are from here on stored ``(out, in)``, the layout in which
-    the kept rows lie together. A product in that layout may round otherwise; values are those of
-    the plain model to the bit with ``transpose=False``. `restore` undoes all of it.
+    `nnx.Linear`, `nnx.LinearGeneral` (so attention's projections), `nnx.Conv` and `nnx.Einsum` get
+    `meprop_dot_general` and its kin; `nnx.RNN` with an LSTM or GRU cell gets one backward pass over
+    the whole sequence, where ``k`` counts the features of each gate. Call it before the optimizer
+    is made, as the shapes of kernels change: those of `nnx.Linear` and `nnx.LinearGeneral` are from
+    here on stored ``(out, in)``, the layout in which the kept rows lie together. A product in that
+    layout may round otherwise; ``transpose=False`` keeps values to the bit. `restore` undoes it.
 
     Args:
       model: the module; changed in place.
@@ -111,9 +110,6 @@ def meprop(
 
 def restore(model: nnx.Module) -> int:
     """Takes out what `meprop` put in, in place: the plain layers, with their trained parameters.
-
-    Args:
-      model: the module; changed in place.
 
     Returns:
       How many layers were changed back. `meprop` has an example.

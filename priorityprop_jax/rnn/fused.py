@@ -145,9 +145,7 @@ def _fused(layers: Sequence[Any], x: jax.Array) -> tuple[jax.Array, jax.Array, A
 class FusedRNN(nnx.RNN):
     """`flax.nnx.RNN` whose scan is one function of ours, with its own backward pass.
 
-    Values, parameters and their paths are the RNN's. A subclass says which function, by `run`. It
-    applies where the cell is `nnx.OptimizedLSTMCell`, `nnx.LSTMCell` or `nnx.GRUCell` with sigmoid
-    and tanh; other cells run as ever.
+    A subclass says which function, by `run`. Other cells than `is_fusible`'s run as ever.
     """
 
     own: tuple[str, ...] = ()  # attributes that `restore_rnn` takes away
@@ -222,9 +220,6 @@ def restore_rnn(rnn: Any) -> bool:
 
 def restore(model: nnx.Module) -> int:
     """Gives every `nnx.RNN` of a model its own backward pass again, in place.
-
-    Args:
-      model: the module; changed in place.
 
     Returns:
       How many RNNs were changed back.

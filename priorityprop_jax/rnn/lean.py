@@ -56,10 +56,8 @@ def lean_rnn(model: nnx.Module, *, iterations: int | None = None, tol: float | N
 
     By default gradients are exact to rounding: the automatic derivative of a scan adds to the
     gradients of the kernels at every step, this backward pass makes each of them by one product
-    over all steps. With ``iterations`` it is that of `highway_rnn`, approximate, all steps at once.
-
-    On a CPU an exact one is left to autodiff where a step has more than 64 rows, as it is no slower
-    there.
+    over all steps. On a CPU it is left to autodiff where a step has more than 64 rows, as that is
+    no slower there. With ``iterations`` it is that of `highway_rnn`, approximate, all steps at once.
 
     Values are the plain RNN's to rounding, parameters and their paths the same; masks by
     ``seq_lengths`` and all other options of the module hold. A call takes one argument more,
@@ -69,8 +67,8 @@ def lean_rnn(model: nnx.Module, *, iterations: int | None = None, tol: float | N
 
     Args:
       model: the module; changed in place.
-      iterations: rounds of `highway_rnn` at most, or None for exact gradients.
-      tol: the correction at which rounds stop, see `highway_rnn`.
+      iterations: see `highway_rnn`, as for ``tol``.
+      tol: the correction at which rounds stop.
 
     Returns:
       How many RNNs have this backward pass now.
@@ -82,13 +80,10 @@ def lean_rnn(model: nnx.Module, *, iterations: int | None = None, tol: float | N
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> from priorityprop_jax.rnn.lean import lean_rnn
-      >>> model = nnx.Bidirectional(
-      ...     nnx.RNN(nnx.GRUCell(3, 8, rngs=nnx.Rngs(0))),
-      ...     nnx.RNN(nnx.LSTMCell(3, 8, rngs=nnx.Rngs(1))),
-      ... )
+      >>> from priorityprop_jax.rnn import lean_rnn
+      >>> model = nnx.RNN(nnx.GRUCell(3, 8, rngs=nnx.Rngs(0)))
       >>> lean_rnn(model)
-      2
+      1
       >>> grads = nnx.grad(lambda model: jnp.sum(model(jnp.ones((4, 6, 3)))))(model)
     """
     check_module(model)
@@ -124,9 +119,8 @@ class LinenLeanRNN(nn.RNN, kw_only=True):
       tol: the correction at which rounds stop, or None. Static.
 
     Raises:
-      TypeError: when called, if the cell is not `nn.OptimizedLSTMCell`, `nn.LSTMCell` or
-        `nn.GRUCell` with sigmoid and tanh, or an option no number.
-      ValueError: when called, if an option makes no sense.
+      TypeError, ValueError: when called, if the cell is not `nn.OptimizedLSTMCell`, `nn.LSTMCell`
+        or `nn.GRUCell` with sigmoid and tanh, or an option makes no sense.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
