@@ -57,7 +57,7 @@ def lean_rnn(model: nnx.Module, *, iterations: int | None = None, tol: float | N
     By default gradients are exact to rounding: the automatic derivative of a scan adds to the
     gradients of the kernels at every step, this backward pass makes each of them by one product
     over all steps. On a CPU it is left to autodiff where a step has more than 64 rows, as that is
-    no slower there. With ``iterations`` it is that of `highway_rnn`, approximate, all steps at once.
+    no slower. With ``iterations`` it is that of `highway_rnn`, approximate, all steps at once.
 
     Values are the plain RNN's to rounding, parameters and their paths the same; masks by
     ``seq_lengths`` and all other options of the module hold. A call takes one argument more,
