@@ -7,6 +7,7 @@ from priorityprop_jax.sparse.layers import SparseConv, SparseIndex, SparseLinear
 from priorityprop_jax.sparse.masks import magnitude_masks
 from priorityprop_jax.sparse.measure import sparsify
 from priorityprop_jax.sparse.pattern import SparsePattern, make_pattern
+from priorityprop_jax.sparse.pruned import sparse_from_pruned
 from priorityprop_jax.sparse.step import dynamic
 from priorityprop_jax.sparse.swap import apply_further_mask, densify, prune, sparse_start
 
@@ -24,6 +25,7 @@ __all__ = [
     "prune",
     "sparse_backend",
     "sparse_conv",
+    "sparse_from_pruned",
     "sparse_linear",
     "sparse_start",
     "sparsify",

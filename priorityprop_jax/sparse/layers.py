@@ -22,6 +22,7 @@ from priorityprop_jax.sparse.pattern import (
     SparsePattern,
     carry,
     change_pattern,
+    check_pattern,
     densify_values,
     make_pattern,
     mask_of,
@@ -212,6 +213,10 @@ class SparseLayer(nnx.Module):
             self.index[name].set_value(getattr(pattern, name))
         self.values.set_value(carry(self.values[...], source))
         return source
+
+    def check(self) -> None:
+        """Refuses index arrays of no mask, as in a damaged file: see `check_pattern`."""
+        check_pattern(self.pattern)
 
     def _finish(self, y: jax.Array, bias: jax.Array | None) -> jax.Array:
         """The output in the dtype that was asked for, and the bias."""

@@ -75,7 +75,7 @@ def make_pattern(mask: Any, *, capacity: int | None = None) -> SparsePattern:
 
     Args:
       mask: bool ``[out, in]`` (or numbers: non-zero is kept). A traced one needs a ``capacity``;
-        should it keep more places, the native kernels refuse what comes out.
+        should it keep more places, `check_pattern` and the native kernels refuse what comes out.
       capacity: room for as many places; by default as many as are used, and at least 1.
 
     Raises:
@@ -129,6 +129,56 @@ def make_pattern(mask: Any, *, capacity: int | None = None) -> SparsePattern:
     }
     arrays = {name: jnp.asarray(array.astype(np.int32)) for name, array in arrays.items()}
     return SparsePattern(**arrays, shape=(outs, ins))
+
+
+def check_pattern(pattern: SparsePattern) -> None:
+    """Refuses index arrays that no mask gives: out of range, unsorted, or not of one pattern.
+
+    For patterns that come from elsewhere than `make_pattern`, such as a file.
+
+    Args:
+      pattern: concrete index arrays.
+
+    Raises:
+      ValueError: if anything about them is wrong.
+
+    Example:
+      >>> import dataclasses, numpy as np
+      >>> from priorityprop_jax.sparse.pattern import check_pattern, make_pattern
+      >>> pattern = make_pattern(np.eye(3))
+      >>> check_pattern(dataclasses.replace(pattern, columns=pattern.columns + 3))
+      Traceback (most recent call last):
+      ...
+      ValueError: columns of a sparse pattern must lie in [0, 3), ascending in each row
+    """
+    outs, ins = pattern.shape
+    capacity = pattern.capacity
+    lengths = {"row_starts": outs + 1, "column_starts": ins + 1}
+    for name in ARRAYS:
+        array, length = getattr(pattern, name), lengths.get(name, capacity)
+        if array.shape != (length,) or array.dtype != jnp.int32:
+            raise ValueError(
+                f"{name} of a sparse pattern must be int32 [{length}], got "
+                f"{array.dtype} {list(array.shape)}"
+            )
+    starts = np.asarray(pattern.row_starts)
+    used = int(starts[-1])
+    if starts[0] != 0 or np.any(np.diff(starts) < 0) or used > capacity:
+        raise ValueError(f"row_starts must ascend from 0 to at most the capacity, {capacity}")
+    columns = np.asarray(pattern.columns)[:used]
+    inside = np.all((columns >= 0) & (columns < ins))
+    if not inside or np.any(np.diff(_flat(pattern)) <= 0):
+        raise ValueError(
+            f"columns of a sparse pattern must lie in [0, {ins}), ascending in each row"
+        )
+    again = make_pattern(mask_of(pattern), capacity=capacity)
+    lengths = {"column_starts": ins + 1, "rows": used, "order": capacity}
+    for name, length in lengths.items():
+        if not np.array_equal(getattr(pattern, name)[:length], getattr(again, name)[:length]):
+            raise ValueError(
+                "column_starts, rows and order of a sparse pattern do not go through the places of "
+                "row_starts and columns: make them together, by make_pattern"
+            )
 
 
 def change_pattern(pattern: SparsePattern, mask: Any) -> tuple[SparsePattern, jax.Array]:

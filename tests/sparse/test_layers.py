@@ -325,3 +325,19 @@ def test_ranks_are_promoted_by_nobody_else():
         conv = SparseConv(6, 4, 2, sparsity=0.5, rngs=nnx.Rngs(0))
         for layer in (linear, conv):
             run(layer, np.ones((2, 3, 6), np.float32))
+
+
+def test_damaged_places_are_refused():
+    layer = SparseLinear(6, 4, mask=np.arange(24).reshape(6, 4) % 2, **PLAIN)
+    for name, change in [
+        ("columns", lambda columns: columns + 6),
+        ("columns", lambda columns: columns[::-1]),
+        ("row_starts", lambda starts: starts[::-1]),
+        ("order", lambda order: order * 0),
+    ]:
+        kept = layer.index[name][...]
+        layer.index[name].set_value(change(kept))
+        with pytest.raises(ValueError, match="row_starts|columns|order"):
+            layer.check()
+        layer.index[name].set_value(kept)
+    layer.check()

@@ -1,5 +1,6 @@
 """Index arrays: what `make_pattern` gives, and changing masks."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,6 +14,7 @@ from hypothesis.extra import numpy as hnp
 from priorityprop_jax.sparse.pattern import (
     carry,
     change_pattern,
+    check_pattern,
     densify_values,
     make_pattern,
     mask_of,
@@ -109,3 +111,41 @@ def test_changed_masks_that_do_not_fit():
         change_pattern(pattern, np.ones((3, 3)))
     nothing, source = change_pattern(pattern, np.zeros((3, 3)))
     assert int(nothing.row_starts[-1]) == 0 and (np.asarray(source) == -1).all()
+
+
+def test_index_arrays_of_no_mask_are_refused():
+    pattern = make_pattern(np.array([[1, 0, 1], [0, 1, 1]]), capacity=6)
+    check_pattern(pattern)
+
+    def check(**changes):
+        arrays = {
+            name: value if isinstance(value, jax.Array) else jnp.array(value, jnp.int32)
+            for name, value in changes.items()
+        }
+        check_pattern(dataclasses.replace(pattern, **arrays))
+
+    check(columns=[0, 2, 1, 2, 9, -9])  # places that are not used may hold anything
+    for name in ("row_starts", "columns", "column_starts", "rows", "order"):
+        array = getattr(pattern, name)
+        for wrong in (array[:-1], array.astype(float), array[None]):
+            with pytest.raises(ValueError, match="of a sparse pattern must be int32"):
+                check(**{name: wrong})
+    for changes, message in [
+        ({"row_starts": [0, 3, 2]}, "row_starts must ascend"),
+        ({"row_starts": [1, 2, 4]}, "row_starts must ascend"),
+        ({"row_starts": [0, 2, 7]}, "row_starts must ascend"),
+        ({"columns": [0, 3, 1, 2, 0, 0]}, r"must lie in \[0, 3\)"),
+        ({"columns": [-1, 2, 1, 2, 0, 0]}, r"must lie in \[0, 3\)"),
+        ({"columns": [2, 0, 1, 2, 0, 0]}, "ascending in each row"),
+        ({"columns": [0, 2, 2, 2, 0, 0]}, "ascending in each row"),
+        ({"columns": [0, 1, 1, 2, 0, 0]}, "do not go through the places"),
+        ({"column_starts": [0, 1, 3, 4]}, "do not go through the places"),
+        ({"column_starts": [0, 0, 0, 0]}, "do not go through the places"),
+        ({"rows": [0, 1, 0, 0, 0, 0]}, "do not go through the places"),
+        ({"rows": [0, 9, 0, 1, 0, 0]}, "do not go through the places"),
+        ({"order": [0, 2, 3, 1, 4, 5]}, "do not go through the places"),
+        ({"order": [0, 2, 1, 3, 5, 4]}, "do not go through the places"),
+        ({"order": [0, 2, 1, 3, 4, 6]}, "do not go through the places"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            check(**changes)
