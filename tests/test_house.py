@@ -27,11 +27,10 @@ BELOW = {
 }
 
 # What does not hold yet. A line that is no longer needed fails its test: take it out.
-EXCEPTIONS: dict[str, set[str]] = {
-    "package": {
-        "lines",
-    },
-}
+EXCEPTIONS: dict[str, set[str]] = {}
+
+# It may shrink: towards 15,000.
+MOST_LINES = 15_900
 
 
 def module_name(path: pathlib.Path) -> str:
@@ -134,7 +133,7 @@ CHECKS = {
     "doors": untidy_doors,
     "files": long_files,
     "classes": long_classes,
-    "package": lambda: {"lines"} if sum(map(lines, FILES)) > 15_000 else set(),
+    "package": lambda: {"lines"} if sum(map(lines, FILES)) > MOST_LINES else set(),
     "readme": lambda: {"lines"} if lines(ROOT / "README.md") > 150 else set(),
 }
 
