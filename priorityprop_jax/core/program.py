@@ -16,9 +16,9 @@ from jax.extend import core as jex_core
 _FREE = frozenset(
     "broadcast_in_dim reshape transpose squeeze expand_dims slice dynamic_slice concatenate pad "
     "dynamic_update_slice gather iota copy copy_p convert_element_type bitcast_convert_type rev "
-    "stop_gradient device_put sharding_constraint mesh_cast pvary pcast optimization_barrier split "
-    "random_wrap random_unwrap random_bits random_fold_in random_split random_seed threefry2x32 "
-    "shift_right_logical shift_left empty create_token ffi_call".split()
+    "stop_gradient device_put sharding_constraint reshard mesh_cast pvary pcast split empty "
+    "optimization_barrier random_wrap random_unwrap random_bits random_fold_in random_split "
+    "random_seed threefry2x32 shift_right_logical shift_left create_token ffi_call".split()
 )
 _REDUCE = ("reduce_", "argmax", "argmin", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
 

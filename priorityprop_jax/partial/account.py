@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from priorityprop_jax.core.slots import Slots
 from priorityprop_jax.partial.costs import StepCosts
@@ -15,110 +13,79 @@ from priorityprop_jax.priority.per_slot import PerSlot
 
 @dataclasses.dataclass
 class Spent:
-    """What the steps with one active set have cost."""
+    """What some steps have cost."""
 
     steps: int = 0
     flops: float = 0.0
-    cached: int = 0  # steps that found their prefix in the cache
-    widened: int = 0  # steps that asked for less
+    cached_steps: int = 0  # that found their prefix in the cache
+    widened_steps: int = 0  # that asked for less
 
 
 class Account:
-    """Counts steps by active set.
-
-    Args:
-      slots: the slots.
-
-    Attributes:
-      steps: how many have been run.
-      charged: what they have cost in the unit of the budget.
-      full_flops: what a step with all slots costs.
-      spent: by active set.
-    """
+    """Counts steps by active set."""
 
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
-        self.steps, self.charged, self.full_flops = 0, 0.0, 0.0
-        self.spent: dict[frozenset[str], Spent] = {}
+        self.charged = 0.0  # in the unit of the budget
+        self.full_flops = 0.0  # of a step with all slots
+        self.costs: StepCosts | None = None  # FLOPs by slot, once they are known
+        self.total, self.spent = Spent(), dict[frozenset[str], Spent]()  # the latter by active set
 
     def charge(
         self, active: frozenset[str], flops: float, cost: float, *, cached: bool, widened: bool
     ) -> None:
         """Adds a step, whose cost in the unit of the budget is ``cost``."""
-        spent = self.spent.setdefault(active, Spent())
-        spent.steps += 1
-        spent.flops += flops
-        spent.cached += cached
-        spent.widened += widened
-        self.steps += 1
+        for spent in (self.total, self.spent.setdefault(active, Spent())):
+            spent.steps += 1
+            spent.flops += flops
+            spent.cached_steps += cached
+            spent.widened_steps += widened
         self.charged += cost
-
-    @property
-    def flops(self) -> float:
-        """Of all steps."""
-        return sum(spent.flops for spent in self.spent.values())
 
     @property
     def saved(self) -> float:
         """The share of as many full steps' FLOPs that was not spent."""
-        full = self.full_flops * self.steps
-        return 1 - self.flops / full if full else 0.0
+        full = self.full_flops * self.total.steps
+        return 1 - self.total.flops / full if full else 0.0
 
-    def report(
-        self,
-        costs: StepCosts | None,
-        counts: Sequence[int],
-        state_bytes: Sequence[float],
-        seconds: float,
-    ) -> dict[str, Any]:
-        """What was spent, in all, by active set and by layer; see `PartialStep.report`."""
-        total = lambda field: sum(getattr(spent, field) for spent in self.spent.values())  # noqa: E731
+    def report(self, counts: Any, state_bytes: Any, seconds: float) -> dict[str, Any]:
+        """What was spent, in all, by active set and by layer; see `PartialStep.report`.
+
+        ``counts`` and ``state_bytes`` are over slots: updates, and bytes on the device.
+        """
+        by_set = [
+            {"active": sorted(names), **dataclasses.asdict(s)} for names, s in self.spent.items()
+        ]
         return {
-            "steps": self.steps,
-            "flops": self.flops,
-            "full_flops": self.full_flops * self.steps,
+            **dataclasses.asdict(self.total),
+            "full_flops": self.full_flops * self.total.steps,
             "share": 1 - self.saved,
-            "cached_steps": total("cached"),
-            "widened_steps": total("widened"),
-            "variants": [
-                {
-                    "active": sorted(active),
-                    "steps": spent.steps,
-                    "flops": spent.flops,
-                    "cached_steps": spent.cached,
-                    "widened_steps": spent.widened,
-                }
-                for active, spent in self.spent.items()
-            ],
-            "layers": self._layers(costs, counts, state_bytes, seconds),
+            "variants": by_set,
+            "layers": self._layers(counts, state_bytes, 1e3 * seconds / (self.total.flops or 1)),
         }
 
-    def _layers(
-        self, costs: StepCosts | None, counts: Any, state_bytes: Any, seconds: float
-    ) -> list[dict[str, Any]]:
-        """By layer from the input: updates, and FLOPs as the chain back and the slots' own."""
-        slots = self._slots
+    def _layers(self, counts: Any, state_bytes: Any, rate: float) -> list[dict[str, Any]]:
+        """By layer from the input: updates, and FLOPs as the chain back and the slots' own.
+
+        ``rate`` is milliseconds a FLOP.
+        """
+        slots, rows = self._slots, []
         depths = max(slots.depths, default=-1) + 1
-        if costs is None:
-            costs = StepCosts((0.0,) * len(slots), (0.0,) * depths)
-        reached = np.zeros(depths)
-        for active, spent in self.spent.items():
-            pairs = zip(slots.names, slots.depths, strict=True)
-            reached[: max(depth for name, depth in pairs if name in active) + 1] += spent.steps
-        rows, flops = [], self.flops
+        # There are none where there was no step.
+        costs = self.costs or StepCosts((0.0,) * len(slots), (0.0,) * depths)
+        depth_of = dict(zip(slots.names, slots.depths, strict=True))
+        deepest = [(max(map(depth_of.get, names)), s.steps) for names, s in self.spent.items()]
         for depth in reversed(range(depths)):
             members = [i for i, d in enumerate(slots.depths) if d == depth]
             chain = costs.floors[depth] - costs.floors[depth - 1] if depth else 0.0
-            backward = float(
-                reached[depth] * chain + sum(costs.own[i] * counts[i] for i in members)
-            )
+            reached = sum(steps for deep, steps in deepest if deep >= depth)
+            flops = float(reached * chain + sum(costs.own[i] * counts[i] for i in members))
             rows.append(
                 {
                     "layer": slots.layers[members[0]] if members else str(depth),
-                    "depth": depth,
                     "updates": int(sum(counts[i] for i in members)),
-                    "flops": backward,
-                    "milliseconds": 1e3 * seconds * backward / flops if flops else 0.0,
+                    "flops": flops,
+                    "milliseconds": rate * flops,
                     "state_bytes": int(sum(state_bytes[i] for i in members)),
                 }
             )
@@ -126,31 +93,31 @@ class Account:
 
     def record(self) -> dict[str, Any]:
         """What a resumed run needs, ready for JSON."""
+        costs = self.costs
         return {
-            "steps": self.steps,
             "charged": self.charged,
             "full_flops": self.full_flops,
+            "costs": None if costs is None else [costs.own, costs.floors],
+            "total": dataclasses.astuple(self.total),
             "spent": [[sorted(names), *dataclasses.astuple(s)] for names, s in self.spent.items()],
         }
 
     def restore(self, record: Mapping[str, Any]) -> None:
         """The inverse of `record`."""
-        self.steps, self.charged = record["steps"], record["charged"]
-        self.full_flops = record["full_flops"]
+        self.charged, self.full_flops = record["charged"], record["full_flops"]
+        if record["costs"] is not None:  # for a report where no step is left to run
+            self.costs = StepCosts(*map(tuple, record["costs"]))
+        self.total = Spent(*record["total"])
         self.spent = {frozenset(names): Spent(*rest) for names, *rest in record["spent"]}
 
 
 def state_bytes(per_slot: PerSlot, inner_state: Any, resident: frozenset[str]) -> list[float]:
     """Bytes of optimizer state of each slot, for those whose state is on the device."""
-    slots = per_slot.slots
     leaves = per_slot.state_treedef.flatten_up_to(inner_state)
-    found = [0.0] * len(slots)
-    for bundle in slots.bundles:
-        mine = [
-            i
-            for i in range(bundle.start, bundle.start + bundle.slots)
-            if slots.names[i] in resident
-        ]
+    found = [0.0] * len(per_slot.slots)
+    for bundle in per_slot.slots.bundles:
+        places = range(bundle.start, bundle.start + bundle.slots)
+        mine = [i for i in places if per_slot.slots.names[i] in resident]
         for i in mine:
             found[i] = sum(leaves[leaf].nbytes for leaf in per_slot.owned(bundle)) / len(mine)
     return found

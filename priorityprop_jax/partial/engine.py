@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from priorityprop_jax.core.program import Program, abstract, build, program_flop
 from priorityprop_jax.core.slots import Slots, by_layer, find_slots
 from priorityprop_jax.partial.account import Account, state_bytes
 from priorityprop_jax.partial.costs import StepCosts, measure_costs
-from priorityprop_jax.partial.grad import ActiveLeaves, find_active, value_and_grad_of
+from priorityprop_jax.partial.grad import find_active, value_and_grad_of
 from priorityprop_jax.partial.offload import STATES, ActiveState
 from priorityprop_jax.partial.plan import Options, Planner
 from priorityprop_jax.partial.policies import SPENDING, Policy, make_policy
@@ -56,9 +57,8 @@ def step(
 ) -> Callable[[Any], PartialStep]:
     """Steps that train some slots each, chosen by a policy, and run only their part.
 
-    Each step runs a program compiled for its active set: loss, gradients of what is active,
-    optimizer and application in one, donated. What is inactive costs nothing, and keeps parameters
-    and optimizer state bit for bit.
+    Each step runs one program compiled for its active set. What is inactive costs nothing, and
+    keeps parameters and optimizer state bit for bit.
 
     The optimizer is put into `update_active`, unless it has one already. There a clip by global
     norm belongs in front of it, and a schedule on the clock of steps behind it:
@@ -67,8 +67,7 @@ def step(
 
     Where more than `max_variants` sets are asked for, a policy with a budget runs a superset of
     some, which the budget is charged for, the report counts as ``widened_steps`` and a warning
-    tells once. One without a budget runs what it asks for, and compiles anew what it has not run
-    for long.
+    tells once. One without a budget compiles anew what it has not run for long.
 
     Args:
       policy: who is active when: a name that `make_policy` knows, or a function.
@@ -152,17 +151,7 @@ def step(
 
 
 class PartialStep:
-    """The `Step` that `step` makes; see there.
-
-    Args:
-      setup: the `Setup` of a trainer.
-      options: what `step` was given.
-
-    Attributes:
-      slots: the slots.
-      unit: what the ledger counts.
-      compile_seconds: wall time spent on tracing and compiling so far.
-    """
+    """The `Step` that `step` makes of the `Setup` of a trainer; see there."""
 
     unit = "updates"
 
@@ -177,19 +166,14 @@ class PartialStep:
         # Then the program is that of the plain optimizer, bit for bit.
         self._uniform = options.policy == "full" and options.state == "keep"
         self._shapes = shapes = jax.tree.map(abstract, setup.params)
-        self._where = dict(options.where)
-        if self._where == {"stacked_axis": None, "group": None}:
+        where = dict(options.where)
+        if where == {"stacked_axis": None, "group": None}:
             by_stage = lambda path: path.split("/")[0]  # noqa: E731
-            self._where["group"] = by_layer(shapes) if stages is None else by_stage
-        self._optimizer = optax.with_extra_args_support(setup.optimizer)
-        with slots_by(**self._where) as found:
-            jax.eval_shape(self._optimizer.init, shapes)
+            where["group"] = by_layer(shapes) if stages is None else by_stage
+        self._optimizer, found = _initialized(setup.optimizer, shapes, where)
         if not found:
-            self._optimizer = update_active(
-                setup.optimizer, gain_decay=options.gain_decay, **self._where
-            )
-            with slots_by(**self._where) as found:
-                jax.eval_shape(self._optimizer.init, shapes)
+            wrapped = update_active(setup.optimizer, gain_decay=options.gain_decay, **where)
+            self._optimizer, found = _initialized(wrapped, shapes, where)
         if len(found) > 1:
             raise ValueError(
                 f"the optimizer has update_active {len(found)} times; put the parts that it is "
@@ -199,37 +183,30 @@ class PartialStep:
         self.slots = find_slots(shapes, **self._where)
         if stages is not None:
             self.slots = _in_order(self.slots, stages.names, shapes)
-        self._prefix = None if stages is None else Prefix(stages, self.slots, options.cache)
+        self.compile_seconds, self._programs = 0.0, 0
+        self._prefix = None
+        if stages is not None:
+            self._prefix = Prefix(stages, self.slots, options.cache, self._build)
         self._states = None
         if options.state != "keep":
             self._states = ActiveState(inner, shapes, mode=options.state, **self._where)
         self._per_slot = PerSlot(optax.with_extra_args_support(inner), shapes, self.slots)
-        self._everything = frozenset(self.slots.names)
-        self._leaves: dict[frozenset[str], ActiveLeaves] = {}
+        self._chosen = functools.cache(functools.partial(find_active, shapes, self.slots))
         self._account = Account(self.slots)
         self._planner = Planner(options, self.slots, self._account)
-        self._flop_costs: StepCosts | None = None  # for the report
         self._arguments: Any = None  # rest and batch of the first step, as shapes
-        self._seconds, self._programs = 0.0, 0
-
-    # What a trainer asks of a step.
 
     def init(self, params: Any) -> Any:
         """The optimizer state before the first step."""
         with slots_by(**self._where):
-            states = self._states
-            if states is None:
+            if self._states is None:
                 return self._optimizer.init(params)
+            empty = lambda state: self._states.empty()  # noqa: E731
             # Compiled, so that what is replaced is not even made.
-            return jax.jit(lambda p: _put(self._optimizer.init(p), states.empty()))(params)
+            return jax.jit(lambda p: _changed(self._optimizer.init(p), empty))(params)
 
     def lay_out(self, layout: Any) -> None:
         """Nothing: every program keeps the layout of what it is given."""
-
-    @property
-    def compile_seconds(self) -> float:
-        """Wall time spent on tracing and compiling so far."""
-        return self._seconds + (self._prefix.compile_seconds if self._prefix else 0.0)
 
     @property
     def saved(self) -> float:
@@ -245,47 +222,37 @@ class PartialStep:
             )
 
     def report(self, opt_state: Any, seconds: float = 0.0) -> dict[str, Any]:
-        """What was spent, in all and by layer, against a training of everything.
+        """What was spent, in all and by layer, against a training of everything, ready for JSON.
 
-        Args:
-          opt_state: the optimizer state.
-          seconds: wall time of the training, shared among layers as FLOPs are.
-
-        Returns:
-          A dict of numbers, lists and strings, ready for JSON: ``steps``, ``flops`` (of every
-          program run, see `program_flops`), ``full_flops`` (what as many full steps cost),
-          ``share``, ``cached_steps``, ``widened_steps`` (that trained more than the policy asked
-          for), ``programs``, ``compile_seconds``, ``variants`` and ``layers``.
+        ``seconds`` of wall time are shared among layers as FLOPs are. ``flops`` are of every
+        program run, see `program_flops`, and ``full_flops`` what as many full steps cost;
+        ``widened_steps`` trained more than the policy asked for.
         """
-        state = _find(opt_state)
-        resident = self._everything if self._states is None else self._states.resident
+        if self._account.costs is None and self._arguments is not None:
+            self._account.costs = self._measured("flops")
+        state = next(s for s in jax.tree.leaves(opt_state, is_leaf=_is_ours) if _is_ours(s))
+        resident = frozenset(self.slots.names) if self._states is None else self._states.resident
         counts = np.asarray(state.update_counts).tolist()
         held = state_bytes(self._per_slot, state.inner_state, resident)
-        programs = self._programs + (self._prefix.programs if self._prefix else 0)
-        return {
-            "programs": programs,
-            "compile_seconds": self.compile_seconds,
-            **self._account.report(self._report_costs(), counts, held, seconds),
-        }
+        return {"programs": self._programs, **self._account.report(counts, held, seconds)}
 
     def __call__(
         self, params: Any, rest: Any, opt_state: Any, batch: Any
     ) -> tuple[Any, Any, Any, dict[str, Any]]:
-        """Runs one step. The first three arguments are donated.
+        """New parameters, rest and state, which are donated, and a dict of what `Trainer` logs.
 
-        Returns:
-          New parameters, rest and state, and a dict: the loss and the metrics as arrays on the
-          device, and ``updates``, ``flops`` and ``cached`` as numbers.
+        In it the loss and the metrics are arrays on the device, ``updates``, ``flops`` and
+        ``cached`` numbers.
         """
         if self._arguments is None:
             start = time.perf_counter()
             self._prepare(rest, batch)
-            self._seconds += time.perf_counter() - start
+            self.compile_seconds += time.perf_counter() - start
         if not self._planner.plan:
-            opt_state = _put(opt_state, self._new_cycle(_find(opt_state)))
+            opt_state = _changed(opt_state, self._new_cycle)
         asked, active = self._planner.plan.pop(0)
         if self._states is not None:
-            opt_state = _put(opt_state, self._states.move(_find(opt_state), active, params))
+            opt_state = _changed(opt_state, lambda s: self._states.move(s, active, params))
         rest, opt_state = put_beside(params, (rest, opt_state))
         x, start, forward, cached = None, 0, 0.0, False
         if self._prefix is not None:
@@ -295,15 +262,17 @@ class PartialStep:
         chosen = self._chosen(active)
         part, frozen = chosen.split(params)
         arguments = (part, frozen, rest, opt_state, jax.tree.map(jnp.asarray, batch), x)
-        program = self._compiled(active, start, arguments)
+        program = self._planner.variants.program(
+            active,
+            (start, arguments_key(arguments)),
+            lambda: self._compiled(active, start, arguments),
+        )
         part, rest, opt_state, values = program.run(*arguments)
         flops = program.flops + forward
         cost = self._planner.charge(active, flops)
         self._account.charge(active, flops, cost, cached=cached, widened=active != asked)
         counts = {"updates": len(active), "flops": flops, "cached": int(cached)}
         return chosen.join(part, frozen), rest, opt_state, values | counts
-
-    # Programs.
 
     def _program(self, active: frozenset[str], start: int) -> Callable[..., Any]:
         """The step of one active set, as a pure function."""
@@ -327,24 +296,16 @@ class PartialStep:
         return step
 
     def _compiled(self, active: frozenset[str], start: int, arguments: Any) -> Program:
-        def make() -> Program:
-            donate = (0, 2, 3)
-            out = (*(layout_of(arguments[i]) for i in donate), None)
-            program = build(self._program(active, start), arguments, out, donate)
-            self._programs += 1
-            self._seconds += program.seconds
-            return program
+        donate = (0, 2, 3)
+        out = (*(layout_of(arguments[i]) for i in donate), None)
+        return self._build(self._program(active, start), arguments, out, donate)
 
-        key: Hashable = (start, arguments_key(arguments))
-        return self._planner.variants.program(active, key, make)
-
-    def _chosen(self, active: frozenset[str]) -> ActiveLeaves:
-        """The leaves of an active set, looked up once rather than at every step."""
-        if active not in self._leaves:
-            self._leaves[active] = find_active(self._shapes, self.slots, active)
-        return self._leaves[active]
-
-    # Planning.
+    def _build(self, *arguments: Any) -> Program:
+        """`build`, counted."""
+        program = build(*arguments)
+        self._programs += 1
+        self.compile_seconds += program.seconds
+        return program
 
     def _prepare(self, rest: Any, batch: Any) -> None:
         """Finds out what steps cost. By shapes, whatever the layout: a mesh changes no choice."""
@@ -352,68 +313,47 @@ class PartialStep:
         self._arguments = rest, batch = jax.tree.map(abstract, (rest, batch))
         with slots_by(**self._where):
             state = jax.eval_shape(self._optimizer.init, self._shapes)
-        part, frozen = self._chosen(self._everything).split(self._shapes)
-        step = jax.jit(self._program(self._everything, 0))
+        everything = frozenset(self.slots.names)
+        part, frozen = self._chosen(everything).split(self._shapes)
+        step = jax.jit(self._program(everything, 0))
         traced = step.trace(part, frozen, rest, jax.tree.map(abstract, state), batch, None)
         self._account.full_flops = program_flops(traced.jaxpr)
-        if options.budget is None and options.costs is None:
-            return
-        unit = options.budget[0] if options.budget else "share"
-        costs = options.costs or self._measured("flops" if unit == "share" else unit)
-        if costs.unit == "flops":
-            self._flop_costs = costs
-        self._planner.know(costs, self._forward_flops if options.cache is not None else None)
-
-    def _forward_flops(self) -> list[float]:
-        """FLOPs of the forward pass of all stages in front of each depth."""
-        rest, batch = self._arguments
-        prefix: Any = self._prefix
-        starts = {depth: prefix.start([name]) for name, depth in _pairs(self.slots)}
-        stops = [starts.get(depth, 0) for depth in range(max(self.slots.depths) + 1)]
-        return [prefix.flops(self._shapes, rest, batch["x"], stop) for stop in stops]
+        costs = options.costs
+        if costs is None and options.budget is not None:
+            unit = options.budget[0]
+            costs = self._measured("flops" if unit == "share" else unit)
+        if costs is not None and costs.unit == "flops":
+            self._account.costs = costs
+        if costs is not None:
+            cached = self._prefix if options.cache is not None else None
+            front = None if cached is None else cached.flops(self._shapes, rest, batch["x"])
+            self._planner.know(costs, front)
 
     def _measured(self, unit: str) -> StepCosts:
-        def loss(params, arguments):
-            return self._loss(params, *arguments)
-
-        return measure_costs(
-            loss, self._shapes, self._arguments, self.slots, unit=unit, has_aux=True
-        )
+        loss = lambda params, arguments: self._loss(params, *arguments)  # noqa: E731
+        example = self._shapes, self._arguments
+        return measure_costs(loss, *example, self.slots, unit=unit, has_aux=True)
 
     def _new_cycle(self, state: ActiveUpdatesState) -> ActiveUpdatesState:
         values = expected_gains(state, self._gain_decay)
         counts = np.asarray(state.update_counts)
         granted = self._planner.new_cycle(values, counts)
-        if self._prefix is not None:
-            self._prefix.plan([self._prefix.start(names) for _, names in self._planner.plan])
         return state._replace(
             allocation=_like(granted, state.allocation),
             priorities=_like(priority(values, counts, 1.0), state.priorities),
         )
 
-    # Checkpoints.
-
     def complete(self, opt_state: Any) -> Any:
         """The optimizer state with that of all slots, for a checkpoint."""
-        if self._states is None:
-            return opt_state
-        return _put(opt_state, self._states.complete(_find(opt_state)))
-
-    def _report_costs(self) -> StepCosts | None:
-        """In FLOPs, for policies without a budget traced once a batch is known; else None."""
-        if self._flop_costs is None and self._arguments is not None:
-            self._flop_costs = self._measured("flops")
-        return self._flop_costs
+        return opt_state if self._states is None else _changed(opt_state, self._states.complete)
 
     def record(self) -> dict[str, Any]:
         """What a resumed run needs beside the arrays, ready for JSON."""
-        costs = self._report_costs()
         return {
             "options": self._options.record,
             "account": self._account.record(),
-            "costs": None if costs is None else dataclasses.asdict(costs),
             "planner": self._planner.record(),
-            "prefix": None if self._prefix is None else self._prefix.record(),
+            "prefix": None if self._prefix is None else self._prefix.at,
             "resident": sorted(self._states.resident) if self._states else [],
             "waiting": sorted(self._states.waiting) if self._states else [],
         }
@@ -421,8 +361,7 @@ class PartialStep:
     def restore(self, record: Mapping[str, Any], opt_state: Any) -> Any:
         """The inverse of `record` and `complete`: the optimizer state to go on with.
 
-        Raises:
-          ValueError: the record is of another policy, cycle, budget or place of states.
+        A ValueError if the record is of another policy, cycle, budget or place of states.
         """
         for name, mine in self._options.record.items():
             theirs = record["options"][name]
@@ -433,35 +372,29 @@ class PartialStep:
                 )
         self._account.restore(record["account"])
         self._planner.restore(record["planner"])
-        if record["costs"] is not None:  # for a report where no step is left to run
-            lists: dict[str, Any] = {
-                k: tuple(v) if isinstance(v, list) else v for k, v in record["costs"].items()
-            }
-            self._flop_costs = StepCosts(**lists)
         if self._prefix is not None:
             self._prefix.restore(record["prefix"])
         if self._states is None:
             return opt_state
-        state = self._states.restore(_find(opt_state), record["resident"], record["waiting"])
-        return _put(opt_state, state)
+        slots = record["resident"], record["waiting"]
+        return _changed(opt_state, lambda state: self._states.restore(state, *slots))
 
 
 def _is_ours(state: Any) -> bool:
     return isinstance(state, ActiveUpdatesState)
 
 
-def _find(opt_state: Any) -> ActiveUpdatesState:
-    """The state of `update_active` in that of an optimizer."""
-    return next(s for s in jax.tree.leaves(opt_state, is_leaf=_is_ours) if _is_ours(s))
+def _changed(opt_state: Any, function: Callable[..., ActiveUpdatesState]) -> Any:
+    """An optimizer's state with a function of that of `update_active` in its place."""
+    return jax.tree.map(lambda s: function(s) if _is_ours(s) else s, opt_state, is_leaf=_is_ours)
 
 
-def _put(opt_state: Any, state: ActiveUpdatesState) -> Any:
-    """The same with another state of `update_active`."""
-    return jax.tree.map(lambda s: state if _is_ours(s) else s, opt_state, is_leaf=_is_ours)
-
-
-def _pairs(slots: Slots) -> list[tuple[str, int]]:
-    return list(zip(slots.names, slots.depths, strict=True))
+def _initialized(optimizer: Any, params: Any, where: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """The optimizer with extra arguments, and what `slots_by` finds in it."""
+    optimizer = optax.with_extra_args_support(optimizer)
+    with slots_by(**where) as found:
+        jax.eval_shape(optimizer.init, params)
+    return optimizer, found
 
 
 def _in_order(slots: Slots, names: tuple[str, ...], params: Any) -> Slots:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,51 +50,48 @@ class Planner:
     """At the start of a cycle tells the policy what it may spend, and merges what it asks for.
 
     It may spend the budget of all steps so far and of this cycle, less what has been spent.
-
-    Args:
-      options: what `step` was given.
-      slots: the slots.
-      account: what has been spent.
-
-    Attributes:
-      costs: what steps cost in the unit of the budget, once known.
-      variants: the programs.
-      plan: for the steps left of the cycle, what was asked for and what is run.
     """
 
     def __init__(self, options: Options, slots: Slots, account: Account) -> None:
         self._options, self._slots, self._account = options, slots, account
         self._policy = make_policy(options.policy)
-        self.costs: StepCosts | None = None
-        self._uncached: StepCosts | None = None  # the same, what a cache saves included
+        self.costs: StepCosts | None = None  # in the unit of the budget, once known
+        self._full = 0.0  # what a step with all slots costs; 0 where only its FLOPs are known
+        self._allowed = math.inf  # what a step may cost on average
         self.variants: Variants[Program] = Variants(
             frozenset(slots.names), options.max_variants, self.cost, exact=options.budget is None
         )
+        # For the steps left of the cycle, what was asked for and what is run.
         self.plan: list[tuple[frozenset[str], frozenset[str]]] = []
         self._warned = False
 
-    def know(self, costs: StepCosts, forward: Callable[[], Sequence[float]] | None) -> None:
+    def know(self, costs: StepCosts, front: Sequence[float] | None) -> None:
         """Takes in what steps cost; raises if the budget does not pay for the cheapest.
 
-        Where outputs are cached, ``forward`` gives the FLOPs of the forward pass in front of each
+        Where outputs are cached, ``front`` are the FLOPs of the forward pass in front of each
         depth.
         """
-        if len(costs.own) != len(self._slots) or len(costs.floors) <= max(self._slots.depths):
+        options, slots = self._options, self._slots
+        if len(costs.own) != len(slots) or len(costs.floors) <= max(slots.depths):
             raise ValueError(
                 f"costs are of {len(costs.own)} slots and {len(costs.floors)} depths, but the "
-                f"model has {len(self._slots)} slots; measure them for these slots"
+                f"model has {len(slots)} slots; measure them for these slots"
             )
-        self.costs = self._uncached = costs
-        if forward is not None:
-            rate = 1.0 if costs.unit == "flops" else costs.full / self._account.full_flops
-            self.costs = costs.without_prefix([rate * flops for flops in forward()])
-        head = [n for n, d in zip(self._slots.names, self._slots.depths, strict=True) if d == 0]
-        cheapest, allowed = self.cost(frozenset(head)), self._allowance()
-        if self._options.policy in SPENDING and allowed < cheapest:
+        self._full = self._account.full_flops if costs.unit == "flops" else costs.full
+        if front is not None:
+            rate = self._full / self._account.full_flops
+            costs = costs.without_prefix([rate * flops for flops in front])
+        self.costs = costs
+        if options.budget is not None:
+            unit, amount = options.budget
+            self._allowed = amount * self._full if unit == "share" else amount
+        pairs = zip(slots.names, slots.depths, strict=True)
+        cheapest = self.cost(frozenset(name for name, depth in pairs if depth == 0))
+        if options.policy in SPENDING and self._allowed < cheapest:
             raise ValueError(
-                f"the budget allows a step {allowed:.4g}, but the cheapest, with the output layer "
-                f"alone, costs {cheapest:.4g}, {cheapest / self._full():.0%} of a full one: raise "
-                "it, or save the forward pass of a frozen prefix with Stages and a PrefixCache"
+                f"the budget allows a step {self._allowed:.4g}, but the cheapest, with the output "
+                f"layer alone, costs {cheapest:.4g}, {cheapest / self._full:.0%} of a full one: "
+                "raise it, or cache what a frozen prefix gives, with Stages and a PrefixCache"
             )
 
     def cost(self, active: frozenset[str]) -> float:
@@ -103,34 +100,19 @@ class Planner:
 
     def charge(self, active: frozenset[str], flops: float) -> float:
         """What a step that has run is charged, in the unit of the budget."""
-        return flops if self._in_flops else self.cost(active)
-
-    @property
-    def _in_flops(self) -> bool:
-        return self.costs is None or self.costs.unit == "flops"
-
-    def _full(self) -> float:
-        if self._in_flops or self._uncached is None:
-            return self._account.full_flops
-        return self._uncached.full
-
-    def _allowance(self) -> float:
-        """What a step may cost on average."""
-        if self._options.budget is None:
-            return math.inf
-        unit, amount = self._options.budget
-        return amount * self._full() if unit == "share" else amount
+        in_flops = self.costs is None or self.costs.unit == "flops"
+        return flops if in_flops else self.cost(active)
 
     def new_cycle(self, values: np.ndarray, counts: np.ndarray) -> list[int]:
         """Plans the next cycle; returns the updates that each slot has in it.
 
         ``values`` and ``counts`` are over slots: what an update is worth, and updates so far.
         """
-        done, steps = self._account.steps, self._options.recalc_every
-        allowed = self._allowance() * (done + steps) - self._account.charged
+        done, steps = self._account.total.steps, self._options.recalc_every
+        allowed = self._allowed * (done + steps) - self._account.charged
         situation = Situation(
-            self._slots, self.costs, allowed / steps, self._full(), done // steps, steps, values,
-            counts, self._options.seed,
+            self._slots, self.costs, allowed / steps, self._full or self._account.full_flops,
+            done // steps, steps, values, counts, self._options.seed,
         )  # fmt: skip
         wanted = [frozenset(names) for names in self._policy(situation)]
         unknown = frozenset().union(*wanted) - situation.everything
@@ -147,8 +129,7 @@ class Planner:
             warnings.warn(
                 f"the policy {self._options.policy!r} asked to train {asked}, and {run} are "
                 f"trained: at most max_variants={self._options.max_variants} sets have programs. "
-                "The budget is charged for what is run, and the report counts such steps as "
-                "widened_steps; raise max_variants to run what is asked for",
+                "Raise it to run what is asked for; the report counts such steps as widened_steps",
                 stacklevel=3,
             )
         return [sum(name in run for _, run in self.plan) for name in self._slots.names]

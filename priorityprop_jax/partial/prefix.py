@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from priorityprop_jax.core.layout import layout_of, spread
-from priorityprop_jax.core.program import Program, abstract, build, constants, program_flops
+from priorityprop_jax.core.program import Program, abstract, constants, program_flops
 from priorityprop_jax.core.slots import Slots
 from priorityprop_jax.partial.prefix_cache import PrefixCache, fingerprint, rounded
 from priorityprop_jax.partial.stages import Stages
@@ -20,31 +21,20 @@ from priorityprop_jax.partial.stages import Stages
 class Prefix:
     """The stages in front of the first one that is trained.
 
-    Outputs are cached in front of one stage, which moves back where an earlier one is to be
-    trained, and forward where that has not been so for two cycles.
-
-    Args:
-      stages: the model.
-      slots: its slots, none of two stages.
-      cache: for outputs, or None.
-
-    Attributes:
-      at: the stage in front of which outputs are cached; None if nowhere.
-      programs: how many programs have been compiled.
-      compile_seconds: wall time spent on it.
+    Outputs are cached in front of one stage, the first that needs it. It moves back where an
+    earlier one is trained, and is chosen anew after a step that trains all stages.
     """
 
-    def __init__(self, stages: Stages, slots: Slots, cache: PrefixCache | None) -> None:
-        self._stages, self._cache = stages, cache
+    def __init__(
+        self, stages: Stages, slots: Slots, cache: PrefixCache | None, build: Callable[..., Program]
+    ) -> None:
+        self._stages, self._slots, self._cache, self._build = stages, slots, cache, build
         first = {name: min(slots.leaves({name})).split("/")[0] for name in slots.names}
         self._where = {name: stages.names.index(stage) for name, stage in first.items()}
-        self.at: int | None = None
-        self.programs, self.compile_seconds = 0, 0.0
-        self._programs: dict[Hashable, Program] = {}
-        self._key: str | None = None
+        self.at: int | None = None  # the stage in front of which outputs are cached
+        self._key: str | None = None  # of the cache as it was opened; None before
         self._checked = False  # whether what is cached has been found to be of each example alone
-        self._reopen_at: int | None = None  # as `at`, of the run that this one goes on with
-        self._cycles_above = 0  # cycles in a row that would have been served by a later stage
+        self._programs: dict[Hashable, Program] = {}
 
     def start(self, active: Iterable[str]) -> int:
         """The first stage that these slots train."""
@@ -58,7 +48,7 @@ class Prefix:
         ``upcoming`` are the stages that the steps to come start at.
         """
         if start == 0:
-            self.at = self._reopen_at = None  # every stage changes
+            self.at = None  # every stage changes
             return None, rest, 0.0, False
         cache, x = self._cache, jax.tree.map(jnp.asarray, batch["x"])
         if cache is None:
@@ -96,9 +86,7 @@ class Prefix:
 
         key = (begin, stop, arguments_key(arguments))
         if key not in self._programs:
-            self._programs[key] = build(forward, arguments, (None, layout_of(arguments[1])))
-            self.programs += 1
-            self.compile_seconds += self._programs[key].seconds
+            self._programs[key] = self._build(forward, arguments, (None, layout_of(arguments[1])))
         program = self._programs[key]
         y, changed = program.run(*arguments)
         return y, {**rest, **changed}, program.flops
@@ -110,35 +98,35 @@ class Prefix:
         y, after = stages.run(*whole, x, start=begin, stop=stop)
         return y, {name: after[name] for name in rest}
 
+    def _traced(self, params: Any, rest: Any, x: Any, stop: int) -> tuple[Any, Any]:
+        """The stages in front of one as a jaxpr, and their outputs. Only shapes are read."""
+        arguments = jax.tree.map(abstract, (*_of(self._stages.names[:stop], params, rest), x))
+        run = functools.partial(self._run, begin=0, stop=stop)
+        traced, (outputs, _) = jax.make_jaxpr(run, return_shape=True)(*arguments)
+        return traced, outputs
+
     def _open(
         self, cache: PrefixCache, params: Any, rest: Any, x: Any, start: int, upcoming: Any
     ) -> int:
         """Makes the cache that of the present prefix; returns the stage that it enters."""
-        if self.at is not None and cache.key != self._key:
-            # Closed meanwhile, or opened by another trainer.
-            self.at, self._reopen_at = None, self.at
-        if self.at is not None and self.at <= start:
-            return self.at
-        at = min([start, *(stage for stage in upcoming if stage > 0)])
-        if self._reopen_at is not None and self._reopen_at <= start:
-            # Outputs are rounded where they are cached, so it has to be the same place.
-            at = self._reopen_at
-        self._reopen_at = None
-        names = self._stages.names[:at]
-        prefix = _of(names, params, rest)
-        shapes = jax.tree.map(abstract, (*prefix, x))
-        program, (outputs, _) = jax.make_jaxpr(
-            lambda *arguments: self._run(*arguments, begin=0, stop=at), return_shape=True
-        )(*shapes)
-        # What the prefix computes: its program without the addresses of Python's objects, which
-        # differ between processes, and what that closes over.
-        text = re.sub(r"0x[0-9a-f]+", "", str(program))
-        tree = (prefix, list(constants(program)))
-        self._key = fingerprint(tree, *names, text, jax.__version__, jax.default_backend())
-        like = jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape[1:], y.dtype), outputs)
-        cache.open(self._key, like)
-        self.at, self._checked = at, False
-        return at
+        if self.at is None or self.at > start:
+            self.at, self._key = min([start, *(stage for stage in upcoming if stage > 0)]), None
+        # Another key: the cache was closed meanwhile, or opened by another trainer. In a resumed
+        # run too it is opened at the same place, as outputs are rounded there.
+        if self._key is None or cache.key != self._key:
+            names = self._stages.names[: self.at]
+            program, outputs = self._traced(params, rest, x, self.at)
+            # What the prefix computes: its program without the addresses of Python's objects,
+            # which differ between processes, and what that closes over.
+            text = re.sub(r"0x[0-9a-f]+", "", str(program))
+            tree = (_of(names, params, rest), list(constants(program)))
+            self._key = fingerprint(tree, *names, text, jax.__version__, jax.default_backend())
+            cache.open(
+                self._key,
+                jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape[1:], y.dtype), outputs),
+            )
+            self._checked = False
+        return self.at
 
     def _check(self, params: Any, rest: Any, x: Any, at: int) -> None:
         """Raises unless outputs are the same at each run, and each of its own example alone.
@@ -156,59 +144,33 @@ class Prefix:
 
         y, after, _ = self._forward(params, rest, x, 0, at)
         same, _, _ = self._forward(params, rest, jax.tree.map(first, x), 0, at)
-        names = [
-            name
-            for name in self._stages.names[:at]
-            if fingerprint(after[name]) != fingerprint(rest[name])
-        ]
-        pairs = zip(jax.tree.leaves(y), jax.tree.leaves(same), strict=True)
-        if names or not all(_close(a, b) for a, b in pairs):
-            who = ", ".join(map(repr, names or self._stages.names[:at]))
+        front = self._stages.names[:at]
+        changed = [n for n in front if fingerprint(after[n]) != fingerprint(rest[n])]
+        why = "what one of them makes of an example depends on its place or on the others"
+        if changed:
             why = (
                 "they draw random numbers or change their state at each run (dropout, "
                 "augmentation, BatchNorm)"
-                if names
-                else "what one of them makes of an example depends on its place or on the others"
             )
+        if changed or not jax.tree.all(jax.tree.map(_close, y, same)):
             raise ValueError(
-                f"the outputs of a prefix with {who} cannot be cached: {why}; end the prefix "
-                "before that, set rates to 0, run frozen stages in evaluation mode, or leave the "
-                "cache out"
+                f"the outputs of a prefix with {', '.join(map(repr, changed or front))} cannot be "
+                f"cached: {why}; end the prefix before that, set rates to 0, run frozen stages in "
+                "evaluation mode, or leave the cache out"
             )
         self._checked = True
 
-    def plan(self, starts: Iterable[int]) -> None:
-        """Gives the place up where a later stage would serve this cycle, and served the last.
+    def flops(self, params: Any, rest: Any, x: Any) -> list[float]:
+        """FLOPs of the forward pass in front of the layers of each depth. Only shapes are read."""
+        stops = [0] * (max(self._slots.depths) + 1)
+        for name, depth in zip(self._slots.names, self._slots.depths, strict=True):
+            stops[depth] = self._where[name]
+        front = lambda stop: program_flops(self._traced(params, rest, x, stop)[0])  # noqa: E731
+        return [front(stop) if stop else 0.0 for stop in stops]
 
-        What froze since is then cached too. One such cycle alone may be followed by another that
-        needs the earlier stage.
-        """
-        at = self._reopen_at if self.at is None else self.at
-        if at is None or not min(starts) > at:
-            self._cycles_above = 0
-            return
-        self._cycles_above += 1
-        if self._cycles_above > 1:
-            self.at, self._reopen_at, self._cycles_above = None, None, 0
-
-    def flops(self, params: Any, rest: Any, x: Any, stop: int) -> float:
-        """FLOPs of the forward pass of all stages in front of one. Only shapes are read."""
-        names = self._stages.names[:stop]
-        arguments = (*_of(names, params, rest), x)
-        traced = jax.make_jaxpr(lambda *arguments: self._run(*arguments, begin=0, stop=stop)[0])
-        return program_flops(traced(*jax.tree.map(abstract, arguments))) if stop else 0.0
-
-    def record(self) -> dict[str, Any]:
-        """What a resumed run needs, ready for JSON."""
-        return {
-            "at": self._reopen_at if self.at is None else self.at,
-            "cycles_above": self._cycles_above,
-        }
-
-    def restore(self, record: Mapping[str, Any]) -> None:
-        """The inverse of `record`."""
-        self.at, self._reopen_at = None, record["at"]
-        self._cycles_above = record["cycles_above"]
+    def restore(self, at: int | None) -> None:
+        """Goes on with the place of another run's cache, its `at`."""
+        self.at, self._key = at, None
 
 
 def arguments_key(arguments: Any) -> Hashable:

@@ -213,7 +213,7 @@ def _slot_bytes(trainer):
 def _books(trainer):
     """The report without what the clock says, and without what a new process compiles anew."""
     report = trainer.get_step_report()
-    del report["programs"], report["compile_seconds"]
+    del report["programs"]
     for row in report["layers"]:
         del row["milliseconds"]
     return report
@@ -361,7 +361,7 @@ class TestCache:
         # The head's prefix comes from two programs in place of one.
         np.testing.assert_allclose(cached.history.loss, plain.history.loss, rtol=1e-5)
 
-    def test_moves_up_behind_what_froze(self):
+    def test_stays_where_an_earlier_stage_was_trained(self):
         early, late = {"block_0", "head"}, {"block_2", "head"}
 
         def policy(at):
@@ -370,9 +370,9 @@ class TestCache:
         plain = self._run(None, policy, epochs=7, every=6)
         with PrefixCache(None, examples=ROWS, dtype="float32") as cache:
             cached = self._run(cache, policy, epochs=7, every=6)
-        # Cycle 1 alone does not move it, as cycle 2 proves right; cycle 4 does, and fills it.
-        assert cached.history.column("cached") == [0] * 6 + [1] * 18 + [0] * 6 + [1] * 12
-        assert cached.step._prefix.at == NAMES.index("block_2")
+        # The later stage is served too, by what is cached in front of the earlier one.
+        assert cached.history.column("cached") == [0] * 6 + [1] * 36
+        assert cached.step._prefix.at == NAMES.index("block_0")
         assert cached.history.loss == plain.history.loss
         _assert_same(cached.params, plain.params)
 
@@ -1009,6 +1009,4 @@ class TestDevices:
         np.testing.assert_allclose(one.loss, eight.loss, rtol=1e-5, atol=1e-6)
 
         # FLOPs are those of one device with all of the batch, or the budget would buy other things.
-        # (But for a few scalars: an index may be made in another way.)
-        for name in ("flops", "full_flops"):
-            assert a[name] == pytest.approx(b[name], rel=1e-5)
+        assert a["flops"] == b["flops"] and a["full_flops"] == b["full_flops"]
