@@ -8,6 +8,7 @@ from typing import Any
 
 from priorityprop_jax.core.slots import Slots
 from priorityprop_jax.partial.costs import StepCosts
+from priorityprop_jax.partial.variants import Names
 from priorityprop_jax.priority.per_slot import PerSlot
 
 
@@ -29,11 +30,9 @@ class Account:
         self.charged = 0.0  # in the unit of the budget
         self.full_flops = 0.0  # of a step with all slots
         self.costs: StepCosts | None = None  # FLOPs by slot, once they are known
-        self.total, self.spent = Spent(), dict[frozenset[str], Spent]()  # the latter by active set
+        self.total, self.spent = Spent(), dict[Names, Spent]()  # the latter by active set
 
-    def charge(
-        self, active: frozenset[str], flops: float, cost: float, *, cached: bool, widened: bool
-    ) -> None:
+    def charge(self, active: Names, flops: float, cost: float, cached: bool, widened: bool) -> None:
         """Adds a step, whose cost in the unit of the budget is ``cost``."""
         for spent in (self.total, self.spent.setdefault(active, Spent())):
             spent.steps += 1
@@ -49,47 +48,36 @@ class Account:
         return 1 - self.total.flops / full if full else 0.0
 
     def report(self, counts: Any, state_bytes: Any, seconds: float) -> dict[str, Any]:
-        """What was spent, in all, by active set and by layer; see `PartialStep.report`.
+        """What was spent, in all, by active set and by layer from the input.
 
-        ``counts`` and ``state_bytes`` are over slots: updates, and bytes on the device.
+        A layer's FLOPs are its part of the chain back and its slots' own. ``counts`` and
+        ``state_bytes`` are over slots: updates, and bytes on the device.
         """
-        by_set = [
-            {"active": sorted(names), **dataclasses.asdict(s)} for names, s in self.spent.items()
-        ]
-        return {
-            **dataclasses.asdict(self.total),
-            "full_flops": self.full_flops * self.total.steps,
-            "share": 1 - self.saved,
-            "variants": by_set,
-            "layers": self._layers(counts, state_bytes, 1e3 * seconds / (self.total.flops or 1)),
-        }
-
-    def _layers(self, counts: Any, state_bytes: Any, rate: float) -> list[dict[str, Any]]:
-        """By layer from the input: updates, and FLOPs as the chain back and the slots' own.
-
-        ``rate`` is milliseconds a FLOP.
-        """
-        slots, rows = self._slots, []
+        slots, total, layers = self._slots, self.total, []
         depths = max(slots.depths, default=-1) + 1
         # There are none where there was no step.
         costs = self.costs or StepCosts((0.0,) * len(slots), (0.0,) * depths)
         depth_of = dict(zip(slots.names, slots.depths, strict=True))
-        deepest = [(max(map(depth_of.get, names)), s.steps) for names, s in self.spent.items()]
+        deepest = [(max(depth_of[n] for n in names), s.steps) for names, s in self.spent.items()]
         for depth in reversed(range(depths)):
             members = [i for i, d in enumerate(slots.depths) if d == depth]
             chain = costs.floors[depth] - costs.floors[depth - 1] if depth else 0.0
             reached = sum(steps for deep, steps in deepest if deep >= depth)
             flops = float(reached * chain + sum(costs.own[i] * counts[i] for i in members))
-            rows.append(
+            layers.append(
                 {
                     "layer": slots.layers[members[0]] if members else str(depth),
                     "updates": int(sum(counts[i] for i in members)),
                     "flops": flops,
-                    "milliseconds": rate * flops,
+                    "milliseconds": 1e3 * seconds * flops / total.flops if total.flops else 0.0,
                     "state_bytes": int(sum(state_bytes[i] for i in members)),
                 }
             )
-        return rows
+        by_set = [
+            {"active": sorted(names), **dataclasses.asdict(s)} for names, s in self.spent.items()
+        ]
+        totals = {"full_flops": self.full_flops * total.steps, "share": 1 - self.saved}
+        return dataclasses.asdict(total) | totals | {"variants": by_set, "layers": layers}
 
     def record(self) -> dict[str, Any]:
         """What a resumed run needs, ready for JSON."""
@@ -106,12 +94,13 @@ class Account:
         """The inverse of `record`."""
         self.charged, self.full_flops = record["charged"], record["full_flops"]
         if record["costs"] is not None:  # for a report where no step is left to run
-            self.costs = StepCosts(*map(tuple, record["costs"]))
+            own, floors = map(tuple, record["costs"])
+            self.costs = StepCosts(own, floors)
         self.total = Spent(*record["total"])
         self.spent = {frozenset(names): Spent(*rest) for names, *rest in record["spent"]}
 
 
-def state_bytes(per_slot: PerSlot, inner_state: Any, resident: frozenset[str]) -> list[float]:
+def state_bytes(per_slot: PerSlot, inner_state: Any, resident: Names) -> list[float]:
     """Bytes of optimizer state of each slot, for those whose state is on the device."""
     leaves = per_slot.state_treedef.flatten_up_to(inner_state)
     found = [0.0] * len(per_slot.slots)

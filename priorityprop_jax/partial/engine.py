@@ -36,8 +36,6 @@ from priorityprop_jax.partial.variants import Variants
 from priorityprop_jax.priority.per_slot import PerSlot
 from priorityprop_jax.priority.scores import priority
 
-_FIXED = "suffix(k), lisa(k), badam(k) and full"
-
 
 def step(
     policy: str | Policy = "priority",
@@ -123,7 +121,7 @@ def step(
         asked = ", ".join(f"{unit}={value:g}" for unit, value in given) or "no budget"
         raise ValueError(
             f"the policy {policy!r} was given {asked}: priority and random need one of share, "
-            f"flops and milliseconds, a function takes at most one, and {_FIXED} take none"
+            "flops and milliseconds, a function takes at most one, and the others take none"
         )
     if isinstance(recalc_every, bool) or not isinstance(recalc_every, int | np.integer):
         raise TypeError(f"recalc_every must be a whole number, got {recalc_every!r}")
@@ -133,8 +131,7 @@ def step(
         raise TypeError(f"costs must come from measure_costs, got {costs!r}")
     if costs is not None and given and given[0][0] not in ("share", costs.unit):
         raise ValueError(
-            f"the budget is in {given[0][0]}, but costs are in {costs.unit}: measure_costs takes "
-            "the unit"
+            f"the budget is in {given[0][0]}, but costs are in {costs.unit}: measure them in that"
         )
     Variants(frozenset(), max_variants)
     if state not in STATES:
@@ -159,8 +156,8 @@ class PartialStep:
         stages = setup.model if isinstance(setup.model, Stages) else None
         if options.cache is not None and stages is None:
             raise ValueError(
-                "a prefix cache needs a model in stages: give the trainer nnx_stages([...]) or "
-                "another of the adapters, or leave the cache out"
+                "a prefix cache needs a model in stages, such as nnx_stages([...]): give the "
+                "trainer one, or leave the cache out"
             )
         self._loss, self._options = setup.loss, options
         # Then the program is that of the plain optimizer, bit for bit.
@@ -170,10 +167,10 @@ class PartialStep:
         if where == {"stacked_axis": None, "group": None}:
             by_stage = lambda path: path.split("/")[0]  # noqa: E731
             where["group"] = by_layer(shapes) if stages is None else by_stage
-        self._optimizer, found = _initialized(setup.optimizer, shapes, where)
+        self._optimizer, self._state, found = _initialized(setup.optimizer, shapes, where)
         if not found:
             wrapped = update_active(setup.optimizer, gain_decay=options.gain_decay, **where)
-            self._optimizer, found = _initialized(wrapped, shapes, where)
+            self._optimizer, self._state, found = _initialized(wrapped, shapes, where)
         if len(found) > 1:
             raise ValueError(
                 f"the optimizer has update_active {len(found)} times; put the parts that it is "
@@ -184,10 +181,10 @@ class PartialStep:
         if stages is not None:
             self.slots = _in_order(self.slots, stages.names, shapes)
         self.compile_seconds, self._programs = 0.0, 0
-        self._prefix = None
+        self._prefix: Any = None
         if stages is not None:
             self._prefix = Prefix(stages, self.slots, options.cache, self._build)
-        self._states = None
+        self._states: Any = None
         if options.state != "keep":
             self._states = ActiveState(inner, shapes, mode=options.state, **self._where)
         self._per_slot = PerSlot(optax.with_extra_args_support(inner), shapes, self.slots)
@@ -217,8 +214,7 @@ class PartialStep:
         """Raises where several processes cannot run this step together."""
         if self._options.state != "keep" or self._options.cache is not None:
             raise ValueError(
-                "several processes have no host memory in common: leave state as 'keep', and the "
-                "cache out"
+                "several processes share no host memory: leave state as 'keep', and the cache out"
             )
 
     def report(self, opt_state: Any, seconds: float = 0.0) -> dict[str, Any]:
@@ -239,10 +235,10 @@ class PartialStep:
     def __call__(
         self, params: Any, rest: Any, opt_state: Any, batch: Any
     ) -> tuple[Any, Any, Any, dict[str, Any]]:
-        """New parameters, rest and state, which are donated, and a dict of what `Trainer` logs.
+        """One step, whose first three arguments are donated.
 
-        In it the loss and the metrics are arrays on the device, ``updates``, ``flops`` and
-        ``cached`` numbers.
+        Gives them anew and a dict: the loss and the metrics as arrays on the device, and
+        ``updates``, ``flops`` and ``cached`` as numbers.
         """
         if self._arguments is None:
             start = time.perf_counter()
@@ -262,11 +258,8 @@ class PartialStep:
         chosen = self._chosen(active)
         part, frozen = chosen.split(params)
         arguments = (part, frozen, rest, opt_state, jax.tree.map(jnp.asarray, batch), x)
-        program = self._planner.variants.program(
-            active,
-            (start, arguments_key(arguments)),
-            lambda: self._compiled(active, start, arguments),
-        )
+        make = functools.partial(self._compiled, active, start, arguments)
+        program = self._planner.variants.program(active, (start, arguments_key(arguments)), make)
         part, rest, opt_state, values = program.run(*arguments)
         flops = program.flops + forward
         cost = self._planner.charge(active, flops)
@@ -281,9 +274,8 @@ class PartialStep:
         def step(part, frozen, rest, opt_state, batch, x):
             params = chosen.join(part, frozen)
             entry = {} if x is None else {"x": x, "start": start}
-            (loss, (metrics, rest)), grads = value_and_grad_of(self._loss, chosen, has_aux=True)(
-                params, rest, batch, **entry
-            )
+            run = value_and_grad_of(self._loss, chosen, has_aux=True)
+            (loss, (metrics, rest)), grads = run(params, rest, batch, **entry)
             # Descent goes along the conjugate of what JAX gives for complex parameters.
             grads = jax.tree.map(jnp.conj, grads)
             with slots_by(**self._where):
@@ -311,13 +303,11 @@ class PartialStep:
         """Finds out what steps cost. By shapes, whatever the layout: a mesh changes no choice."""
         options = self._options
         self._arguments = rest, batch = jax.tree.map(abstract, (rest, batch))
-        with slots_by(**self._where):
-            state = jax.eval_shape(self._optimizer.init, self._shapes)
         everything = frozenset(self.slots.names)
         part, frozen = self._chosen(everything).split(self._shapes)
-        step = jax.jit(self._program(everything, 0))
-        traced = step.trace(part, frozen, rest, jax.tree.map(abstract, state), batch, None)
-        self._account.full_flops = program_flops(traced.jaxpr)
+        traced = jax.make_jaxpr(self._program(everything, 0))
+        full = traced(part, frozen, rest, self._state, batch, None)
+        self._account.full_flops = program_flops(full)
         costs = options.costs
         if costs is None and options.budget is not None:
             unit = options.budget[0]
@@ -325,8 +315,9 @@ class PartialStep:
         if costs is not None and costs.unit == "flops":
             self._account.costs = costs
         if costs is not None:
-            cached = self._prefix if options.cache is not None else None
-            front = None if cached is None else cached.flops(self._shapes, rest, batch["x"])
+            front = None
+            if options.cache is not None:
+                front = self._prefix.flops(self._shapes, rest, batch["x"])
             self._planner.know(costs, front)
 
     def _measured(self, unit: str) -> StepCosts:
@@ -361,11 +352,10 @@ class PartialStep:
     def restore(self, record: Mapping[str, Any], opt_state: Any) -> Any:
         """The inverse of `record` and `complete`: the optimizer state to go on with.
 
-        A ValueError if the record is of another policy, cycle, budget or place of states.
+        A ValueError if the record is of a run with other options.
         """
         for name, mine in self._options.record.items():
-            theirs = record["options"][name]
-            if theirs != mine:
+            if (theirs := record["options"][name]) != mine:
                 raise ValueError(
                     f"the checkpoint is of a run with {name} {theirs}, not {mine}: resume with the "
                     "options of partial.step that it was saved with"
@@ -389,12 +379,11 @@ def _changed(opt_state: Any, function: Callable[..., ActiveUpdatesState]) -> Any
     return jax.tree.map(lambda s: function(s) if _is_ours(s) else s, opt_state, is_leaf=_is_ours)
 
 
-def _initialized(optimizer: Any, params: Any, where: dict[str, Any]) -> tuple[Any, list[Any]]:
-    """The optimizer with extra arguments, and what `slots_by` finds in it."""
+def _initialized(optimizer: Any, params: Any, where: dict[str, Any]) -> tuple[Any, Any, list]:
+    """The optimizer with extra arguments, its state's shapes, and what `slots_by` finds in it."""
     optimizer = optax.with_extra_args_support(optimizer)
     with slots_by(**where) as found:
-        jax.eval_shape(optimizer.init, params)
-    return optimizer, found
+        return optimizer, jax.eval_shape(optimizer.init, params), found
 
 
 def _in_order(slots: Slots, names: tuple[str, ...], params: Any) -> Slots:

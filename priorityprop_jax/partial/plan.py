@@ -68,8 +68,7 @@ class Planner:
     def know(self, costs: StepCosts, front: Sequence[float] | None) -> None:
         """Takes in what steps cost; raises if the budget does not pay for the cheapest.
 
-        Where outputs are cached, ``front`` are the FLOPs of the forward pass in front of each
-        depth.
+        Where outputs are cached, ``front`` is FLOPs of the forward pass in front of each depth.
         """
         options, slots = self._options, self._slots
         if len(costs.own) != len(slots) or len(costs.floors) <= max(slots.depths):

@@ -55,8 +55,7 @@ class Prefix:
             return *self._forward(params, rest, x, 0, start), False
         if not isinstance(batch, Mapping) or "id" not in batch:
             raise ValueError(
-                'a prefix cache needs to know the examples: give batches an array "id", one whole '
-                "number for each example"
+                'a prefix cache needs an array "id" in each batch, a whole number for each example'
             )
         ids, inputs = np.asarray(batch["id"]), jax.tree.map(np.asarray, batch["x"])
         at = self._open(cache, params, rest, x, start, upcoming)
@@ -109,24 +108,24 @@ class Prefix:
         self, cache: PrefixCache, params: Any, rest: Any, x: Any, start: int, upcoming: Any
     ) -> int:
         """Makes the cache that of the present prefix; returns the stage that it enters."""
-        if self.at is None or self.at > start:
-            self.at, self._key = min([start, *(stage for stage in upcoming if stage > 0)]), None
+        at = self.at
+        if at is None or at > start:
+            at, self._key = min([start, *(stage for stage in upcoming if stage > 0)]), None
+            self.at = at
         # Another key: the cache was closed meanwhile, or opened by another trainer. In a resumed
         # run too it is opened at the same place, as outputs are rounded there.
         if self._key is None or cache.key != self._key:
-            names = self._stages.names[: self.at]
-            program, outputs = self._traced(params, rest, x, self.at)
+            names = self._stages.names[:at]
+            program, outputs = self._traced(params, rest, x, at)
             # What the prefix computes: its program without the addresses of Python's objects,
             # which differ between processes, and what that closes over.
             text = re.sub(r"0x[0-9a-f]+", "", str(program))
             tree = (_of(names, params, rest), list(constants(program)))
             self._key = fingerprint(tree, *names, text, jax.__version__, jax.default_backend())
-            cache.open(
-                self._key,
-                jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape[1:], y.dtype), outputs),
-            )
+            like = jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape[1:], y.dtype), outputs)
+            cache.open(self._key, like)
             self._checked = False
-        return self.at
+        return at
 
     def _check(self, params: Any, rest: Any, x: Any, at: int) -> None:
         """Raises unless outputs are the same at each run, and each of its own example alone.
@@ -148,10 +147,7 @@ class Prefix:
         changed = [n for n in front if fingerprint(after[n]) != fingerprint(rest[n])]
         why = "what one of them makes of an example depends on its place or on the others"
         if changed:
-            why = (
-                "they draw random numbers or change their state at each run (dropout, "
-                "augmentation, BatchNorm)"
-            )
+            why = "they draw random numbers or change their state (dropout, BatchNorm)"
         if changed or not jax.tree.all(jax.tree.map(_close, y, same)):
             raise ValueError(
                 f"the outputs of a prefix with {', '.join(map(repr, changed or front))} cannot be "
