@@ -224,8 +224,7 @@ class PartialStep:
         program run, see `program_flops`, and ``full_flops`` what as many full steps cost;
         ``widened_steps`` trained more than the policy asked for.
         """
-        if self._account.costs is None and self._arguments is not None:
-            self._account.costs = self._measured("flops")
+        self._know_layers()
         state = next(s for s in jax.tree.leaves(opt_state, is_leaf=_is_ours) if _is_ours(s))
         resident = frozenset(self.slots.names) if self._states is None else self._states.resident
         counts = np.asarray(state.update_counts).tolist()
@@ -235,11 +234,7 @@ class PartialStep:
     def __call__(
         self, params: Any, rest: Any, opt_state: Any, batch: Any
     ) -> tuple[Any, Any, Any, dict[str, Any]]:
-        """One step, whose first three arguments are donated.
-
-        Gives them anew and a dict: the loss and the metrics as arrays on the device, and
-        ``updates``, ``flops`` and ``cached`` as numbers.
-        """
+        """One step, which donates parameters, rest and state; see `Step`."""
         if self._arguments is None:
             start = time.perf_counter()
             self._prepare(rest, batch)
@@ -315,9 +310,7 @@ class PartialStep:
         if costs is not None and costs.unit == "flops":
             self._account.costs = costs
         if costs is not None:
-            front = None
-            if options.cache is not None:
-                front = self._prefix.flops(self._shapes, rest, batch["x"])
+            front = self._prefix.flops(self._shapes, rest, batch["x"]) if options.cache else None
             self._planner.know(costs, front)
 
     def _measured(self, unit: str) -> StepCosts:
@@ -334,12 +327,18 @@ class PartialStep:
             priorities=_like(priority(values, counts, 1.0), state.priorities),
         )
 
+    def _know_layers(self) -> None:
+        """What the report needs of layers: a policy without a budget did not ask before."""
+        if self._account.costs is None and self._arguments is not None:
+            self._account.costs = self._measured("flops")
+
     def complete(self, opt_state: Any) -> Any:
         """The optimizer state with that of all slots, for a checkpoint."""
         return opt_state if self._states is None else _changed(opt_state, self._states.complete)
 
     def record(self) -> dict[str, Any]:
         """What a resumed run needs beside the arrays, ready for JSON."""
+        self._know_layers()
         return {
             "options": self._options.record,
             "account": self._account.record(),
@@ -350,10 +349,7 @@ class PartialStep:
         }
 
     def restore(self, record: Mapping[str, Any], opt_state: Any) -> Any:
-        """The inverse of `record` and `complete`: the optimizer state to go on with.
-
-        A ValueError if the record is of a run with other options.
-        """
+        """The inverse of `record` and `complete`; a ValueError for a run with other options."""
         for name, mine in self._options.record.items():
             if (theirs := record["options"][name]) != mine:
                 raise ValueError(

@@ -130,9 +130,8 @@ class Prefix:
     def _check(self, params: Any, rest: Any, x: Any, at: int) -> None:
         """Raises unless outputs are the same at each run, and each of its own example alone.
 
-        The prefix is run on the batch, and on one with the first example in every place: all
-        outputs must be that example's. (What depends on an average of the batch would not be told
-        by a batch in another order.)
+        All outputs of a batch with the first example in every place must be that example's. (What
+        depends on an average of the batch would not be told by a batch in another order.)
         """
         rows = len(jax.tree.leaves(x)[0])
         if self._checked or rows < 2:  # of one example nothing is told; another batch will tell
