@@ -99,7 +99,7 @@ def check_quickstart(printed, folder):
     plain, budgeted = numbers(r"validation accuracy (\S+)%, (\S+) updates", printed)
     assert plain[0] > 85 and budgeted[0] > 85
     assert plain[1] == budgeted[1] > 0
-    [(updates,)] = numbers(r"^total +(\S+) 100\.0%", printed)
+    [(updates,)] = numbers(r"^total +(\S+) +100\.0%", printed)
     assert updates == plain[1]
     assert "compiled 1 time" in printed
     assert (folder / "priorities.png").stat().st_size > 5_000
