@@ -21,7 +21,7 @@ from priorityprop_jax.partial.account import Account, state_bytes
 from priorityprop_jax.partial.costs import StepCosts, measure_costs
 from priorityprop_jax.partial.grad import find_active, value_and_grad_of
 from priorityprop_jax.partial.offload import STATES, ActiveState
-from priorityprop_jax.partial.plan import Options, Planner
+from priorityprop_jax.partial.planner import Options, Planner
 from priorityprop_jax.partial.policies import SPENDING, Policy, make_policy
 from priorityprop_jax.partial.prefix import Prefix, arguments_key
 from priorityprop_jax.partial.prefix_cache import PrefixCache
