@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import re
 import shutil
@@ -10,42 +11,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from priorityprop_jax.cli.runs import (
-    COMMON,
-    Failure,
-    Report,
-    draw_losses,
-    fraction,
-    new_directory,
-    open_run,
-    result,
-    resumable,
-    save,
-    table,
-    train_arm,
-    whole,
-)
+from priorityprop_jax.cli import runs
+from priorityprop_jax.cli.runs import COMMON, Failure, Report, fraction, told, whole
+from priorityprop_jax.core.tables import short
 
 if TYPE_CHECKING:
     from priorityprop_jax.cli.tasks import Task
 
-HELP = "fine-tune a pretrained BERT on a budget of compute"
-DESCRIPTION = (
-    "Fine-tunes a BERT on SST-2, a task of kind and unkind sentences. A policy chooses the layers "
-    "to train at each step, and only their part of the backward pass is run. At the end the ledger "
-    "tells what the compute went to."
+TEXT = (
+    "Fine-tunes a pretrained BERT on a budget of compute. The task is SST-2, kind and unkind "
+    "sentences. A policy chooses the layers to train at each step, and only their part of the "
+    "backward pass is run. At the end the ledger tells what the compute went to."
 )
 Config = argparse.Namespace
-
-
-def _policy(text: str) -> str:
-    from priorityprop_jax.partial.policies import make_policy
-
-    try:
-        make_policy(text)
-    except (ValueError, TypeError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
 
 
 def _folder(text: str) -> str:
@@ -65,7 +43,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "folder of the data (default: $PRIORITYPROP_DATA, the cache, a download)",
     },
     "policy": {
-        "type": _policy,
         "default": "priority",
         "help": "which layers train when: priority, random, suffix:2 (the head and 2 layers before "
         "it), lisa:2, badam:1, or full (all of them)",
@@ -92,7 +69,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "train the same last layers for long, such as suffix, and none that trains the first layer",
     },
     "limit": {
-        "type": whole(1), "metavar": "N", "help": "train on the first N rows only, for a trial"
+        "type": whole(1), "metavar": "N", "help": "use the first N rows of each part only"
     },
     **COMMON,
 }  # fmt: skip
@@ -100,45 +77,35 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs this command; the exit code."""
-    config, directory = open_run(arguments, OPTIONS, "finetune")
-    task = _load(config)
+    config = runs.options_of(arguments, OPTIONS, "finetune")
     if config.budget is None and config.policy in ("priority", "random"):
         config.budget = 0.4
     if config.state is None:
         config.state = "reset" if config.policy.startswith("badam") else "keep"
+    make_step(config)  # what is wrong with a policy shows before the data are read
+    task = load(config)
     # What the data and the task decide is written down, so that a resumed run cannot differ.
     for name in ("epochs", "learning_rate", "batch_size"):
         setattr(config, name, getattr(task, name))
     config.recalc_every = config.recalc_every or max(1, len(task.train_data) // 4)
-    step = _step(config)
-    if directory is None:
-        name = f"sst2-{re.sub('[^a-z0-9]', '', config.policy)}"
-        directory = new_directory(arguments.out, name, "finetune", config)
     print(
         f"sst2: policy {config.policy}, {config.epochs} x {len(task.train_data)} steps in cycles "
-        f"of {config.recalc_every}\nwriting to {directory}/"
+        f"of {config.recalc_every}"
     )
-    with resumable(directory):
-        _train(directory, config, task, step)
+    name = f"sst2-{re.sub('[^a-z0-9]', '', config.policy)}"
+    with runs.running(arguments, "finetune", name, config) as directory:
+        _train(directory, config, task)
     return 0
 
 
-def _load(config: Config) -> Task:
+def load(config: Config) -> Task:
     """The task; everything that can be wrong with its files or their size shows here."""
     from priorityprop_jax.cli.tasks import sst2
 
-    try:
+    with told(ValueError):
         task = sst2(data_dir=config.data_dir, seed=config.seed, model_dir=config.model)
-    except ValueError as error:
-        raise Failure(str(error)) from error
-    given = {name: getattr(config, name) for name in ("epochs", "learning_rate", "batch_size")}
-    train, *held_out = task.parts
-    rows = {name: array[: config.limit] for name, array in train.items()}
-    task = dataclasses.replace(
-        task,
-        parts=(rows, *held_out),
-        **{"epochs": 2} | {name: value for name, value in given.items() if value is not None},
-    )
+    parts = tuple({name: x[: config.limit] for name, x in part.items()} for part in task.parts)
+    rows, task = parts[0], dataclasses.replace(task, parts=parts, epochs=2).adjusted(config)
     model: Any = task.model
     length, positions = rows["x"].shape[1], model.embed.position.num_embeddings
     if length > positions:
@@ -153,16 +120,15 @@ def _load(config: Config) -> Task:
     return task
 
 
-def _step(config: Config, cache: Any = None) -> Any:
+def make_step(config: Config, cache: Any = None) -> Any:
+    """The step of a policy and a budget."""
     from priorityprop_jax.partial import step
 
-    try:
+    with told(ValueError, TypeError, code=2):
         return step(
-            config.policy, share=config.budget, recalc_every=config.recalc_every,
+            config.policy, share=config.budget, recalc_every=config.recalc_every or 1,
             state=config.state, cache=cache, seed=config.seed,
         )  # fmt: skip
-    except (ValueError, TypeError) as error:
-        raise Failure(str(error), 2) from error
 
 
 def _schedule(steps: int) -> Any:
@@ -174,43 +140,37 @@ def _schedule(steps: int) -> Any:
     return optax.join_schedules([up, optax.linear_schedule(1, 0, max(1, steps - first))], [first])
 
 
-def _train(directory: Path, config: Config, task: Task, step: Any) -> None:
-    """Trains, and writes the report."""
+def optimizer(learning_rate: float, steps: int) -> Any:
+    """AdamW of what is active, behind a clip of all of its gradients."""
     import optax
 
-    from priorityprop_jax.partial.prefix_cache import PrefixCache
-    from priorityprop_jax.partial.stages import nnx_stages
-    from priorityprop_jax.partial.update import update_active
+    from priorityprop_jax.partial import update_active
+
+    clip, adamw = optax.clip_by_global_norm(1.0), update_active(optax.adamw(learning_rate))
+    return optax.chain(clip, adamw, optax.scale_by_schedule(_schedule(steps)))
+
+
+def _train(directory: Path, config: Config, task: Task) -> None:
+    """Trains, and writes the report."""
+    from priorityprop_jax.partial import PrefixCache, nnx_stages
     from priorityprop_jax.training.trainer import Trainer
 
-    cache = None
-    if config.cache:
-        examples = int(task.parts[0]["id"].max()) + 1
-        cache = PrefixCache(directory / "cache", examples=examples)
-        step = _step(config, cache)
-    steps = config.epochs * len(task.train_data)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        update_active(optax.adamw(config.learning_rate)),
-        optax.scale_by_schedule(_schedule(steps)),
-    )
-    model: Any = task.model
-    try:
-        trainer = Trainer(nnx_stages(model.stages()), optimizer, task.loss_fn, step)
-        train_arm(directory, config.policy, trainer, task, config.epochs)
-    finally:
-        if cache is not None:
-            cache.close()
+    examples = int(task.parts[0]["id"].max()) + 1
+    cache = PrefixCache(directory / "cache", examples=examples) if config.cache else None
+    with cache or contextlib.nullcontext():
+        model: Any = task.model
+        tx = optimizer(config.learning_rate, config.epochs * len(task.train_data))
+        stages = nnx_stages(model.stages())
+        trainer = Trainer(stages, tx, task.loss_fn, make_step(config, cache))
+        results = runs.train_arm(directory, config.policy, trainer, task, config.epochs)
     record = {
         "command": "finetune",
         "config": vars(config),
-        "results": result(trainer, task),
+        "results": results,
         "compute": trainer.get_step_report(),
         "ledger": trainer.get_priority_report().as_dict(),
     }
-    written = report(record)
-    draw_losses(directory / "losses.png", written.title, {config.policy: trainer.history})
-    save(directory, record, written)
+    runs.save(directory, record, report(record), {config.policy: trainer.history})
     shutil.rmtree(directory / "cache", ignore_errors=True)
 
 
@@ -219,64 +179,47 @@ def _train(directory: Path, config: Config, task: Task, step: Any) -> None:
 
 def report(record: Mapping[str, Any]) -> Report:
     """The report of a finished run, of the contents of its report.json."""
-    config = record["config"]
+    config, results, compute = record["config"], record["results"], record["compute"]
     budget = "" if config["budget"] is None else f", budget {config['budget']:.0%}"
-    return Report(
-        f"sst2 fine-tuned: policy {config['policy']}{budget}, one seed ({config['seed']})",
-        [
-            table("", [("", "total"), *_totals(record)]),
-            table("by layer, from the input", _layer_rows(record)),
-            table("by active set", _variant_rows(record)),
-        ],
-    )
-
-
-def _totals(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    results, compute = record["results"], record["compute"]
     best = f"best {results['best_validation']:.2%} (epoch {results['best_epoch']})"
-    return [
+    full = f"{short(compute['full_flops'])}, for as many full steps"
+    totals = [
+        ("", "total"),
         ("dev accuracy", f"{best}, last {results['validation']:.2%}"),
         ("test accuracy", f"{results['test']:.2%}"),
-        ("FLOPs spent", _amount(compute["flops"])),
-        ("FLOPs in full", f"{_amount(compute['full_flops'])}, for as many full steps"),
+        ("FLOPs spent", short(compute["flops"])),
+        ("FLOPs in full", full),
         ("FLOPs saved", f"{1 - compute['share']:.1%}"),
         ("steps", f"{compute['steps']:,}, {compute['cached_steps']:,} of them from the cache"),
         ("training", f"{results['seconds']:.1f} s"),
         ("compilation", f"{results['compile_seconds']:.1f} s, not in the training time"),
     ]
+    sets = [("layers that train", "steps", "GFLOPs/step", "cached")]
+    for variant in compute["variants"]:
+        active, steps = variant["active"], variant["steps"]
+        shown = "all" if len(active) == len(compute["layers"]) else ", ".join(active)
+        gflops = f"{variant['flops'] / steps / 1e9:,.4g}"
+        sets.append((shown, f"{steps:,}", gflops, f"{variant['cached_steps']:,}"))
+    return Report(
+        f"sst2 fine-tuned: policy {config['policy']}{budget}, one seed ({config['seed']})",
+        [
+            runs.table("", totals),
+            runs.table("by layer, from the input", _layer_rows(compute, results["seconds"])),
+            runs.table("by active set", sets),
+        ],
+    )
 
 
-def _layer_rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    compute = record["compute"]
-    layers, everything = compute["layers"], 1e3 * record["results"]["seconds"]
-    found = [
-        (layer["layer"], f"{layer['updates']:,}", layer["flops"], layer["milliseconds"],
-         _amount(layer["state_bytes"]) + "B")
-        for layer in layers
-    ]  # fmt: skip
-    flops, ms = (sum(layer[key] for layer in layers) for key in ("flops", "milliseconds"))
-    found.append(("forward, rest", "", compute["flops"] - flops, everything - ms, ""))
-    updates, state = (sum(layer[key] for layer in layers) for key in ("updates", "state_bytes"))
-    found.append(("all", f"{updates:,}", compute["flops"], everything, _amount(state) + "B"))
+def _layer_rows(compute: Mapping[str, Any], seconds: float) -> list[tuple[str, ...]]:
+    keys = "updates", "state_bytes", "flops", "milliseconds"
+    total = {key: sum(layer[key] for layer in compute["layers"]) for key in keys}
+    every = {"flops": compute["flops"], "milliseconds": 1e3 * seconds}
+    rest = {"layer": "forward, rest", **{key: every[key] - total[key] for key in every}}
     rows = [("layer", "updates", "FLOPs", "share", "ms", "state")]
-    for name, updates, flops, ms, state in found:
-        share = f"{flops / (compute['flops'] or 1):.1%}"
-        rows.append((name, updates, _amount(flops).strip(), share, f"{ms:,.1f}", state))
+    for found in (*compute["layers"], rest, {"layer": "all", **total, **every}):
+        updates = f"{found['updates']:,}" if "updates" in found else ""
+        state = f"{short(found['state_bytes'])}B" if "state_bytes" in found else ""
+        share = f"{found['flops'] / (every['flops'] or 1):.1%}"
+        ms = f"{found['milliseconds']:,.1f}"
+        rows.append((found["layer"], updates, short(found["flops"]), share, ms, state))
     return rows
-
-
-def _variant_rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    rows = [("layers that train", "steps", "GFLOPs/step", "cached")]
-    for variant in record["compute"]["variants"]:
-        active = variant["active"]
-        shown = "all" if len(active) == len(record["compute"]["layers"]) else ", ".join(active)
-        flops = f"{variant['flops'] / variant['steps'] / 1e9:,.4g}"
-        rows.append((shown, f"{variant['steps']:,}", flops, f"{variant['cached_steps']:,}"))
-    return rows
-
-
-def _amount(value: float) -> str:
-    for prefix, unit in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= unit:
-            return f"{value / unit:.4g} {prefix}"
-    return f"{value:.4g} "

@@ -10,18 +10,11 @@ from pathlib import Path
 
 import priorityprop_jax
 from priorityprop_jax.cli import finetune, report, train
-from priorityprop_jax.cli.runs import Failure, add_options
+from priorityprop_jax.cli.runs import PLACES, Failure
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command.
-
-    Args:
-      argv: arguments without the program's name; those of the process by default.
-
-    Returns:
-      The exit code: 0; 1 where something failed; 2 for wrong arguments; 130 after Ctrl-C.
-    """
+    """Runs the command; the exit code, 1 where something failed and 130 after Ctrl-C."""
     # argparse exits by itself, with 2, where an argument is wrong
     arguments = _parser().parse_args(argv)
     try:
@@ -32,16 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Failure, FloatingPointError, OSError, ImportError) as error:
         if arguments.traceback:
             traceback.print_exc()
-        return _fail(_message(error), error.code if isinstance(error, Failure) else 1)
+        message = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            message = error.strerror + (f" ({error.filename})" if error.filename else "")
+        return _fail(message, error.code if isinstance(error, Failure) else 1)
 
 
-def _message(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
-    return str(error)
-
-
-def _fail(message: str, code: int = 1) -> int:
+def _fail(message: str, code: int) -> int:
     print(f"priorityprop: {' '.join(message.split())}", file=sys.stderr)
     return code
 
@@ -51,7 +41,8 @@ class _Help(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
-        hidden = action.default in (None, False, argparse.SUPPRESS) or "default" in text
+        given = type(action.default) in (int, str, float) or isinstance(action.default, Path)
+        hidden = not given or action.default == argparse.SUPPRESS or "default" in text
         return text if hidden else f"{text} (default: %(default)s)"
 
 
@@ -66,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     for command in (train, finetune, report):
         own = commands.add_parser(
             command.__name__.rpartition(".")[2],
-            help=command.HELP,
-            description=command.DESCRIPTION,
+            help=command.TEXT[0].lower() + command.TEXT[1:].partition(".")[0],
+            description=command.TEXT,
             formatter_class=_Help,
         )
         own.add_argument(
@@ -76,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         if command is report:
             own.add_argument("directory", metavar="RUN", type=Path, help="folder of the run")
         else:
-            add_options(own, command.OPTIONS)
+            for name, option in {**command.OPTIONS, **PLACES}.items():
+                own.add_argument(f"--{name.replace('_', '-')}", **option)
         own.set_defaults(run=command.run)
     return parser
 

@@ -18,13 +18,11 @@ from priorityprop_jax.models.tokenizer import load_tokenizer, tokenize
 from priorityprop_jax.models.weights import find_minilm, load_bert
 from priorityprop_jax.training.loader import ArrayLoader
 
-_SST2_HOME = (
-    "https://raw.githubusercontent.com/clairett/pytorch-sentiment-classification/master/data/SST2/"
-)
+_HOME = "https://raw.githubusercontent.com/clairett/pytorch-sentiment-classification/master/data"
 _SST2 = tuple(
     DataFile(
         names=(f"sst2.{part}.tsv", f"sst2.{part}.tsv.gz", f"{part}.tsv"),
-        urls=(f"{_SST2_HOME}{part}.tsv",),
+        urls=(f"{_HOME}/SST2/{part}.tsv",),
         sha256=sha256,
     )
     for part, sha256 in (
@@ -36,15 +34,9 @@ _SST2 = tuple(
 
 
 def cross_entropy(model: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean cross-entropy of `model(batch["x"])` in nats, and the share of right answers.
+    """Mean cross-entropy in nats and `accuracy` of a model from `x` to logits `[..., classes]`.
 
-    Args:
-      model: maps `batch["x"]` to logits `[..., classes]`.
-      batch: `x`, and `y`: class numbers of shape `[...]`. Where there is a `mask` of that shape,
-        1 or 0, the means are over the places where it is 1.
-
-    Returns:
-      The loss and `{"accuracy": accuracy}`, float32 scalars.
+    `y` are class numbers `[...]`; with a `mask` of that shape the means are of where it is 1.
     """
     logits = model(batch["x"])  # [..., classes]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])  # [...]
@@ -57,28 +49,22 @@ def cross_entropy(model: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Arra
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A model with the data, the loss and the defaults to train it.
-
-    Attributes:
-      name: of the task.
-      model: untrained; its weights are a function of the seed.
-      parts: training, validation and test rows, arrays `[rows, ...]` by name.
-      seed: of the order of the training rows.
-      batch_size: rows in a batch.
-      learning_rate: a good one for Adam.
-      epochs: enough of them to see the task learned.
-      max_batches: of training rows in an epoch; None for all of them.
-    """
+    """A model with the data, the loss and the defaults to train it."""
 
     name: str
-    model: nnx.Module
-    parts: tuple[dict[str, np.ndarray], ...]
-    seed: int
-    batch_size: int
-    learning_rate: float
-    epochs: int
-    max_batches: int | None = None
+    model: nnx.Module  # untrained; its weights are a function of the seed
+    parts: tuple[dict[str, np.ndarray], ...]  # training, validation, test: [rows, ...] by name
+    seed: int  # of the order of the training rows
+    batch_size: int  # rows
+    learning_rate: float  # a good one for Adam
+    epochs: int  # enough of them to see the task learned
+    max_batches: int | None = None  # of training rows in an epoch; None for all of them
     loss_fn = staticmethod(cross_entropy)
+
+    def adjusted(self, config: Any) -> Task:
+        """With the learning rate, batch size and epochs that are not None."""
+        given = {name: getattr(config, name) for name in ("learning_rate", "batch_size", "epochs")}
+        return dataclasses.replace(self, **{k: v for k, v in given.items() if v is not None})
 
     @functools.cached_property
     def train_data(self) -> ArrayLoader:
@@ -100,12 +86,7 @@ class Task:
 
 
 class MLP(nnx.Module):
-    """Linear layers with ReLU between them.
-
-    Args:
-      widths: of the input, of each hidden layer, and of the output.
-      rngs: of the weights.
-    """
+    """Linear layers with ReLU between them, `widths` from the input to the output."""
 
     def __init__(self, widths: tuple[int, ...], *, rngs: nnx.Rngs):
         if min(widths) < 1:
@@ -123,16 +104,7 @@ class MLP(nnx.Module):
 
 
 def digits(*, seed: int = 0, hidden: tuple[int, ...] = (128, 128)) -> Task:
-    """scikit-learn's 1,797 digits of 8 x 8 pixels, and a multilayer perceptron.
-
-    Args:
-      seed: of the weights and of the order of the training rows.
-      hidden: widths of the hidden layers.
-
-    Raises:
-      ValueError: a width is below 1.
-      ImportError: scikit-learn, which the digits come with, is not installed.
-    """
+    """scikit-learn's 1,797 digits of 8 x 8 pixels, and an MLP with hidden layers of some widths."""
     datasets = package("sklearn.datasets", "the digits come with scikit-learn", "demo")
     x, y = datasets.load_digits(return_X_y=True)
     # The rows are in the order of their writers, and RandomState's stream is frozen for ever.
@@ -160,16 +132,8 @@ def sst2(
     Batches are `x`, tokens `[batch, 48]`; `y`, 1 where the sentence is kind; and `id`, the number
     of each row through all three parts, so that what a frozen layer makes of it can be kept.
 
-    Args:
-      data_dir: folder of the data; by default that of `PRIORITYPROP_DATA`, then the cache folder,
-        then a download.
-      seed: of the head's weights and of the order of the training rows.
-      model_dir: folder of the BERT, as `load_bert` takes it; by default MiniLM's.
-
-    Raises:
-      ValueError: the BERT is not supported.
-      DataError: the data or the BERT are missing, damaged or out of reach.
-      ImportError: a package is not installed.
+    `data_dir` is as for `read_file`, `model_dir` as for `load_bert`, by default MiniLM's; what is
+    wrong with either raises as they do.
     """
     length = 48  # Of 100 sentences, 2 have more tokens.
     folder = find_minilm() if model_dir is None else model_dir

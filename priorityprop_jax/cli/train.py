@@ -5,35 +5,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from priorityprop_jax.cli.runs import (
-    COMMON,
-    Failure,
-    Report,
-    Section,
-    amount,
-    draw,
-    draw_losses,
-    fraction,
-    new_directory,
-    open_run,
-    result,
-    resumable,
-    save,
-    table,
-    train_arm,
-    whole,
-)
+from priorityprop_jax.cli import runs
+from priorityprop_jax.cli.runs import COMMON, Failure, Report, amount, fraction, table, told, whole
 
 if TYPE_CHECKING:
     from priorityprop_jax.cli.tasks import Task
     from priorityprop_jax.training.trainer import Trainer
 
-HELP = "train a small network on digits, plainly and by a method on a budget"
-DESCRIPTION = (
-    "Trains a multilayer perceptron on scikit-learn's digits twice, with the plain optimizer and "
-    "by a method of this library on the same budget, and tells what was spent on what."
+TEXT = (
+    "Trains a small network on digits, plainly and by a method on a budget. The network is a "
+    "multilayer perceptron, the digits are scikit-learn's; at the end it tells what was spent on "
+    "what."
 )
 Config = argparse.Namespace
 
@@ -44,11 +28,10 @@ Config = argparse.Namespace
 def _priorityprop(config: Config, task: Task, optimizer: Any) -> Trainer:
     from priorityprop_jax.training import PriorityPropTrainer
 
-    least = 1 if config.min_updates is None else config.min_updates
-    most = 20 if config.max_updates is None else config.max_updates
-    return PriorityPropTrainer(
-        task.model, optimizer, task.loss_fn, config.budget, least, most, config.recalc_every
-    )
+    budget = {name: getattr(config, name) for name in ("min_updates", "max_updates")}
+    budget = {name: value for name, value in budget.items() if value is not None}
+    budget |= {"total_budget": config.budget, "recalc_every": config.recalc_every}
+    return PriorityPropTrainer(task.model, optimizer, task.loss_fn, **budget)
 
 
 def _meprop(config: Config, task: Task, optimizer: Any) -> Trainer:
@@ -84,29 +67,14 @@ def _sparse(config: Config, task: Task, optimizer: Any) -> Trainer:
     return Trainer(task.model, optimizer, task.loss_fn, step)
 
 
-class Method(NamedTuple):
-    """A way to train.
-
-    Attributes:
-      make: makes the trainer of a run.
-      options: those that not every method has.
-      text: what is compared, for the title of the report.
-    """
-
-    make: Callable[[Config, Task, Any], Trainer]
-    options: tuple[str, ...]
-    text: str
-
-
-METHODS = {
-    "priorityprop": Method(
+# By name: what makes the trainer, the options that not all have, and what to call it in a title.
+METHODS: dict[str, tuple[Callable[..., Trainer], tuple[str, ...], str]] = {
+    "priorityprop": (
         _priorityprop, ("budget", "min_updates", "max_updates"),
         "by priority, at the same budget of updates",
     ),
-    "meprop": Method(_meprop, ("budget", "k"), "by meProp, for as many steps"),
-    "sparse": Method(
-        _sparse, ("sparsity", "sparse_method"), "with sparse weights, for as many steps"
-    ),
+    "meprop": (_meprop, ("budget", "k"), "by meProp, for as many steps"),
+    "sparse": (_sparse, ("sparsity", "sparse_method"), "with sparse weights, for as many steps"),
 }  # fmt: skip
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -145,106 +113,75 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs this command; the exit code."""
-    config, directory = open_run(arguments, OPTIONS, "train")
-    method = METHODS[config.method]
-    for option in sorted({name for other in METHODS.values() for name in other.options}):
-        owners = [name for name, other in METHODS.items() if option in other.options]
+    config = runs.options_of(arguments, OPTIONS, "train")
+    make, _, _ = METHODS[config.method]
+    for option in sorted({name for _, options, _ in METHODS.values() for name in options}):
+        owners = [name for name, (_, options, _) in METHODS.items() if option in options]
         if getattr(config, option) is not None and config.method not in owners:
             wrong = f"--{option.replace('_', '-')} is of {' and '.join(owners)}"
             raise Failure(f"{wrong}: add --method {owners[0]}", 2)
 
+    import optax
+
+    from priorityprop_jax.cli.tasks import digits
     from priorityprop_jax.sparse.measure import layer_table
     from priorityprop_jax.training.trainer import Trainer
 
     # Everything that can be wrong with the options shows here, before a run's folder is made
-    try:
-        task = _task(config)
-        ours = method.make(config, task, _optimizer(config, task))
+    with told(ValueError, TypeError, code=2):
+        # Twice, as a model is trained in place
+        task, other = (digits(seed=config.seed).adjusted(config) for _ in range(2))
+        optimizer = getattr(optax, config.optimizer)(task.learning_rate)
+        ours = make(config, task, optimizer)
         if config.method == "priorityprop":
-            share = _share(config, len(ours.step.slots))
+            share = 1.0 if config.budget is None else config.budget
+            if isinstance(share, int):
+                share /= len(ours.step.slots) * config.recalc_every
             # An update of every slot at every step: fewer steps come to as many updates.
             steps = max(1, round(min(1.0, share) * len(task.train_data)))
-            other = dataclasses.replace(_task(config), max_batches=steps)
-        else:
-            other = _task(config)
-        plain = Trainer(other.model, _optimizer(config, other), other.loss_fn)
-    except (ValueError, TypeError) as error:
-        raise Failure(str(error), 2) from error
-    if directory is None:
-        directory = new_directory(arguments.out, f"digits-{config.method}", "train", config)
+            other = dataclasses.replace(other, max_batches=steps)
+        plain = Trainer(other.model, optimizer, other.loss_fn)
 
-    print(f"digits: {config.method}, {task.epochs} epochs\nwriting to {directory}/")
+    print(f"digits: {config.method}, {task.epochs} epochs")
     arms = {config.optimizer: (plain, other), config.method: (ours, task)}
-    with resumable(directory):
-        for name, (trainer, own) in arms.items():
-            train_arm(directory, name, trainer, own, task.epochs)
-        results = {name: result(*arm) for name, arm in arms.items()}
-    ledger = None if config.method == "sparse" else ours.get_priority_report()
-    record = {
-        "command": "train",
-        "config": vars(config),
-        "results": results,
-        "ledger": None if ledger is None else ledger.as_dict(),
-        "layers": layer_table(ours.model) if ledger is None else None,
-    }
-    names = {
-        config.optimizer: f"{config.optimizer} (plain)",
-        config.method: f"{config.method} ({config.optimizer})",
-    }
-    histories = {names[name]: trainer.history for name, (trainer, _) in arms.items()}
-    draw_losses(directory / "losses.png", f"digits, one seed ({config.seed})", histories)
-    # With one k for all layers there is nothing to decide, and nothing to see.
-    if ledger is not None and config.k is None:
-        draw(directory / "priorities.png", ledger.plot)
-    save(directory, record, report(record))
+    with runs.running(arguments, "train", f"digits-{config.method}", config) as directory:
+        results = {n: runs.train_arm(directory, n, *arm, task.epochs) for n, arm in arms.items()}
+        ledger = None if config.method == "sparse" else ours.get_priority_report()
+        record = {
+            "command": "train",
+            "config": vars(config),
+            "results": results,
+            "ledger": None if ledger is None else ledger.as_dict(),
+            "layers": layer_table(ours.model) if ledger is None else None,
+        }
+        # With one k for all layers there is nothing to decide, and nothing to see.
+        if ledger is not None and config.k is None:
+            runs.write(directory / "priorities.png", ledger.plot)
+        histories = {name: trainer.history for name, (trainer, _) in arms.items()}
+        runs.save(directory, record, report(record), histories)
     return 0
 
 
-def _task(config: Config) -> Task:
-    """The digits, anew each time: a model is trained in place."""
-    from priorityprop_jax.cli.tasks import digits
-
-    task = digits(seed=config.seed)
-    given = {name: getattr(config, name) for name in ("learning_rate", "batch_size", "epochs")}
-    return dataclasses.replace(task, **{k: v for k, v in given.items() if v is not None})
-
-
-def _optimizer(config: Config, task: Task) -> Any:
-    import optax
-
-    return getattr(optax, config.optimizer)(task.learning_rate)
-
-
-def _share(config: Config, slots: int) -> float:
-    """Of the full budget, an update of every slot at every step."""
-    if isinstance(config.budget, int):
-        return config.budget / (slots * config.recalc_every)
-    return 1.0 if config.budget is None else config.budget
-
-
 # The report.
+
+_COLUMNS = {
+    "validation": "{validation:.2%}", "best": "{best_validation:.2%}", "test": "{test:.2%}",
+    "val. loss": "{validation_loss:.4f}", "steps": "{steps:,}", "updates": "{updates:,}",
+    "train s": "{seconds:.1f}", "ms a step": "{ms:.2f}", "compile s": "{compile_seconds:.1f}",
+}  # fmt: skip
 
 
 def report(record: Mapping[str, Any]) -> Report:
     """The report of a finished run, of the contents of its report.json."""
     from priorityprop_jax.priority.ledger import Ledger
 
-    config = record["config"]
-    header = ("", "validation", "best", "test", "val. loss", "steps", "updates")
-    rows: list[tuple[str, ...]] = [(*header, "train s", "ms a step", "compile s")]
+    config, columns = record["config"], dict(_COLUMNS)
+    if config["method"] == "meprop":
+        del columns["updates"]  # it counts features
+    rows = [("", *columns)]
     for name, found in record["results"].items():
-        rows.append(
-            (
-                name,
-                *(f"{found[key]:.2%}" for key in ("validation", "best_validation", "test")),
-                f"{found['validation_loss']:.4f}",
-                f"{found['steps']:,}",
-                f"{found['updates']:,}",
-                f"{found['seconds']:.1f}",
-                f"{1e3 * found['seconds'] / found['steps']:.2f}",
-                f"{found['compile_seconds']:.1f}",
-            )
-        )
+        found = found | {"ms": 1e3 * found["seconds"] / found["steps"]}
+        rows.append((name, *(form.format(**found) for form in columns.values())))
     if record["ledger"] is None:
         layers = [("layer", "shape", "non-zeros", "left out")]
         for layer in record["layers"]:
@@ -254,9 +191,6 @@ def report(record: Mapping[str, Any]) -> Report:
         where = table("where the non-zeros are", layers)
     else:
         ledger = Ledger.from_dict(record["ledger"])
-        where = Section("where the budget went", str(ledger), ledger.to_markdown())
-    title = (
-        f"digits: plain {config['optimizer']}, and {METHODS[config['method']].text}; accuracy of "
-        f"one seed ({config['seed']})"
-    )
-    return Report(title, [table("", rows), where])
+        where = "where the budget went", str(ledger), ledger.to_markdown()
+    title = f"digits: plain {config['optimizer']}, and {METHODS[config['method']][2]}"
+    return Report(f"{title}, one seed ({config['seed']})", [table("", rows), where])

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from priorityprop_jax.core.layout import put_beside
 from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.core.program import abstract, product_flops
 from priorityprop_jax.core.row_optimizers import RowSparseState, row_sparse
@@ -197,7 +198,7 @@ class FeaturesStep:
         if not self._layers:
             self._look(rest, batch)
         if self._step % self._cycle == 0:
-            opt_state = self._new_cycle(opt_state)
+            opt_state = put_beside(params, self._new_cycle(opt_state))
         places = jnp.asarray(self._places, jnp.int32)
         start, programs = time.perf_counter(), self.programs
         params, rest, opt_state, values = self._compiled(params, rest, opt_state, batch, places)
@@ -305,10 +306,10 @@ class FeaturesStep:
                 self._places[i] = place
         pairs = zip(self._layers, self._places, strict=True)
         granted = [layer.sizes[place] for layer, place in pairs]
-        like = state.allocation.sharding
+        # Bound to no device where the rest is not, as a second program would be compiled for that.
         return state._replace(
-            allocation=jax.device_put(np.asarray(granted, np.int32), like),
-            priorities=jax.device_put(worth.astype(np.float32), like),
+            allocation=jnp.asarray(granted, jnp.int32),
+            priorities=jnp.asarray(worth, jnp.float32),
         )
 
     # Checkpoints.

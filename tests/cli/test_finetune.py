@@ -277,15 +277,13 @@ def test_options(place):
     report = check_ledger(place / "runs" / "sst2-priority-1")
     assert report["results"]["steps"] == 1 and report["config"]["state"] == "offload"
     assert report["config"]["model"] == str(place / "bert")
-    loaded = finetune._load(argparse.Namespace(**report["config"]))
+    loaded = finetune.load(argparse.Namespace(**report["config"]))
     assert loaded.train_data.rows == 40 and loaded.eval_data.rows == BATCH
 
 
 def test_defaults_are_written_down(place, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        finetune, "_train", lambda directory, config, task, step: seen.append(config) or 0
-    )
+    monkeypatch.setattr(finetune, "_train", lambda directory, config, task: seen.append(config))
     assert run("finetune", "--model", "bert", "--data-dir", "data") == 0
     assert (seen[0].learning_rate, seen[0].epochs, seen[0].recalc_every) == (1e-4, 2, 1)
     config = json.loads((place / "runs" / "sst2-priority-1" / "config.json").read_text())

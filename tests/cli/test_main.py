@@ -85,7 +85,8 @@ def test_help_and_version(capsys):
         shown = capsys.readouterr().out
         assert "None" not in shown and "False" not in shown and "--traceback" in shown
     assert run("train", "--help") == 0
-    assert "(default: priorityprop)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "(default: priorityprop)" in out and "(default: 0)" in out and "(default: runs)" in out
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,10 @@ def test_what_is_not_a_run(empty_folder, capsys):
     assert run("train", "--resume", "broken") == 1
     assert "damaged" in one_line(capsys)
     assert run("report", "broken") == 1
-    assert "not finished" in one_line(capsys)
+    assert "damaged" in one_line(capsys)
+    (run_folder / "config.json").write_text('{"command": "train"}')
+    assert run("report", "broken") == 1
+    assert "not finished: priorityprop train --resume broken" in one_line(capsys)
     for text in ("{", "{}", "[]", '{"command": "train", "ledger": 3}'):
         (run_folder / "report.json").write_text(text)
         assert run("report", "broken") == 1

@@ -172,6 +172,7 @@ def test_k_follows_the_priorities_in_one_program():
         assert layers["layers/2"]["sizes"] == [1] and layers["layers/2"]["mean_k"] == 1
         # The first cycle knows nothing: its sizes are even.
         assert report["programs"] == 1 and report["steps"] == 12
+        assert ours.step._compiled._cache_size() == 1  # nor is one trace compiled twice
         # What is granted is what is spent, in all books.
         state = ours.optimizer_state
         counts = np.asarray(state.update_counts)
