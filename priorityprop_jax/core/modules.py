@@ -1,10 +1,12 @@
-"""Walks over the modules of a `flax.nnx` model."""
+"""Walks over the modules of a `flax.nnx` model, and tells their modes."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 from flax import nnx
 
 
@@ -43,3 +45,64 @@ def parts_of(node: Any) -> list[tuple[Any, Any]]:
     if isinstance(node, dict):
         return list(node.items())
     return list(enumerate(node)) if isinstance(node, list | tuple) else []
+
+
+class Modes(NamedTuple):
+    """The static graphs of a module, which its modes are a part of."""
+
+    given: Any  # as its parts are; those of training where one is None, unset
+    evaluation: Any  # all after `.eval()`
+    off: bool  # whether there are modes, and all of them are those of evaluation
+
+
+def modes(module: nnx.Module) -> Modes:
+    """The graphs of a module in its modes; it is left alone."""
+    twin = nnx.clone(module)
+    nnx.pop(twin, nnx.Intermediate)  # What `sow` collects is no state: it would grow at each step.
+    for _, part in walk(twin):
+        for mode in ("deterministic", "use_running_average"):
+            if getattr(part, mode, False) is None:
+                setattr(part, mode, False)
+    given = nnx.graphdef(twin)
+    twin.train()
+    training = nnx.graphdef(twin)
+    twin.eval()
+    evaluation = nnx.graphdef(twin)
+    return Modes(given, evaluation, given == evaluation != training)
+
+
+def warn_off(what: str, stacklevel: int) -> None:
+    """Warns that a whole model is given in evaluation mode, which may be a slip."""
+    warnings.warn(
+        f"{what} is in evaluation mode as a whole, and is trained so: dropout drops nothing, and "
+        "BatchNorm keeps its statistics; call .train() before, on the model or on some parts",
+        stacklevel=stacklevel,
+    )
+
+
+def attributes(module: nnx.Module) -> dict[str, Any]:
+    """What a module and its parts consist of, by path: variables by their kinds."""
+    found = {}
+    for path, part in walk(module):
+        for key, entry in parts_of(part):
+            known = isinstance(entry, nnx.Pytree | nnx.Variable | jax.Array)
+            name = "/".join(filter(None, (path, str(key))))
+            found[name] = type(entry) if known else entry
+    return found
+
+
+def check_unchanged(module: nnx.Module, graph: Any, before: dict[str, Any], who: str) -> None:
+    """Raises a ValueError if a module's graph is another one than ``before``, its `attributes`.
+
+    Compiled steps hand on arrays alone: any other change would be lost.
+    """
+    if nnx.graphdef(module) == graph:
+        return
+    after, absent = attributes(module), object()
+    names = sorted(before.keys() | after.keys())
+    changed = [k for k in names if before.get(k, absent) != after.get(k, absent)]
+    raise ValueError(
+        f"{who} has changed the model's {', '.join(changed) or 'structure'}, which a compiled step "
+        "cannot hand on, as it does with values of variables: set modes (.train(), .eval()) and "
+        "make variables before the model is given, and keep counters in an nnx.Variable"
+    )

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from priorityprop_jax.core.modules import Modes, attributes, check_unchanged, modes, warn_off
+
 # (params, state, x) -> (y, new_state)
 Apply = Callable[[Any, Any, Any], tuple[Any, Any]]
 
@@ -319,8 +321,9 @@ def nnx_stages(modules: Sequence[tuple[str, Any]]) -> Stages:
 
     The parameters are the `nnx.Param` variables, nested plain dicts of arrays; the state is all
     other variables but `nnx.Intermediate`. The arrays are those of the modules, not copies: copy
-    them before a step that donates them. Modes (`train()` or `eval()`) are left alone. What a
-    module assigns to its parameters or to plain attributes while it runs is dropped.
+    them before a step that donates them. Training is in the modes that the modules have now, so a
+    BatchNorm after `.eval()` keeps its statistics; evaluation is with all in `.eval()`. The modules
+    themselves keep their modes. What one assigns to its parameters while it runs is dropped.
 
     Args:
       modules: pairs of a name and a module `x -> y`, or a function without parameters.
@@ -330,7 +333,8 @@ def nnx_stages(modules: Sequence[tuple[str, Any]]) -> Stages:
 
     Raises:
       TypeError, ValueError: as `Stages` does; or a stage is no pair, no module and no function, or
-        two share a variable, such as tied weights.
+        two share a variable, such as tied weights; or, when it runs, a module makes variables or
+        changes its plain attributes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -344,28 +348,28 @@ def nnx_stages(modules: Sequence[tuple[str, Any]]) -> Stages:
       >>> y.shape, sorted(stages.params["head"])
       ((5, 2), ['bias', 'kernel'])
     """
-    parts = []
+    parts, off = [], []
     for pair in modules:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise TypeError(f"a stage must be a pair (name, module), got {pair!r}")
         name, module = pair
         if isinstance(module, nnx.Module):
-            parts.append(_module_stage(name, module))
+            graphs = modes(module)
+            parts.append(_module_stage(name, module, graphs))
+            off.append(graphs.off)
         elif callable(module) and not isinstance(module, type):
             parts.append(function_stage(name, lambda _, x, module=module: module(x)))
         else:
             raise TypeError(f"stage {name!r} must be a module or a function x -> y, got {module!r}")
+    if off and all(off):  # else only a part is, such as a frozen front
+        warn_off("every module", 3)
     return chain(*parts)
 
 
-def _module_stage(name: str, module: nnx.Module) -> Stages:
-    # Modes are part of the static graph, so both graphs come from a copy.
-    twin = nnx.clone(module)
-    nnx.pop(twin, nnx.Intermediate)
-    twin.train()
-    graph, *variables = nnx.split(twin, nnx.Param, ...)
-    twin.eval()
-    structure, paths = jax.tree.structure(variables), _paths(variables[1])
+def _module_stage(name: str, module: nnx.Module, graphs: Modes) -> Stages:
+    # Empty where `sow` collects, which is no state.
+    _, params, _, rest = nnx.split(module, nnx.Param, nnx.Intermediate, ...)
+    structure = jax.tree.structure([params, rest])
 
     def merged(*trees: Any) -> list[Any]:
         """Arrays in nested dicts as the variables that they came from."""
@@ -374,25 +378,17 @@ def _module_stage(name: str, module: nnx.Module) -> Stages:
     def applied(graph: Any) -> Apply:
         def apply(params: Any, state: Any, x: Any) -> tuple[Any, Any]:
             module = nnx.merge(graph, *merged(params, state))
+            before = attributes(module)
             y = module(x)
             nnx.pop(module, nnx.Intermediate)
-            _, _, rest = nnx.split(module, nnx.Param, ...)
-            if changed := sorted(paths ^ _paths(rest)):
-                raise ValueError(
-                    f"stage {name!r} makes or removes variables while it runs: "
-                    f"{', '.join(changed)}; make them when the module is made"
-                )
-            return y, nnx.to_pure_dict(rest)
+            check_unchanged(module, graph, before, f"stage {name!r}")
+            return y, nnx.to_pure_dict(nnx.state(module, nnx.Not(nnx.Param)))
 
         return apply
 
     def write_back(params: dict[str, Any], state: dict[str, Any]) -> None:
         nnx.update(module, *merged(params[name], state[name]))
 
-    params, state = ({name: nnx.to_pure_dict(part)} for part in variables)
-    applies = (applied(graph),), (applied(nnx.graphdef(twin)),)
+    params, state = ({name: nnx.to_pure_dict(part)} for part in (params, rest))
+    applies = (applied(graphs.given),), (applied(graphs.evaluation),)
     return Stages((name,), *applies, params, state, write_back)
-
-
-def _paths(state: Any) -> set[str]:
-    return {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(state)}

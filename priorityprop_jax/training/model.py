@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from priorityprop_jax.core.modules import attributes, check_unchanged, modes, warn_off
 from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.training.history import check_metrics
 from priorityprop_jax.training.interrupts import Stop
@@ -27,18 +28,13 @@ def as_model(model: Any) -> Model:
 
 
 class _NnxModel(Model):
-    """An `nnx` module, which is trained in place; its own mode is left alone."""
+    """An `nnx` module, which is trained in place, in its own modes."""
 
     def __init__(self, module: nnx.Module) -> None:
         self.module = module
-        # Modes are part of the static graph, so both come from a copy. What `sow` collects is no
-        # state: it would grow at each step.
-        twin = nnx.clone(module)
-        nnx.pop(twin, nnx.Intermediate)
-        twin.train()
-        self._train_graph = nnx.graphdef(twin)
-        twin.eval()
-        self._eval_graph = nnx.graphdef(twin)
+        self._modes = modes(module)
+        if self._modes.off:
+            warn_off("the model", 5)
 
     def split(self) -> tuple[Any, Any]:
         _, params, _, rest = nnx.split(self.module, nnx.Param, nnx.Intermediate, ...)
@@ -49,13 +45,15 @@ class _NnxModel(Model):
 
     def loss(self, loss_fn: LossFn, params, rest, batch, **kwargs) -> tuple[Any, Any]:
         # A fresh tree: variables may only change at the trace level that made them.
-        module = nnx.merge(self._train_graph, params, jax.tree.map(lambda leaf: leaf, rest))
+        module = nnx.merge(self._modes.given, params, jax.tree.map(lambda leaf: leaf, rest))
+        before = attributes(module)
         result = loss_fn(module, batch, **kwargs)
         nnx.pop(module, nnx.Intermediate)
+        check_unchanged(module, self._modes.given, before, "loss_fn")
         return result, nnx.state(module, nnx.Not(nnx.Param))
 
     def evaluator(self, params: Any, rest: Any) -> Any:
-        return nnx.merge(self._eval_graph, params, rest)
+        return nnx.merge(self._modes.evaluation, params, rest)
 
 
 class _TreeModel(Model):

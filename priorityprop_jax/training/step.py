@@ -30,7 +30,7 @@ class Model(Protocol):
         """Puts trained arrays into the user's object, which keeps them."""
 
     def loss(self, loss_fn: LossFn, params, rest, batch, **kwargs) -> tuple[Any, Any]:
-        """What ``loss_fn`` returns for the model in training mode, and the new rest. Pure."""
+        """What ``loss_fn`` returns for the model as it is trained, and the new rest. Pure."""
         ...
 
     def evaluator(self, params: Any, rest: Any) -> Any:

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from tqdm import tqdm
 
 from priorityprop_jax.core.layout import layout_of, put_beside
@@ -37,10 +36,11 @@ from priorityprop_jax.training.step import LossFn, MakeStep, PlainStep, Setup, S
 class Trainer:
     """Trains a model with any Optax optimizer.
 
-    An `nnx` module is trained in place, in the right mode by itself; its own mode is left alone.
-    Parameters given as a pytree are copied. Parameters on a `jax.sharding.Mesh` and optimizer state
-    stay laid out as they are. Several processes (`jax.distributed`) all call the same, with
-    parameters and batches on one mesh.
+    An `nnx` module is trained in place, in the modes that its parts have when the trainer is made
+    (`.train()`, or `.eval()` for a frozen BatchNorm), and evaluated with all in evaluation mode;
+    its own modes stay as they are. Parameters given as a pytree are copied. Parameters on a
+    `jax.sharding.Mesh` and optimizer state stay laid out as they are. Several processes
+    (`jax.distributed`) all call the same, with parameters and batches on one mesh.
 
     Args:
       model: a `flax.nnx.Module`, a pytree of parameters, or an object with the methods of `Model`.
@@ -101,7 +101,6 @@ class Trainer:
                 "flax.nnx.Optimizer give its .tx"
             )
         self.checkpoint_dir, self._progress = checkpoint_dir, progress
-        self._module = model if isinstance(model, nnx.Module) else None
         self._model = as_model(model)
         self._evaluate = Evaluation(self._model, loss_fn, metric_fn)
         self._held: Any = None  # Parameters and rest, while training.
@@ -140,7 +139,8 @@ class Trainer:
         """The trained `nnx` module, or the parameters if none was given."""
         if self._held is not None:
             self._model.join(*copy(self._held))
-        return self.params if self._module is None else self._module
+        module = getattr(self._model, "module", None)
+        return self.params if module is None else module
 
     @property
     def optimizer_state(self) -> Any:
@@ -413,7 +413,8 @@ class PriorityPropTrainer(Trainer):
     ):
         budget = (total_budget, min_updates, max_updates, recalc_every)
         wrapped = priorityprop(optimizer, *budget, **options)
-        params, _ = as_model(model).split()
+        model = as_model(model)
+        params, _ = model.split()
         if counts(jax.eval_shape(optimizer.init, params)) is not None:
             raise ValueError(
                 "the optimizer holds a priorityprop or scale_by_priority already; give the trainer "

@@ -424,6 +424,12 @@ class TestCache:
         cache = PrefixCache(None, examples=ROWS)
         with pytest.raises(ValueError, match="prefix with 'norm' cannot be cached.*BatchNorm"):
             _trainer(nnx_stages(modules), policy="suffix(1)", cache=cache).train(_batches())
+        norm = modules[0][1]
+        norm.eval()
+        before = np.array(norm.mean[...])
+        trainer = _trainer(nnx_stages(modules), policy="suffix(1)", cache=cache)
+        assert trainer.train(_batches()[:1] * 2).column("cached") == [0, 1]
+        np.testing.assert_array_equal(norm.mean[...], before)
 
     def test_dropout_behind_the_prefix_is_drawn_anew(self):
         cache = PrefixCache(None, examples=ROWS)
