@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from priorityprop_jax.core.program import abstract, analysis, program_flops
+from priorityprop_jax.core.program import abstract
 from priorityprop_jax.core.slots import Slots
+from priorityprop_jax.core.work import Work, read_loss
 from priorityprop_jax.partial.grad import find_active, value_and_grad_of
 
-UNITS = ("flops", "bytes", "milliseconds")
+UNITS = ("flops", "milliseconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class StepCosts:
       own: ``[slots]``, what a slot adds to a step whose chain reaches it anyway: its weight
         gradients.
       floors: ``[depths]``, forward pass and chain back to each depth, not decreasing.
-      unit: ``"flops"``, ``"bytes"`` (read and written) or ``"milliseconds"``.
+      unit: ``"flops"`` or ``"milliseconds"``.
 
     Example:
       >>> from priorityprop_jax import find_slots
@@ -74,19 +75,17 @@ def measure_costs(
 ) -> StepCosts:
     """Measures what a step costs by which slots are active, without its optimizer.
 
-    For every depth there is the step with all slots up to there, and for every slot the step that
-    reaches one layer further without it: the difference is the slot's own cost, and what is left
-    of a step without the slots' own costs is the floor that all slots of that depth share.
-    FLOPs are counted in the traced program (see `program_flops`), and nothing is compiled; bytes
-    are the compiler's account; milliseconds are the median of runs on this machine, and slots share
-    the time between two depths as they share its FLOPs. Only shapes are read.
+    FLOPs are read from one trace of the loss (see `program_flops`), and nothing is compiled: a
+    slot's own cost is the work that its gradient alone needs, and what is left of a step with all
+    slots up to a depth is the floor that they share. Milliseconds are the median of runs on this
+    machine; slots share the time between two depths as they share its FLOPs. Only shapes are read.
 
     Args:
       loss_fn: ``(params, batch) -> loss``, or ``(loss, aux)`` with ``has_aux``.
       params: pytree of arrays or `jax.ShapeDtypeStruct`, as is ``batch``.
       batch: what the loss is given.
-      slots: the slots of ``params``, see `find_slots`.
-      unit: ``"flops"``, ``"bytes"`` or ``"milliseconds"``.
+      slots: the slots of ``params``, see `find_slots`, with the depths that `read_loss` gives.
+      unit: ``"flops"`` or ``"milliseconds"``.
       has_aux: as in `jax.value_and_grad`.
       repeats: how often to run a step to time it.
 
@@ -112,32 +111,35 @@ def measure_costs(
     if not slots.names:
         raise ValueError("there are no slots to measure")
     params, batch = jax.tree.map(abstract, (params, batch))
+    find_active(params, slots, slots.names)  # raises for slots of other parameters
+    costs = costs_of(read_loss(loss_fn, params, batch, slots=slots, has_aux=has_aux), slots)
+    if unit == "flops":
+        return costs
     pairs = list(zip(slots.names, slots.depths, strict=True))
-    count = max(slots.depths) + 1
-    upto = [frozenset(name for name, d in pairs if d <= depth) for depth in range(count)]
+    programs, totals = [], []
+    for depth in range(len(costs.floors)):
+        active = [name for name, d in pairs if d <= depth]
+        step = value_and_grad_of(loss_fn, find_active(params, slots, active), has_aux=has_aux)
+        programs.append(jax.jit(step).lower(params, batch).compile())
+        totals.append(costs.of(slots, active))
+    times = np.maximum.accumulate(_timed(programs, repeats)).tolist()
+    rate = np.diff(times, prepend=0.0) / np.maximum(np.diff(totals, prepend=0.0), 1.0)
+    own = [cost * rate[depth] for cost, depth in zip(costs.own, slots.depths, strict=True)]
+    return _costs(times, own, slots, unit)
 
-    def traced(active: frozenset[str]) -> Any:
-        chosen = find_active(params, slots, active)
-        return jax.jit(value_and_grad_of(loss_fn, chosen, has_aux=has_aux)).trace(params, batch)
 
-    def measure(active: frozenset[str]) -> float:
-        if unit == "bytes":
-            return analysis(traced(active).lower().compile())["bytes accessed"]
-        return program_flops(traced(active).jaxpr)
-
-    totals = [measure(active) for active in upto]
-    # One layer deeper, so that the chain is as long without the slot as with it.
-    within = [min(depth + 1, count - 1) for depth in slots.depths]
-    own = [
-        max(totals[at] - measure(upto[at] - {name}), 0.0)
-        for at, name in zip(within, slots.names, strict=True)
+def costs_of(work: Work, slots: Slots) -> StepCosts:
+    """What steps cost in FLOPs, by the depths of the slots."""
+    own = [work.own(i) for i in range(len(slots))]
+    upto = [
+        [i for i, at in enumerate(slots.depths) if at <= depth]
+        for depth in range(max(slots.depths, default=0) + 1)
     ]
-    if unit == "milliseconds":
-        times = _timed([traced(active).lower().compile() for active in upto], repeats)
-        times = np.maximum.accumulate(times)
-        share = np.diff(times, prepend=0.0) / np.maximum(np.diff(totals, prepend=0.0), 1.0)
-        own = [cost * share[depth] for cost, depth in zip(own, slots.depths, strict=True)]
-        totals = times.tolist()
+    return _costs([work.cost(chosen) for chosen in upto], own, slots, "flops")
+
+
+def _costs(totals: Sequence[float], own: Sequence[float], slots: Slots, unit: str) -> StepCosts:
+    """Costs from those of all slots up to each depth."""
     floors = [
         max(total - sum(o for o, d in zip(own, slots.depths, strict=True) if d <= depth), 0.0)
         for depth, total in enumerate(totals)

@@ -1,0 +1,273 @@
+"""One walk over a traced program tells which work each of its outputs needs."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.extend import core as jex_core
+
+# What moves numbers, makes them, or tells of them, and computes none.
+_FREE = frozenset(
+    "broadcast_in_dim reshape transpose squeeze expand_dims slice dynamic_slice concatenate pad "
+    "dynamic_update_slice gather iota copy copy_p convert_element_type bitcast_convert_type rev "
+    "stop_gradient device_put sharding_constraint reshard mesh_cast pvary pcast split empty "
+    "optimization_barrier random_wrap random_unwrap random_bits random_fold_in random_split "
+    "random_seed threefry2x32 shift_right_logical shift_left create_token".split()
+)
+# Whose backward pass computes nothing either.
+_PASSES_BACK = _FREE | {"add", "add_any", "sub", "neg", "reduce_sum"}
+_REDUCE = ("reduce_", "argmax", "argmin", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
+_BY_ROW = frozenset("convert_element_type copy mul reshape sharding_constraint transpose".split())
+
+Mark = int | tuple[int, ...]  # bits; in a walk forward also those of each row of axis 0
+Formula = Callable[[Sequence[Any], Sequence[Any], Mapping[str, Any]], float]
+_formulas: dict[str, Formula] = {}
+
+
+def register_flops(target_name: str, formula: Formula) -> None:
+    """Says what a custom call costs, which counts nothing otherwise.
+
+    Args:
+      target_name: that of `jax.ffi.ffi_call`.
+      formula: ``(operands, results, attributes) -> FLOPs``, of arrays only shape and dtype.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from priorityprop_jax.core.program import program_flops
+      >>> from priorityprop_jax.core.walk import register_flops
+      >>> register_flops("twice", lambda operands, results, attributes: results[0].size)
+      >>> x = jnp.ones(3)
+      >>> program_flops(jax.make_jaxpr(jax.ffi.ffi_call("twice", x))(x))
+      3.0
+    """
+    _formulas[target_name] = formula
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """Carries bits through a jaxpr: from its outputs to what they need, or forward.
+
+    Backward, an operation has the bits of all outputs that need it. Forward, it has those of all
+    inputs that its backward pass must go through to reach: input ``i`` comes in as bit ``inputs +
+    i``, and is bit ``i`` behind the first operation that uses it, whose backward pass gives its own
+    gradient. Nothing goes backward through what has no gradient, as a whole number.
+
+    What a scan's body needs of what it carries, its every round needs. Forward, a scan over rows
+    that have bits of their own is walked round by round.
+    """
+
+    products_only: bool = False
+    inputs: int | None = None  # so many go forward; None for a walk back
+
+    @property
+    def data(self) -> int:
+        """The bit, in a walk forward, of what is no input."""
+        return 1 << 2 * (self.inputs or 0)
+
+    def over(
+        self, jaxpr: Any, marks: Sequence[Mark], always: int = 0
+    ) -> tuple[collections.Counter[int], list[Mark]]:
+        """FLOPs by bits, and the bits that arrive at the other end.
+
+        ``marks`` are of the outputs, or forward of the inputs; ``always`` of what has an effect.
+        """
+        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+        forward = self.inputs is not None
+        start, end = (jaxpr.outvars, jaxpr.invars)[:: -1 if forward else 1]
+        known = dict[Any, Mark].fromkeys(jaxpr.constvars, self.data) if forward else {}
+        parts = collections.Counter[int]()
+        _mark(known, start, marks)
+        for eqn in jaxpr.eqns if forward else reversed(jaxpr.eqns):
+            near, far = (eqn.outvars, eqn.invars)[:: -1 if forward else 1]
+            found = [known.get(var, 0) if _is_var(var) else 0 for var in near]
+            effect = always if eqn.effects else 0
+            if not (any(map(_whole, found)) or effect):
+                continue
+            counts, arriving = self._equation(eqn, found, effect, always)
+            parts.update(counts)
+            _mark(known, far, arriving)
+        return parts, [known.get(var, 0) if _is_var(var) else 0 for var in end]
+
+    def _equation(
+        self, eqn: Any, marks: list[Mark], effect: int, always: int
+    ) -> tuple[Mapping[int, float], Sequence[Mark]]:
+        name, inner, back = eqn.primitive.name, parts_of(eqn), self.inputs is None
+        if name == "scan":
+            return self._scan(eqn, inner[0], marks, always)
+        far = eqn.invars if back else eqn.outvars
+        whole = functools.reduce(operator.or_, map(_whole, marks), effect)
+        if not inner or name.startswith(("reduce", "scatter", "custom_lin")):
+            return self._operation(eqn, name, marks, whole)
+        if name == "cond":
+            walks = [self.over(branch, marks if back else marks[1:], always) for branch in inner]
+            dearest = max((counts for counts, _ in walks), key=lambda counts: sum(counts.values()))
+            ends = zip(*(end for _, end in walks), strict=True)
+            return dearest, [whole] * back + [functools.reduce(_either, end) for end in ends]
+        times, parts = _times(eqn), collections.Counter[int]()
+        arriving: Sequence[Mark] = [self._through(whole, name)[1]] * len(far)
+        for part in inner:
+            body = getattr(part, "jaxpr", part)
+            start, end = (body.outvars, body.invars)[:: 1 if back else -1]
+            # Where a part has the results of the whole, what nothing reads of them is not run.
+            same = len(start) == len(marks) and name not in ("while", "pallas_call")
+            given = marks if same else [whole] * len(start)
+            counts, ending = self.over(part, given, always if same else whole)
+            parts.update({bits: times * flops for bits, flops in counts.items()})
+            if same and len(inner) == 1 and len(end) == len(far):
+                arriving = ending
+        return parts, arriving
+
+    def _scan(
+        self, eqn: Any, body: Any, marks: list[Mark], always: int
+    ) -> tuple[Mapping[int, float], Sequence[Mark]]:
+        length, back = eqn.params["length"], self.inputs is None
+        consts, carried = eqn.params["num_consts"], eqn.params["num_carry"]
+        fixed = 0 if back else consts
+        given, carry = marks[:fixed], list(map(_whole, marks[fixed : fixed + carried]))
+        each = marks[fixed + carried :]
+        if not back and any(isinstance(mark, tuple) for mark in each):
+            parts, rows = collections.Counter[int](), [[0] * length for _ in eqn.outvars[carried:]]
+            for i in reversed(range(length)) if eqn.params["reverse"] else range(length):
+                counts, end = self.over(body, [*given, *carry, *(_row(m, i) for m in each)])
+                parts.update(counts)
+                carry = list(map(_whole, end[:carried]))
+                for row, mark in zip(rows, end[carried:], strict=True):
+                    row[i] = _whole(mark)
+            return parts, [*carry, *map(tuple, rows)]
+        each = list(map(_whole, each))
+        while True:
+            counts, end = self.over(body, [*given, *carry, *each], always)
+            end = list(map(_whole, end))
+            first = consts if back else 0
+            after = [a | b for a, b in zip(carry, end[first : first + carried], strict=True)]
+            if after == carry:
+                return {bits: length * flops for bits, flops in counts.items()}, end
+            carry = after
+
+    def _operation(
+        self, eqn: Any, name: str, marks: list[Mark], whole: int
+    ) -> tuple[Mapping[int, float], Sequence[Mark]]:
+        """Of what has no program in it."""
+        back, flops = self.inputs is None, _flops(eqn, name, self.products_only)
+        far = eqn.invars if back else eqn.outvars
+        if any(isinstance(mark, tuple) for mark in marks) and (rows := _rows(eqn, name, marks)):
+            # These are moves, but for a product with a number.
+            return {}, [tuple(self._through(row, name)[1] for row in rows)]
+        counted, behind = self._through(whole, name)
+        real = [back or jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in far]
+        return {counted: flops * any(real)}, [behind if on else self.data for on in real]
+
+    def _through(self, bits: int, name: str) -> tuple[int, int]:
+        """Which bits an operation counts for, and which there are behind it."""
+        if self.inputs is None:
+            return bits, bits
+        every = (1 << self.inputs) - 1
+        behind = bits & (every | self.data) | bits >> self.inputs & every
+        if name in _PASSES_BACK:
+            return 0, behind if bits & self.data else bits
+        return bits & every, behind
+
+
+def _rows(eqn: Any, name: str, marks: Sequence[Mark]) -> list[int]:
+    """Bits of each row of the result where rows are moved, and nothing else comes in; else none."""
+    variables = [i for i, var in enumerate(eqn.invars) if _is_var(var)]
+    shape, params, own = eqn.outvars[0].aval.shape, eqn.params, marks[variables[0]]
+    if len(variables) > 1 or not shape or not isinstance(own, tuple):
+        return []
+    first = 0
+    if name == "slice" and (params["strides"] is None or params["strides"][0] == 1):
+        first = params["start_indices"][0]
+    elif name == "dynamic_slice":
+        first = min(max(int(eqn.invars[1].val), 0), len(own) - shape[0])
+    elif (
+        (name == "transpose" and params["permutation"][0] != 0)
+        or (name == "reshape" and params["dimensions"] is not None)
+        or name not in _BY_ROW
+        or len(own) != shape[0]
+    ):
+        return []
+    return list(own[first : first + shape[0]])
+
+
+def _is_var(x: Any) -> bool:
+    return isinstance(x, jex_core.Var)
+
+
+def _mark(known: dict[Any, Mark], variables: Sequence[Any], marks: Sequence[Mark]) -> None:
+    """Adds marks to those of variables."""
+    for var, mark in zip(variables, marks, strict=True):
+        if _is_var(var):
+            fits = not isinstance(mark, tuple) or var.aval.shape[:1] == (len(mark),)
+            mark = mark if fits else _whole(mark)
+            known[var] = _either(known[var], mark) if var in known else mark
+
+
+def _either(a: Mark, b: Mark) -> Mark:
+    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
+        return tuple(map(operator.or_, a, b))
+    if not (a and b):
+        return a or b
+    return _whole(a) | _whole(b)
+
+
+def _whole(mark: Mark) -> int:
+    return functools.reduce(operator.or_, mark, 0) if isinstance(mark, tuple) else mark
+
+
+def _row(mark: Mark, i: int) -> int:
+    return mark[i] if isinstance(mark, tuple) else mark
+
+
+def _flops(eqn: Any, name: str, products_only: bool) -> float:
+    """The FLOPs of an operation that has none in it."""
+    if not eqn.outvars:
+        return 0.0
+    result, params = eqn.outvars[0].aval, eqn.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        shape = eqn.invars[0].aval.shape
+        return 2.0 * result.size * math.prod(shape[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        kernel = eqn.invars[1].aval
+        outs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+        return 2.0 * result.size * kernel.size / outs
+    if name == "ffi_call" and params["target_name"] in _formulas:
+        operands, results = ([v.aval for v in side] for side in (eqn.invars, eqn.outvars))
+        formula = _formulas[params["target_name"]]
+        return float(formula(operands, results, dict(params["attributes"])))
+    if products_only or name in _FREE or name == "ffi_call" or not hasattr(result, "size"):
+        return 0.0
+    if name.startswith(_REDUCE):
+        return float(eqn.invars[0].aval.size)
+    return float(eqn.invars[-1].aval.size if name.startswith("scatter") else result.size)
+
+
+def _times(eqn: Any) -> float:
+    """How often an operation runs what is in it."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid)
+    if name == "shard_map":  # what is in it, is of one device
+        manual = params.get("manual_axes", params["mesh"].axis_names)
+        return math.prod(params["mesh"].shape[axis] for axis in manual)
+    return 1
+
+
+def parts_of(eqn: Any) -> list[Any]:
+    """The jaxprs among the parameters of an equation."""
+    return list(_jaxprs(eqn.params.values()))
+
+
+def _jaxprs(values: Any) -> Iterator[Any]:
+    for value in values:
+        if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _jaxprs(value)

@@ -1,0 +1,133 @@
+"""What a loss does: the work that the gradients of any slots need, and the depth of each slot."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+from jax.extend import core as jex_core
+
+from priorityprop_jax.core.program import abstract
+from priorityprop_jax.core.slots import Slots
+from priorityprop_jax.core.walk import Walk
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What the gradients of a loss take, see `read_loss`.
+
+    Attributes:
+      parts: FLOPs by who needs them: bit ``i`` is slot ``i``, and the bit behind those of all slots
+        the loss and what is returned beside it.
+      depths: of each slot, 0 at the output.
+    """
+
+    parts: Mapping[int, float]
+    depths: tuple[int, ...]
+
+    def cost(self, slots: Iterable[int]) -> float:
+        """FLOPs of the loss and of the gradients of some slots, given by their indices."""
+        bits = sum(1 << i for i in {*slots, len(self.depths)})
+        return sum(flops for mask, flops in self.parts.items() if mask & bits)
+
+    def own(self, slot: int) -> float:
+        """FLOPs of what no other slot needs, nor the loss."""
+        return self.parts.get(1 << slot, 0.0)
+
+
+def read_loss(
+    loss_fn: Callable[..., Any], params: Any, *args: Any, slots: Slots, has_aux: bool = False
+) -> Work:
+    """Reads from the program of a loss what each gradient needs, and how deep each slot is.
+
+    A slot is as deep as the backward work that must run before its gradient is known: it is deeper
+    than another where its backward pass goes through all of the other's, and through more. What has
+    no gradient is at depth 0. Layers of a stack follow one another as they are used; where the
+    program does not tell (it picks layers by a traced number), the first is taken for the deepest.
+
+    The loss is traced once, by shapes; nothing is compiled, and names mean nothing. A branch counts
+    as its dearest, a loop of unknown length once, see `program_flops`.
+
+    Args:
+      loss_fn: ``(params, *args) -> loss``, or ``(loss, aux)`` with ``has_aux``.
+      params: pytree of arrays or `jax.ShapeDtypeStruct`, as are ``args``.
+      *args: what else the loss is given.
+      slots: the slots of ``params``, see `find_slots`.
+      has_aux: as in `jax.value_and_grad`.
+
+    Returns:
+      The work.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from priorityprop_jax import find_slots
+      >>> from priorityprop_jax.core.work import read_loss
+      >>> params = {"a": jnp.ones((8, 8)), "b": jnp.ones((8, 8)), "c": jnp.ones(8)}
+      >>> loss_fn = lambda p, x: jnp.sum(jnp.tanh(x @ p["b"] + p["c"]) @ p["a"])
+      >>> work = read_loss(loss_fn, params, jnp.ones((4, 8)), slots=find_slots(params))
+      >>> work.depths, work.cost([0]) < work.cost([1]) < work.cost([0, 1])
+      ((0, 1, 1), True)
+    """
+    leaves, treedef = jax.tree.flatten(jax.tree.map(abstract, params))
+    rest, rest_treedef = jax.tree.flatten(jax.tree.map(abstract, args))
+
+    def outputs(leaves, rest):
+        result = loss_fn(treedef.unflatten(leaves), *rest_treedef.unflatten(rest))
+        loss, aux = result if has_aux else (result, None)
+        return [loss, *jax.tree.leaves(aux)]
+
+    traced = jax.make_jaxpr(outputs)(leaves, rest)
+
+    def loss_and_aux(leaves, rest):
+        loss, *aux = jex_core.jaxpr_as_fun(traced)(*leaves, *rest)
+        return loss, aux
+
+    gradient = jax.make_jaxpr(jax.value_and_grad(loss_and_aux, has_aux=True))(leaves, rest)
+    count = len(slots)
+    marks = [sum({*bits}) for bits in _bits(slots, 0)]
+    always = 1 << count
+    known = [always] * (len(gradient.jaxpr.outvars) - len(marks))
+    parts, _ = Walk().over(gradient, [*known, *marks], always)
+    forward = Walk(inputs=count)
+    used = [bits if len(bits) > 1 else bits[0] for bits in _bits(slots, count)]
+    chains, _ = forward.over(traced, [*used, *[forward.data] * len(rest)])
+    trained = [any(mask >> i & 1 and mask < always for mask in parts) for i in range(count)]
+    return Work(parts, _depths(slots, chains, trained))
+
+
+def _bits(slots: Slots, shift: int) -> list[tuple[int, ...]]:
+    """For every leaf the bits of its slots."""
+    found = {}
+    for bundle in slots.bundles:
+        own = tuple(1 << shift + bundle.start + i for i in range(bundle.slots))
+        for leaf, axis in zip(bundle.leaves, bundle.axes, strict=True):
+            found[leaf] = own if not axis else (sum(own),)
+    return [found[leaf] for leaf in range(len(found))]
+
+
+def _depths(slots: Slots, chains: Mapping[int, float], trained: list[bool]) -> tuple[int, ...]:
+    """The longest row of slots of which each goes back through all that the one before does."""
+    count = len(slots)
+    within = [(1 << count) - 1] * count  # those whose chain has in it that of a slot
+    work = [0.0] * count
+    for mask, flops in chains.items():
+        for i in range(count):
+            if flops and mask >> i & 1:
+                within[i] &= mask
+                work[i] += flops
+    place = [0] * count  # from the last layer of a stack, where the program does not tell
+    for bundle in slots.bundles:
+        mine = range(bundle.start, bundle.start + bundle.slots)
+        if all(within[i] == within[mine[0]] for i in mine):
+            for i in mine:
+                place[i] = mine[-1] - i
+    depths = [0] * count
+    order = sorted((i for i in range(count) if trained[i]), key=lambda i: (work[i], place[i]))
+    for n, i in enumerate(order):
+        for j in order[:n]:
+            shorter = not within[i] >> j & 1 or place[j] < place[i]
+            if within[j] >> i & 1 and shorter:
+                depths[i] = max(depths[i], depths[j] + 1)
+    return tuple(depths)
