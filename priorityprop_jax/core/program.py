@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ def program_flops(program: Any) -> float:
     `register_flops`), and a loop of unknown length once. For the compiler every loop counts once.
     """
     if hasattr(program, "cost_analysis"):
-        return analysis(program)["flops"]
+        return float(program.cost_analysis().get("flops", 0.0))
     return _everything(program, Walk())
 
 
@@ -71,9 +71,3 @@ def abstract(x: Any) -> jax.ShapeDtypeStruct:
     if not jnp.issubdtype(dtype, jax.dtypes.extended):  # keys of random streams
         dtype = jax.dtypes.canonicalize_dtype(dtype)
     return jax.ShapeDtypeStruct(np.shape(x), dtype)
-
-
-def analysis(compiled: Any) -> Mapping[str, float]:
-    """What the compiler counts of a program, by name."""
-    found = compiled.cost_analysis()
-    return {key: float(found.get(key, 0.0)) for key in ("flops", "bytes accessed")}

@@ -24,7 +24,7 @@ _FREE = frozenset(
 # Whose backward pass computes nothing either.
 _PASSES_BACK = _FREE | {"add", "add_any", "sub", "neg", "reduce_sum"}
 _REDUCE = ("reduce_", "argmax", "argmin", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
-_BY_ROW = frozenset("convert_element_type copy mul reshape sharding_constraint transpose".split())
+_KEEPS_ROWS = {"convert_element_type", "copy", "sharding_constraint", "transpose"}
 
 Mark = int | tuple[int, ...]  # bits; in a walk forward also those of each row of axis 0
 Formula = Callable[[Sequence[Any], Sequence[Any], Mapping[str, Any]], float]
@@ -32,20 +32,9 @@ _formulas: dict[str, Formula] = {}
 
 
 def register_flops(target_name: str, formula: Formula) -> None:
-    """Says what a custom call costs, which counts nothing otherwise.
+    """Says what `jax.ffi.ffi_call` of a target costs: FLOPs of operands, results and attributes.
 
-    Args:
-      target_name: that of `jax.ffi.ffi_call`.
-      formula: ``(operands, results, attributes) -> FLOPs``, of arrays only shape and dtype.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from priorityprop_jax.core.program import program_flops
-      >>> from priorityprop_jax.core.walk import register_flops
-      >>> register_flops("twice", lambda operands, results, attributes: results[0].size)
-      >>> x = jnp.ones(3)
-      >>> program_flops(jax.make_jaxpr(jax.ffi.ffi_call("twice", x))(x))
-      3.0
+    Without a formula a custom call counts nothing.
     """
     _formulas[target_name] = formula
 
@@ -71,6 +60,10 @@ class Walk:
         """The bit, in a walk forward, of what is no input."""
         return 1 << 2 * (self.inputs or 0)
 
+    def ends(self, of: Any) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Where a walk through a jaxpr or an equation starts, and where it ends."""
+        return (of.outvars, of.invars) if self.inputs is None else (of.invars, of.outvars)
+
     def over(
         self, jaxpr: Any, marks: Sequence[Mark], always: int = 0
     ) -> tuple[collections.Counter[int], list[Mark]]:
@@ -80,20 +73,18 @@ class Walk:
         """
         jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
         forward = self.inputs is not None
-        start, end = (jaxpr.outvars, jaxpr.invars)[:: -1 if forward else 1]
-        known = dict[Any, Mark].fromkeys(jaxpr.constvars, self.data) if forward else {}
+        start, end = self.ends(jaxpr)
+        known: dict[Any, Mark] = {var: self.data for var in jaxpr.constvars if forward}
         parts = collections.Counter[int]()
         _mark(known, start, marks)
         for eqn in jaxpr.eqns if forward else reversed(jaxpr.eqns):
-            near, far = (eqn.outvars, eqn.invars)[:: -1 if forward else 1]
-            found = [known.get(var, 0) if _is_var(var) else 0 for var in near]
-            effect = always if eqn.effects else 0
-            if not (any(map(_whole, found)) or effect):
-                continue
-            counts, arriving = self._equation(eqn, found, effect, always)
-            parts.update(counts)
-            _mark(known, far, arriving)
-        return parts, [known.get(var, 0) if _is_var(var) else 0 for var in end]
+            near, far = self.ends(eqn)
+            found, effect = _get(known, near), always if eqn.effects else 0
+            if any(map(_whole, found)) or effect:
+                counts, arriving = self._equation(eqn, found, effect, always)
+                parts.update(counts)
+                _mark(known, far, arriving)
+        return parts, _get(known, end)
 
     def _equation(
         self, eqn: Any, marks: list[Mark], effect: int, always: int
@@ -101,7 +92,7 @@ class Walk:
         name, inner, back = eqn.primitive.name, parts_of(eqn), self.inputs is None
         if name == "scan":
             return self._scan(eqn, inner[0], marks, always)
-        far = eqn.invars if back else eqn.outvars
+        _, far = self.ends(eqn)
         whole = functools.reduce(operator.or_, map(_whole, marks), effect)
         if not inner or name.startswith(("reduce", "scatter", "custom_lin")):
             return self._operation(eqn, name, marks, whole)
@@ -113,8 +104,7 @@ class Walk:
         times, parts = _times(eqn), collections.Counter[int]()
         arriving: Sequence[Mark] = [self._through(whole, name)[1]] * len(far)
         for part in inner:
-            body = getattr(part, "jaxpr", part)
-            start, end = (body.outvars, body.invars)[:: 1 if back else -1]
+            start, end = self.ends(getattr(part, "jaxpr", part))
             # Where a part has the results of the whole, what nothing reads of them is not run.
             same = len(start) == len(marks) and name not in ("while", "pallas_call")
             given = marks if same else [whole] * len(start)
@@ -155,14 +145,13 @@ class Walk:
         self, eqn: Any, name: str, marks: list[Mark], whole: int
     ) -> tuple[Mapping[int, float], Sequence[Mark]]:
         """Of what has no program in it."""
-        back, flops = self.inputs is None, _flops(eqn, name, self.products_only)
-        far = eqn.invars if back else eqn.outvars
         if any(isinstance(mark, tuple) for mark in marks) and (rows := _rows(eqn, name, marks)):
-            # These are moves, but for a product with a number.
-            return {}, [tuple(self._through(row, name)[1] for row in rows)]
+            return {}, [rows]
         counted, behind = self._through(whole, name)
+        back, (_, far) = self.inputs is None, self.ends(eqn)
         real = [back or jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in far]
-        return {counted: flops * any(real)}, [behind if on else self.data for on in real]
+        flops = _flops(eqn, name, self.products_only) if any(real) else 0.0
+        return {counted: flops}, [behind if on else self.data for on in real]
 
     def _through(self, bits: int, name: str) -> tuple[int, int]:
         """Which bits an operation counts for, and which there are behind it."""
@@ -175,29 +164,28 @@ class Walk:
         return bits & every, behind
 
 
-def _rows(eqn: Any, name: str, marks: Sequence[Mark]) -> list[int]:
+def _rows(eqn: Any, name: str, marks: Sequence[Mark]) -> tuple[int, ...]:
     """Bits of each row of the result where rows are moved, and nothing else comes in; else none."""
-    variables = [i for i, var in enumerate(eqn.invars) if _is_var(var)]
-    shape, params, own = eqn.outvars[0].aval.shape, eqn.params, marks[variables[0]]
-    if len(variables) > 1 or not shape or not isinstance(own, tuple):
-        return []
-    first = 0
-    if name == "slice" and (params["strides"] is None or params["strides"][0] == 1):
-        first = params["start_indices"][0]
+    shape, own, operands = eqn.outvars[0].aval.shape, marks[0], eqn.invars
+    moved = isinstance(own, tuple) and shape and not any(map(_is_var, operands[1:]))
+    if not moved or not isinstance(own, tuple):
+        return ()
+    first, dimensions = 0, eqn.params.get("permutation", (0,))
+    if name == "slice" and not eqn.params["strides"]:
+        first = eqn.params["start_indices"][0]
     elif name == "dynamic_slice":
-        first = min(max(int(eqn.invars[1].val), 0), len(own) - shape[0])
-    elif (
-        (name == "transpose" and params["permutation"][0] != 0)
-        or (name == "reshape" and params["dimensions"] is not None)
-        or name not in _BY_ROW
-        or len(own) != shape[0]
-    ):
-        return []
-    return list(own[first : first + shape[0]])
+        first = min(max(int(operands[1].val), 0), len(own) - shape[0])
+    elif name not in _KEEPS_ROWS or dimensions[0] != 0 or len(own) != shape[0]:
+        return ()
+    return own[first : first + shape[0]]
 
 
 def _is_var(x: Any) -> bool:
     return isinstance(x, jex_core.Var)
+
+
+def _get(known: Mapping[Any, Mark], variables: Sequence[Any]) -> list[Mark]:
+    return [known.get(var, 0) if _is_var(var) else 0 for var in variables]
 
 
 def _mark(known: dict[Any, Mark], variables: Sequence[Any], marks: Sequence[Mark]) -> None:

@@ -50,15 +50,8 @@ def read_loss(
     The loss is traced once, by shapes; nothing is compiled, and names mean nothing. A branch counts
     as its dearest, a loop of unknown length once, see `program_flops`.
 
-    Args:
-      loss_fn: ``(params, *args) -> loss``, or ``(loss, aux)`` with ``has_aux``.
-      params: pytree of arrays or `jax.ShapeDtypeStruct`, as are ``args``.
-      *args: what else the loss is given.
-      slots: the slots of ``params``, see `find_slots`.
-      has_aux: as in `jax.value_and_grad`.
-
-    Returns:
-      The work.
+    ``loss_fn(params, *args)`` gives the loss, or ``(loss, aux)`` with ``has_aux``; ``slots`` are of
+    ``params``, see `find_slots`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -86,12 +79,12 @@ def read_loss(
 
     gradient = jax.make_jaxpr(jax.value_and_grad(loss_and_aux, has_aux=True))(leaves, rest)
     count = len(slots)
-    marks = [sum({*bits}) for bits in _bits(slots, 0)]
+    marks = list(map(sum, _bits(slots, 0)))
     always = 1 << count
     known = [always] * (len(gradient.jaxpr.outvars) - len(marks))
     parts, _ = Walk().over(gradient, [*known, *marks], always)
     forward = Walk(inputs=count)
-    used = [bits if len(bits) > 1 else bits[0] for bits in _bits(slots, count)]
+    used = [bits if len(bits) > 1 else sum(bits) for bits in _bits(slots, count)]
     chains, _ = forward.over(traced, [*used, *[forward.data] * len(rest)])
     trained = [any(mask >> i & 1 and mask < always for mask in parts) for i in range(count)]
     return Work(parts, _depths(slots, chains, trained))
@@ -99,7 +92,7 @@ def read_loss(
 
 def _bits(slots: Slots, shift: int) -> list[tuple[int, ...]]:
     """For every leaf the bits of its slots."""
-    found = {}
+    found: dict[int, tuple[int, ...]] = {}
     for bundle in slots.bundles:
         own = tuple(1 << shift + bundle.start + i for i in range(bundle.slots))
         for leaf, axis in zip(bundle.leaves, bundle.axes, strict=True):

@@ -26,7 +26,7 @@ class Account:
     """Counts steps by active set."""
 
     def __init__(self, slots: Slots) -> None:
-        self._slots = slots
+        self.slots = slots  # with the depths of the program, once they are known
         self.charged = 0.0  # in the unit of the budget
         self.full_flops = 0.0  # of a step with all slots
         self.costs: StepCosts | None = None  # FLOPs by slot, once they are known
@@ -53,7 +53,7 @@ class Account:
         A layer's FLOPs are its part of the chain back and its slots' own. ``counts`` and
         ``state_bytes`` are over slots: updates, and bytes on the device.
         """
-        slots, total, layers = self._slots, self.total, []
+        slots, total, layers = self.slots, self.total, []
         depths = max(slots.depths, default=-1) + 1
         # There are none where there was no step.
         costs = self.costs or StepCosts((0.0,) * len(slots), (0.0,) * depths)
@@ -66,7 +66,7 @@ class Account:
             flops = float(reached * chain + sum(costs.own[i] * counts[i] for i in members))
             layers.append(
                 {
-                    "layer": slots.layers[members[0]] if members else str(depth),
+                    "layer": ", ".join(dict.fromkeys(slots.layers[i] for i in members)),
                     "updates": int(sum(counts[i] for i in members)),
                     "flops": flops,
                     "milliseconds": 1e3 * seconds * flops / total.flops if total.flops else 0.0,
@@ -85,6 +85,7 @@ class Account:
         return {
             "charged": self.charged,
             "full_flops": self.full_flops,
+            "depths": self.slots.depths,
             "costs": None if costs is None else [costs.own, costs.floors],
             "total": dataclasses.astuple(self.total),
             "spent": [[sorted(names), *dataclasses.astuple(s)] for names, s in self.spent.items()],
@@ -93,6 +94,7 @@ class Account:
     def restore(self, record: Mapping[str, Any]) -> None:
         """The inverse of `record`."""
         self.charged, self.full_flops = record["charged"], record["full_flops"]
+        self.slots = dataclasses.replace(self.slots, depths=tuple(record["depths"]))
         if record["costs"] is not None:  # for a report where no step is left to run
             own, floors = map(tuple, record["costs"])
             self.costs = StepCosts(own, floors)

@@ -17,8 +17,9 @@ import optax
 from priorityprop_jax.core.layout import layout_of, put_beside
 from priorityprop_jax.core.program import Program, abstract, build, program_flops
 from priorityprop_jax.core.slots import Slots, by_layer, find_slots
+from priorityprop_jax.core.work import Work, read_loss
 from priorityprop_jax.partial.account import Account, state_bytes
-from priorityprop_jax.partial.costs import StepCosts, measure_costs
+from priorityprop_jax.partial.costs import StepCosts, costs_of, measure_costs
 from priorityprop_jax.partial.grad import find_active, value_and_grad_of
 from priorityprop_jax.partial.offload import STATES, ActiveState
 from priorityprop_jax.partial.planner import Options, Planner
@@ -224,7 +225,6 @@ class PartialStep:
         program run, see `program_flops`, and ``full_flops`` what as many full steps cost;
         ``widened_steps`` trained more than the policy asked for.
         """
-        self._know_layers()
         state = next(s for s in jax.tree.leaves(opt_state, is_leaf=_is_ours) if _is_ours(s))
         resident = frozenset(self.slots.names) if self._states is None else self._states.resident
         counts = np.asarray(state.update_counts).tolist()
@@ -295,7 +295,10 @@ class PartialStep:
         return program
 
     def _prepare(self, rest: Any, batch: Any) -> None:
-        """Finds out what steps cost. By shapes, whatever the layout: a mesh changes no choice."""
+        """Finds out how deep slots are, and what steps cost.
+
+        By shapes, whatever the layout: a mesh changes no choice.
+        """
         options = self._options
         self._arguments = rest, batch = jax.tree.map(abstract, (rest, batch))
         everything = frozenset(self.slots.names)
@@ -303,20 +306,31 @@ class PartialStep:
         traced = jax.make_jaxpr(self._program(everything, 0))
         full = traced(part, frozen, rest, self._state, batch, None)
         self._account.full_flops = program_flops(full)
-        costs = options.costs
-        if costs is None and options.budget is not None:
-            unit = options.budget[0]
-            costs = self._measured("flops" if unit == "share" else unit)
-        if costs is not None and costs.unit == "flops":
-            self._account.costs = costs
-        if costs is not None:
-            front = self._prefix.flops(self._shapes, rest, batch["x"]) if options.cache else None
-            self._planner.know(costs, front)
-
-    def _measured(self, unit: str) -> StepCosts:
         loss = lambda params, arguments: self._loss(params, *arguments)  # noqa: E731
         example = self._shapes, self._arguments
-        return measure_costs(loss, *example, self.slots, unit=unit, has_aux=True)
+        work = read_loss(loss, *example, slots=self.slots, has_aux=True)
+        if self._prefix is None:  # else the stages tell
+            self.slots = dataclasses.replace(self.slots, depths=work.depths)
+            self._planner.slots = self._account.slots = self.slots
+        self._account.costs = counted = self._with_optimizer(work)
+        costs = options.costs
+        if costs is not None and costs.unit == "flops":
+            self._account.costs = costs
+        elif costs is None and options.budget is not None:
+            costs = counted
+            if options.budget[0] == "milliseconds":
+                costs = measure_costs(loss, *example, self.slots, unit="milliseconds", has_aux=True)
+        if costs is not None:
+            prefix = self._prefix if options.cache else None
+            front = prefix and prefix.flops(self._shapes, rest, batch["x"])
+            self._planner.know(costs, front)
+
+    def _with_optimizer(self, work: Work) -> StepCosts:
+        """Costs in FLOPs, those of the optimizer shared out by sizes."""
+        costs, sizes = costs_of(work, self.slots), self.slots.sizes
+        more = max(self._account.full_flops - work.cost(range(len(sizes))), 0.0)
+        shares = [more * size / max(sum(sizes), 1) for size in sizes]
+        return dataclasses.replace(costs, own=tuple(np.add(costs.own, shares).tolist()))
 
     def _new_cycle(self, state: ActiveUpdatesState) -> ActiveUpdatesState:
         values = expected_gains(state, self._gain_decay)
@@ -327,18 +341,12 @@ class PartialStep:
             priorities=_like(priority(values, counts, 1.0), state.priorities),
         )
 
-    def _know_layers(self) -> None:
-        """What the report needs of layers: a policy without a budget did not ask before."""
-        if self._account.costs is None and self._arguments is not None:
-            self._account.costs = self._measured("flops")
-
     def complete(self, opt_state: Any) -> Any:
         """The optimizer state with that of all slots, for a checkpoint."""
         return opt_state if self._states is None else _changed(opt_state, self._states.complete)
 
     def record(self) -> dict[str, Any]:
         """What a resumed run needs beside the arrays, ready for JSON."""
-        self._know_layers()
         return {
             "options": self._options.record,
             "account": self._account.record(),

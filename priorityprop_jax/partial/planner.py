@@ -53,7 +53,7 @@ class Planner:
     """
 
     def __init__(self, options: Options, slots: Slots, account: Account) -> None:
-        self._options, self._slots, self._account = options, slots, account
+        self._options, self.slots, self._account = options, slots, account
         self._policy = make_policy(options.policy)
         self.costs: StepCosts | None = None  # in the unit of the budget, once known
         self._full = 0.0  # what a step with all slots costs; 0 where only its FLOPs are known
@@ -70,7 +70,7 @@ class Planner:
 
         Where outputs are cached, ``front`` is FLOPs of the forward pass in front of each depth.
         """
-        options, slots = self._options, self._slots
+        options, slots = self._options, self.slots
         if len(costs.own) != len(slots) or len(costs.floors) <= max(slots.depths):
             raise ValueError(
                 f"costs are of {len(costs.own)} slots and {len(costs.floors)} depths, but the "
@@ -95,7 +95,7 @@ class Planner:
 
     def cost(self, active: frozenset[str]) -> float:
         """What a step is expected to cost, in the unit of the budget; its slots, if unknown."""
-        return float(len(active)) if self.costs is None else self.costs.of(self._slots, active)
+        return float(len(active)) if self.costs is None else self.costs.of(self.slots, active)
 
     def charge(self, active: frozenset[str], flops: float) -> float:
         """What a step that has run is charged, in the unit of the budget."""
@@ -110,7 +110,7 @@ class Planner:
         done, steps = self._account.total.steps, self._options.recalc_every
         allowed = self._allowed * (done + steps) - self._account.charged
         situation = Situation(
-            self._slots, self.costs, allowed / steps, self._full or self._account.full_flops,
+            self.slots, self.costs, allowed / steps, self._full or self._account.full_flops,
             done // steps, steps, values, counts, self._options.seed,
         )  # fmt: skip
         wanted = [frozenset(names) for names in self._policy(situation)]
@@ -131,7 +131,7 @@ class Planner:
                 "Raise it to run what is asked for; the report counts such steps as widened_steps",
                 stacklevel=3,
             )
-        return [sum(name in run for _, run in self.plan) for name in self._slots.names]
+        return [sum(name in run for _, run in self.plan) for name in self.slots.names]
 
     def record(self) -> dict[str, Any]:
         """What a resumed run needs, ready for JSON."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.metadata
+import math
 import pathlib
 import re
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from priorityprop_jax.core.varying import vary, varying
+from priorityprop_jax.core.walk import register_flops
 from priorityprop_jax.sparse.pattern import ConvGeometry, SparsePattern
 
 # Best first.
@@ -181,9 +183,20 @@ def _load(name: str) -> None:
     library = ctypes.CDLL(str(_installed()[name]))
     for handler in _HANDLERS:
         function = getattr(library, f"priorityprop_{handler}")
-        jax.ffi.register_ffi_target(
-            _target(handler, name), jax.ffi.pycapsule(function), platform="cpu"
-        )
+        target, flops = _target(handler, name), _flops_backward if "back" in handler else _flops
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(function), platform="cpu")
+        register_flops(target, flops)
+
+
+def _flops(operands: Sequence[Any], results: Sequence[Any], _: Any) -> float:
+    """Two for each stored weight at each position of each example."""
+    return 2.0 * operands[0].size * math.prod(results[0].shape[:-1])
+
+
+def _flops_backward(operands: Sequence[Any], _: Any, attributes: Mapping[str, Any]) -> float:
+    """The same, for each of the two gradients that is asked for."""
+    gradients = bool(attributes["inputs"]) + bool(attributes["weights"])
+    return gradients * _flops(operands, operands[-1:], None)
 
 
 def _can_run(paths: dict[str, pathlib.Path], name: str) -> bool:

@@ -15,6 +15,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from priorityprop_jax.core.program import program_flops
 from priorityprop_jax.sparse import native
 from priorityprop_jax.sparse.functional import sparse_linear
 from priorityprop_jax.sparse.pattern import ConvGeometry, make_pattern
@@ -86,6 +87,13 @@ def test_products_are_those_of_the_dense_weight(instruction_set, outs, ins, batc
     np.testing.assert_allclose(only_dx[0], dx, **close)
     np.testing.assert_allclose(only_dvalues[1], dvalues, **close)
     assert native.backward(values, pattern, x, dy, inputs=False, weights=False) == (None, None)
+    one = 2 * pattern.capacity * batch
+    count = lambda function, **which: program_flops(  # noqa: E731
+        jax.make_jaxpr(functools.partial(function, pattern=pattern, **which))(values, x=x)
+    )
+    assert count(native.forward) == one
+    assert count(native.backward, dy=dy) == 2 * one
+    assert count(native.backward, dy=dy, weights=False) == one
 
 
 @needs_native
