@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,12 +45,9 @@ class Walk:
     """Carries bits through a jaxpr: from its outputs to what they need, or forward.
 
     Backward, an operation has the bits of all outputs that need it. Forward, it has those of all
-    inputs that its backward pass must go through to reach: input ``i`` comes in as bit ``inputs +
-    i``, and is bit ``i`` behind the first operation that uses it, whose backward pass gives its own
-    gradient. Nothing goes backward through what has no gradient, as a whole number.
-
-    What a scan's body needs of what it carries, its every round needs. Forward, a scan over rows
-    that have bits of their own is walked round by round.
+    inputs that its backward pass leads to: input ``i`` comes in as bit ``inputs + i``, and is bit
+    ``i`` behind the first operation that brings it together with data, whose backward pass gives
+    its own gradient. Nothing goes backward through what has no gradient, as a whole number.
     """
 
     products_only: bool = False
@@ -92,7 +90,6 @@ class Walk:
         name, inner, back = eqn.primitive.name, parts_of(eqn), self.inputs is None
         if name == "scan":
             return self._scan(eqn, inner[0], marks, always)
-        _, far = self.ends(eqn)
         whole = functools.reduce(operator.or_, map(_whole, marks), effect)
         if not inner or name.startswith(("reduce", "scatter", "custom_lin")):
             return self._operation(eqn, name, marks, whole)
@@ -101,7 +98,7 @@ class Walk:
             dearest = max((counts for counts, _ in walks), key=lambda counts: sum(counts.values()))
             ends = zip(*(end for _, end in walks), strict=True)
             return dearest, [whole] * back + [functools.reduce(_either, end) for end in ends]
-        times, parts = _times(eqn), collections.Counter[int]()
+        times, parts, (_, far) = _times(eqn), collections.Counter[int](), self.ends(eqn)
         arriving: Sequence[Mark] = [self._through(whole, name)[1]] * len(far)
         for part in inner:
             start, end = self.ends(getattr(part, "jaxpr", part))
@@ -117,29 +114,33 @@ class Walk:
     def _scan(
         self, eqn: Any, body: Any, marks: list[Mark], always: int
     ) -> tuple[Mapping[int, float], Sequence[Mark]]:
-        length, back = eqn.params["length"], self.inputs is None
-        consts, carried = eqn.params["num_consts"], eqn.params["num_carry"]
-        fixed = 0 if back else consts
+        """Round by round, until a round finds what the one before has found.
+
+        Backward all count as that one, since all run one program.
+        """
+        left, carried = eqn.params["length"], eqn.params["num_carry"]
+        back = self.inputs is None
+        fixed, first = (0, eqn.params["num_consts"])[:: 1 if back else -1]
         given, carry = marks[:fixed], list(map(_whole, marks[fixed : fixed + carried]))
         each = marks[fixed + carried :]
-        if not back and any(isinstance(mark, tuple) for mark in each):
-            parts, rows = collections.Counter[int](), [[0] * length for _ in eqn.outvars[carried:]]
-            for i in reversed(range(length)) if eqn.params["reverse"] else range(length):
-                counts, end = self.over(body, [*given, *carry, *(_row(m, i) for m in each)])
-                parts.update(counts)
-                carry = list(map(_whole, end[:carried]))
-                for row, mark in zip(rows, end[carried:], strict=True):
-                    row[i] = _whole(mark)
-            return parts, [*carry, *map(tuple, rows)]
-        each = list(map(_whole, each))
-        while True:
-            counts, end = self.over(body, [*given, *carry, *each], always)
-            end = list(map(_whole, end))
-            first = consts if back else 0
-            after = [a | b for a, b in zip(carry, end[first : first + carried], strict=True)]
-            if after == carry:
-                return {bits: length * flops for bits, flops in counts.items()}, end
-            carry = after
+        by_row = any(isinstance(mark, tuple) for mark in each)
+        parts, ends = collections.Counter[int](), {}
+        rounds = range(max(left, 1))
+        forward = reversed(rounds) if eqn.params["reverse"] else rounds
+        for i in itertools.repeat(0) if back else forward:
+            counts, end = self.over(body, [*given, *carry, *(_row(m, i) for m in each)], always)
+            ends[i] = list(map(_whole, end))
+            after = ends[i][first : first + carried]
+            if back or len(ends) > 8:  # what goes round and round comes to rest
+                after = list(map(operator.or_, after, carry))
+            times = left if after == carry and not by_row else 0 if back else min(left, 1)
+            parts.update({bits: times * flops for bits, flops in counts.items()})
+            left, carry = left - times, after
+            if not left:
+                break
+        found = zip(*(ends[i] for i in sorted(ends)), strict=True)
+        arriving: list[Mark] = [mark if by_row else _whole(mark) for mark in found]
+        return parts, [*arriving[:first], *carry, *arriving[first + carried :]]
 
     def _operation(
         self, eqn: Any, name: str, marks: list[Mark], whole: int
@@ -157,11 +158,12 @@ class Walk:
         """Which bits an operation counts for, and which there are behind it."""
         if self.inputs is None:
             return bits, bits
+        if not bits & self.data:
+            return 0, bits
         every = (1 << self.inputs) - 1
-        behind = bits & (every | self.data) | bits >> self.inputs & every
-        if name in _PASSES_BACK:
-            return 0, behind if bits & self.data else bits
-        return bits & every, behind
+        behind = bits & every | bits >> self.inputs & every | self.data
+        blocked = name == "stop_gradient"
+        return 0 if name in _PASSES_BACK else bits & every, self.data if blocked else behind
 
 
 def _rows(eqn: Any, name: str, marks: Sequence[Mark]) -> tuple[int, ...]:

@@ -16,16 +16,10 @@ from priorityprop_jax.core.walk import Walk
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What the gradients of a loss take, see `read_loss`.
+    """What the gradients of a loss take, see `read_loss`."""
 
-    Attributes:
-      parts: FLOPs by who needs them: bit ``i`` is slot ``i``, and the bit behind those of all slots
-        the loss and what is returned beside it.
-      depths: of each slot, 0 at the output.
-    """
-
-    parts: Mapping[int, float]
-    depths: tuple[int, ...]
+    parts: Mapping[int, float]  # FLOPs by who needs them: bits are slots, the next one the loss
+    depths: tuple[int, ...]  # of slots, 0 at the output
 
     def cost(self, slots: Iterable[int]) -> float:
         """FLOPs of the loss and of the gradients of some slots, given by their indices."""
@@ -47,11 +41,8 @@ def read_loss(
     no gradient is at depth 0. Layers of a stack follow one another as they are used; where the
     program does not tell (it picks layers by a traced number), the first is taken for the deepest.
 
-    The loss is traced once, by shapes; nothing is compiled, and names mean nothing. A branch counts
-    as its dearest, a loop of unknown length once, see `program_flops`.
-
-    ``loss_fn(params, *args)`` gives the loss, or ``(loss, aux)`` with ``has_aux``; ``slots`` are of
-    ``params``, see `find_slots`.
+    ``loss_fn(params, *args)`` gives the loss, or ``(loss, aux)`` with ``has_aux``. It is traced
+    once, by shapes; nothing is compiled. How FLOPs are counted: see `program_flops`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -83,10 +74,13 @@ def read_loss(
     always = 1 << count
     known = [always] * (len(gradient.jaxpr.outvars) - len(marks))
     parts, _ = Walk().over(gradient, [*known, *marks], always)
+    trained = [
+        any(n and mask >> i & 1 and mask < always for mask, n in parts.items())
+        for i in range(count)
+    ]
     forward = Walk(inputs=count)
     used = [bits if len(bits) > 1 else sum(bits) for bits in _bits(slots, count)]
     chains, _ = forward.over(traced, [*used, *[forward.data] * len(rest)])
-    trained = [any(mask >> i & 1 and mask < always for mask in parts) for i in range(count)]
     return Work(parts, _depths(slots, chains, trained))
 
 

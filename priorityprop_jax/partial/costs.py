@@ -16,8 +16,6 @@ from priorityprop_jax.core.slots import Slots
 from priorityprop_jax.core.work import Work, read_loss
 from priorityprop_jax.partial.grad import find_active, value_and_grad_of
 
-UNITS = ("flops", "milliseconds")
-
 
 @dataclasses.dataclass(frozen=True)
 class StepCosts:
@@ -106,8 +104,8 @@ def measure_costs(
       >>> costs.of(slots, ["Dense_1"]) < costs.full
       True
     """
-    if unit not in UNITS:
-        raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}")
+    if unit not in ("flops", "milliseconds"):
+        raise ValueError(f"unit must be flops or milliseconds, got {unit!r}")
     if not slots.names:
         raise ValueError("there are no slots to measure")
     params, batch = jax.tree.map(abstract, (params, batch))
@@ -116,26 +114,33 @@ def measure_costs(
     if unit == "flops":
         return costs
     pairs = list(zip(slots.names, slots.depths, strict=True))
-    programs, totals = [], []
-    for depth in range(len(costs.floors)):
-        active = [name for name, d in pairs if d <= depth]
-        step = value_and_grad_of(loss_fn, find_active(params, slots, active), has_aux=has_aux)
+    upto = [[name for name, d in pairs if d <= depth] for depth in range(len(costs.floors))]
+    totals = [costs.of(slots, active) for active in upto]
+    # Of many depths some are run, and those between them lie between them as their FLOPs do.
+    run = np.unique(np.linspace(0, len(upto) - 1, 4).astype(int))
+    programs = []
+    for depth in run:
+        chosen = find_active(params, slots, upto[depth])
+        step = value_and_grad_of(loss_fn, chosen, has_aux=has_aux)
         programs.append(jax.jit(step).lower(params, batch).compile())
-        totals.append(costs.of(slots, active))
-    times = np.maximum.accumulate(_timed(programs, repeats)).tolist()
+    times = np.maximum.accumulate(_timed(programs, repeats))
+    times = np.interp(totals, np.take(totals, run), times).tolist()
     rate = np.diff(times, prepend=0.0) / np.maximum(np.diff(totals, prepend=0.0), 1.0)
     own = [cost * rate[depth] for cost, depth in zip(costs.own, slots.depths, strict=True)]
     return _costs(times, own, slots, unit)
 
 
-def costs_of(work: Work, slots: Slots) -> StepCosts:
-    """What steps cost in FLOPs, by the depths of the slots."""
+def costs_of(work: Work, slots: Slots, full: float = 0.0) -> StepCosts:
+    """What steps cost in FLOPs; what a full one has beyond ``work``, slots share by their sizes."""
+    rate = max(full - work.cost(range(len(slots))), 0.0) / max(sum(slots.sizes), 1)
     own = [work.own(i) for i in range(len(slots))]
     upto = [
         [i for i, at in enumerate(slots.depths) if at <= depth]
         for depth in range(max(slots.depths, default=0) + 1)
     ]
-    return _costs([work.cost(chosen) for chosen in upto], own, slots, "flops")
+    costs = _costs([work.cost(chosen) for chosen in upto], own, slots, "flops")
+    own = [cost + rate * size for cost, size in zip(own, slots.sizes, strict=True)]
+    return dataclasses.replace(costs, own=tuple(own))
 
 
 def _costs(totals: Sequence[float], own: Sequence[float], slots: Slots, unit: str) -> StepCosts:

@@ -17,7 +17,7 @@ import optax
 from priorityprop_jax.core.layout import layout_of, put_beside
 from priorityprop_jax.core.program import Program, abstract, build, program_flops
 from priorityprop_jax.core.slots import Slots, by_layer, find_slots
-from priorityprop_jax.core.work import Work, read_loss
+from priorityprop_jax.core.work import read_loss
 from priorityprop_jax.partial.account import Account, state_bytes
 from priorityprop_jax.partial.costs import StepCosts, costs_of, measure_costs
 from priorityprop_jax.partial.grad import find_active, value_and_grad_of
@@ -305,14 +305,14 @@ class PartialStep:
         part, frozen = self._chosen(everything).split(self._shapes)
         traced = jax.make_jaxpr(self._program(everything, 0))
         full = traced(part, frozen, rest, self._state, batch, None)
-        self._account.full_flops = program_flops(full)
+        self._account.full_flops = full_flops = program_flops(full)
         loss = lambda params, arguments: self._loss(params, *arguments)  # noqa: E731
         example = self._shapes, self._arguments
         work = read_loss(loss, *example, slots=self.slots, has_aux=True)
         if self._prefix is None:  # else the stages tell
             self.slots = dataclasses.replace(self.slots, depths=work.depths)
             self._planner.slots = self._account.slots = self.slots
-        self._account.costs = counted = self._with_optimizer(work)
+        self._account.costs = counted = costs_of(work, self.slots, full_flops)
         costs = options.costs
         if costs is not None and costs.unit == "flops":
             self._account.costs = costs
@@ -324,13 +324,6 @@ class PartialStep:
             prefix = self._prefix if options.cache else None
             front = prefix and prefix.flops(self._shapes, rest, batch["x"])
             self._planner.know(costs, front)
-
-    def _with_optimizer(self, work: Work) -> StepCosts:
-        """Costs in FLOPs, those of the optimizer shared out by sizes."""
-        costs, sizes = costs_of(work, self.slots), self.slots.sizes
-        more = max(self._account.full_flops - work.cost(range(len(sizes))), 0.0)
-        shares = [more * size / max(sum(sizes), 1) for size in sizes]
-        return dataclasses.replace(costs, own=tuple(np.add(costs.own, shares).tolist()))
 
     def _new_cycle(self, state: ActiveUpdatesState) -> ActiveUpdatesState:
         values = expected_gains(state, self._gain_decay)

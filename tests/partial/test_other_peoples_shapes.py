@@ -1,0 +1,382 @@
+"""Models as other people write them: order of layers, costs, and what is trained."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+
+from priorityprop_jax import find_slots
+from priorityprop_jax.core.program import program_flops
+from priorityprop_jax.core.slots import by_layer
+from priorityprop_jax.core.work import read_loss
+from priorityprop_jax.partial.grad import value_and_grad
+
+WIDTH, BATCH = 8, 4
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng((seed, *shape)).normal(size=shape).astype(np.float32) * 0.3
+
+
+def dense(*shape, seed=0):
+    return {"kernel": normal(*shape, seed=seed), "bias": np.zeros(shape[-1], np.float32)}
+
+
+def apply(p, x):
+    return x @ p["kernel"] + p["bias"]
+
+
+def norm(p, x):
+    x = (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-5)
+    return x * p["scale"] + p["bias"]
+
+
+def norms():
+    return {"scale": np.ones(WIDTH, np.float32), "bias": np.zeros(WIDTH, np.float32)}
+
+
+def squares(y):
+    return jnp.mean((y - 1) ** 2)
+
+
+@dataclasses.dataclass
+class Model:
+    params: dict
+    loss: object  # (params, batch) -> loss
+    batch: object
+    order: list  # of slots, from the output: those of a depth together
+    where: dict = dataclasses.field(default_factory=dict)
+    unrolled: object = None  # the loss without loops
+
+    def slots(self):
+        where = self.where or {"group": by_layer(self.params)}
+        return find_slots(self.params, **where)
+
+
+def roberta():
+    """Embeddings, an encoder and `qa_outputs`: in alphabetical order the head is no last."""
+    names = ["word_embeddings", "position_embeddings", "token_type_embeddings"]
+    block = lambda: {  # noqa: E731
+        "attention": {
+            "self": {n: dense(WIDTH, WIDTH) for n in ("query", "key", "value")},
+            "output": {"dense": dense(WIDTH, WIDTH), "LayerNorm": norms()},
+        },
+        "intermediate": dense(WIDTH, 2 * WIDTH),
+        "output": {"dense": dense(2 * WIDTH, WIDTH), "LayerNorm": norms()},
+    }
+    params = {
+        "embeddings": {n: {"embedding": normal(7, WIDTH)} for n in names} | {"LayerNorm": norms()},
+        "encoder": {"layer": {str(i): block() for i in range(3)}},
+        "qa_outputs": dense(WIDTH, 2),
+    }
+
+    def loss(p, batch):
+        tables = p["embeddings"]
+        x = tables["word_embeddings"]["embedding"][batch["ids"]]
+        x += tables["position_embeddings"]["embedding"][jnp.arange(batch["ids"].shape[1])]
+        x = norm(tables["LayerNorm"], x + tables["token_type_embeddings"]["embedding"][0])
+        for i in range(3):
+            q = p["encoder"]["layer"][str(i)]
+            query, key, value = (apply(q["attention"]["self"][n], x) for n in
+                                 ("query", "key", "value"))  # fmt: skip
+            weights = jax.nn.softmax(query @ key.mT / WIDTH**0.5)
+            y = apply(q["attention"]["output"]["dense"], weights @ value)
+            x = norm(q["attention"]["output"]["LayerNorm"], x + y)
+            y = apply(q["output"]["dense"], jax.nn.gelu(apply(q["intermediate"], x)))
+            x = norm(q["output"]["LayerNorm"], x + y)
+        spans = apply(p["qa_outputs"], x)
+        losses = optax.softmax_cross_entropy_with_integer_labels(spans.mT, batch["spans"])
+        return losses.mean()
+
+    rng = np.random.default_rng(0)
+    batch = {"ids": rng.integers(0, 7, (BATCH, 6)), "spans": rng.integers(0, 6, (BATCH, 2))}
+    tables = [f"embeddings/{n}" for n in sorted(names)]
+    order = [["qa_outputs"], *([f"encoder/layer/{i}"] for i in (2, 1, 0)),
+             ["embeddings/LayerNorm"], tables]  # fmt: skip
+    return Model(params, loss, batch, order)
+
+
+def numbered():
+    """Leaves without a module, as in a tutorial."""
+    params = {"W1": normal(WIDTH, WIDTH), "b1": np.zeros(WIDTH, np.float32),
+              "W2": normal(WIDTH, WIDTH), "b2": np.zeros(WIDTH, np.float32),
+              "W3": normal(WIDTH, 2), "b3": np.zeros(2, np.float32)}  # fmt: skip
+
+    def loss(p, x):
+        x = jnp.tanh(x @ p["W1"] + p["b1"])
+        return squares(jnp.tanh(x @ p["W2"] + p["b2"]) @ p["W3"] + p["b3"])
+
+    return Model(params, loss, normal(BATCH, WIDTH), [["W3", "b3"], ["W2", "b2"], ["W1", "b1"]])
+
+
+def two_towers():
+    """Each tower is as deep as it is long; what both stand on is below both."""
+    params = {
+        "image": {f"dense_{i}": dense(WIDTH, WIDTH, seed=i) for i in range(2)},
+        "text": {f"dense_{i}": dense(WIDTH, WIDTH, seed=5 + i) for i in range(3)},
+        "shared": dense(WIDTH, WIDTH),
+        "unused": dense(WIDTH, WIDTH),
+        "scale": np.float32(1.0),
+    }
+
+    def loss(p, batch):
+        outs = []
+        for name in ("image", "text"):
+            x = jnp.tanh(apply(p["shared"], batch[name]))
+            for i in range(len(p[name])):
+                x = jnp.tanh(apply(p[name][f"dense_{i}"], x))
+            outs.append(x)
+        logits = outs[0] @ outs[1].T * p["scale"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(BATCH)).mean()
+
+    batch = {"image": normal(BATCH, WIDTH), "text": normal(BATCH, WIDTH, seed=1)}
+    order = [["scale", "unused"], ["image/dense_1", "text/dense_2"],
+             ["image/dense_0", "text/dense_1"], ["text/dense_0"], ["shared"]]  # fmt: skip
+    return Model(params, loss, batch, order)
+
+
+def tied():
+    """A tied embedding is as deep as its deepest use; the automatic names are Linen's."""
+    params = {"Embed_0": {"embedding": normal(9, WIDTH)},
+              "Dense_0": dense(WIDTH, WIDTH), "Dense_1": dense(WIDTH, WIDTH)}  # fmt: skip
+
+    def loss(p, ids):
+        x = p["Embed_0"]["embedding"][ids]
+        for name in ("Dense_1", "Dense_0"):  # used in this order
+            x = x + jax.checkpoint(lambda q, x: jnp.tanh(apply(q, x)))(p[name], x)
+        logits = x @ p["Embed_0"]["embedding"].T
+        return optax.softmax_cross_entropy_with_integer_labels(logits, ids).mean()
+
+    ids = np.random.default_rng(0).integers(0, 9, (BATCH, 5))
+    return Model(params, loss, ids, [["Dense_0"], ["Dense_1"], ["Embed_0"]])
+
+
+def decoder(reverse=False, layers=4):
+    """Blocks stacked on axis 0, which one scan runs through."""
+    params = {
+        "embed": {"embedding": normal(9, WIDTH)},
+        "blocks": {"up": normal(layers, WIDTH, 2 * WIDTH), "down": normal(layers, 2 * WIDTH, WIDTH),
+                   "norm": {"scale": np.ones((layers, WIDTH), np.float32),
+                            "bias": np.zeros((layers, WIDTH), np.float32)}},
+        "lm_head": dense(WIDTH, 9),
+    }  # fmt: skip
+
+    def block(p, x):
+        return x + jax.nn.relu(norm(p["norm"], x) @ p["up"]) @ p["down"]
+
+    def head(p, x, ids):
+        logits = apply(p["lm_head"], x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, ids).mean()
+
+    def loss(p, ids):
+        body = jax.checkpoint(lambda x, q: (block(q, x), None), policy=None)
+        x = p["embed"]["embedding"][ids]
+        return head(p, jax.lax.scan(body, x, p["blocks"], reverse=reverse)[0], ids)
+
+    def unrolled(p, ids):
+        x = p["embed"]["embedding"][ids]
+        for i in reversed(range(layers)) if reverse else range(layers):
+            q = jax.tree.map(lambda leaf, i=i: leaf[i], p["blocks"])
+            x = jax.checkpoint(lambda x, q: block(q, x))(x, q)
+        return head(p, x, ids)
+
+    ids = np.random.default_rng(0).integers(0, 9, (BATCH, 5))
+    inner = [[f"blocks[{i}]"] for i in range(layers)]
+    order = [["lm_head"], *(inner if reverse else inner[::-1]), ["embed"]]
+    where = {"stacked_axis": lambda path: 0 if path.startswith("blocks") else None,
+             "group": lambda path: path.split("/")[0]}  # fmt: skip
+    return Model(params, loss, ids, order, where, unrolled)
+
+
+def rnn(steps=16):
+    """A GRU through time below a head."""
+    cell = {"hidden": dense(WIDTH, 3 * WIDTH), "input": {"kernel": normal(WIDTH, 3 * WIDTH)}}
+    params = {"embed": normal(9, WIDTH), "gru": cell, "classify": dense(WIDTH, 3)}
+
+    def cell_step(p, h, x):
+        a, b = apply(p["hidden"], h), x @ p["input"]["kernel"]
+        r, z = (jax.nn.sigmoid(a[:, i : i + WIDTH] + b[:, i : i + WIDTH]) for i in (0, WIDTH))
+        n = jnp.tanh(b[:, 2 * WIDTH :] + r * a[:, 2 * WIDTH :])
+        return (1 - z) * n + z * h
+
+    def head(p, h):
+        return optax.softmax_cross_entropy(apply(p["classify"], h), jnp.ones(3) / 3).mean()
+
+    def loss(p, ids):
+        xs = p["embed"][ids].swapaxes(0, 1)
+        run = lambda h, x: (cell_step(p["gru"], h, x), None)  # noqa: E731
+        return head(p, jax.lax.scan(run, jnp.zeros((BATCH, WIDTH)), xs)[0])
+
+    def unrolled(p, ids):
+        h = jnp.zeros((BATCH, WIDTH))
+        for t in range(steps):
+            h = cell_step(p["gru"], h, p["embed"][ids[:, t]])
+        return head(p, h)
+
+    ids = np.random.default_rng(0).integers(0, 9, (BATCH, steps))
+    where = {"group": lambda path: path.split("/")[0]}
+    return Model(params, loss, ids, [["classify"], ["gru"], ["embed"]], where, unrolled)
+
+
+def experts():
+    """Each example goes to the best of three experts, and there is a loss of balance beside."""
+    params = {
+        f"layer_{i}": {
+            "router": dense(WIDTH, 3, seed=i),
+            "experts": normal(3, WIDTH, WIDTH, seed=i),
+        }
+        for i in range(3)
+    }
+    params |= {"answer": dense(WIDTH, 2)}  # fmt: skip
+
+    def loss(p, x):
+        penalty = 0.0
+        for i in range(3):
+            q = p[f"layer_{i}"]
+            gates = jax.nn.softmax(apply(q["router"], x))
+            chosen = jax.nn.one_hot(gates.argmax(-1), 3)
+            outs = jnp.tanh(jnp.einsum("bi,eio->beo", x, q["experts"]))
+            x = x + jnp.einsum("be,beo->bo", chosen * gates, outs)
+            penalty += 3 * jnp.sum(chosen.mean(0) * gates.mean(0))
+        decay = sum(0.1 * jnp.sum(leaf**2) for leaf in jax.tree.leaves(p))
+        return squares(apply(p["answer"], x)) + 0.01 * penalty + 0.001 * decay
+
+    order = [["answer"], ["layer_2"], ["layer_1"], ["layer_0"]]
+    return Model(params, loss, normal(BATCH, WIDTH), order)
+
+
+class Block(nnx.Module):
+    def __init__(self, ins, outs, rngs):
+        self.conv1 = nnx.Conv(ins, outs, (3, 3), use_bias=False, rngs=rngs)
+        self.bn1 = nnx.BatchNorm(outs, rngs=rngs)
+        self.conv2 = nnx.Conv(outs, outs, (3, 3), use_bias=False, rngs=rngs)
+        self.bn2 = nnx.BatchNorm(outs, rngs=rngs)
+        self.downsample = nnx.Conv(ins, outs, (1, 1), use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        y = nnx.relu(self.bn1(self.conv1(x)))
+        return nnx.relu(self.downsample(x) + self.bn2(self.conv2(y)))
+
+
+class ResNet(nnx.Module):
+    def __init__(self, rngs):
+        self.conv1 = nnx.Conv(1, 4, (3, 3), use_bias=False, rngs=rngs)
+        self.bn1 = nnx.BatchNorm(4, rngs=rngs)
+        self.layer1 = nnx.List([Block(4, 4, rngs)])
+        self.layer2 = nnx.List([Block(4, 6, rngs), Block(6, 6, rngs)])
+        self.fc = nnx.Linear(6, 2, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.bn1(self.conv1(x)))
+        for block in [*self.layer1, *self.layer2]:
+            x = block(x)
+        return self.fc(x.mean((1, 2)))
+
+
+class LinenResNet(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        for name, width in (("conv1", 4), ("layer1", 4), ("layer2", 6)):
+            y = linen.Conv(width, (3, 3), use_bias=False, name=name)(x)
+            y = linen.GroupNorm(
+                2, name=name.replace("conv", "bn") + ("" if "conv" in name else "_norm")
+            )(y)
+            x = linen.relu(y)
+        return linen.Dense(2, name="fc")(x.mean((1, 2)))
+
+
+def resnet():
+    graph, params, rest = nnx.split(ResNet(nnx.Rngs(0)), nnx.Param, ...)
+
+    def loss(p, x):
+        return squares(nnx.merge(graph, p, rest, copy=True)(x))
+
+    order = [["fc"], ["layer2"], ["layer1"], ["bn1"], ["conv1"]]
+    return Model(nnx.to_pure_dict(params), loss, normal(2, 6, 6, 1), order)
+
+
+def linen_resnet():
+    model, x = LinenResNet(), normal(2, 6, 6, 1)
+    params = model.init(jax.random.key(0), x)["params"]
+    order = [["fc"], ["layer2_norm"], ["layer2"], ["layer1_norm"], ["layer1"], ["bn1"], ["conv1"]]
+    return Model(params, lambda p, x: squares(model.apply({"params": p}, x)), x, order)
+
+
+EVERY = (resnet, linen_resnet, roberta, numbered, two_towers, tied, decoder, rnn, experts)
+MODELS = {make.__name__: make for make in EVERY}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    return MODELS[request.param]()
+
+
+def ordered(model, loss=None):
+    slots = model.slots()
+    work = read_loss(loss or model.loss, model.params, model.batch, slots=slots)
+    by_depth = [[] for _ in range(max(work.depths) + 1)]
+    for name, depth in zip(slots.names, work.depths, strict=True):
+        by_depth[depth].append(name)
+    return [sorted(names) for names in by_depth]
+
+
+def test_order(model):
+    assert ordered(model) == model.order
+
+
+@pytest.mark.parametrize("change", [{"reverse": True}, {"layers": 2}])
+def test_order_of_a_scan(change):
+    model = decoder(**change)
+    assert ordered(model) == model.order
+    assert ordered(model, model.unrolled) == model.order
+
+
+def test_order_of_layers_picked_by_a_traced_number():
+    model = decoder()
+
+    def loss(p, ids):
+        def block(i, x):
+            q = jax.tree.map(lambda leaf: leaf[i], p["blocks"])
+            return x + jax.nn.relu(norm(q["norm"], x) @ q["up"]) @ q["down"]
+
+        x = jax.lax.fori_loop(0, 4, block, p["embed"]["embedding"][ids])
+        return squares(apply(p["lm_head"], x))
+
+    assert ordered(model, loss) == model.order
+
+
+@pytest.mark.parametrize("make", [decoder, rnn])
+def test_costs_are_those_of_the_unrolled_program(make):
+    model = make()
+    slots = model.slots()
+    looped, flat = (
+        read_loss(loss, model.params, model.batch, slots=slots)
+        for loss in (model.loss, model.unrolled)
+    )
+    index = {name: i for i, name in enumerate(slots.names)}
+    stack = [i for name, i in index.items() if "[" in name]
+    for name, i in index.items():
+        if name not in ("embed",):
+            # A scan over layers makes the gradients of all of them.
+            chosen = stack if i in stack else [i]
+            assert looped.cost(chosen) == pytest.approx(flat.cost(chosen), rel=0.05), name
+    assert looped.cost(range(len(slots))) == pytest.approx(flat.cost(range(len(slots))), rel=0.05)
+
+
+def test_costs_are_those_of_each_program(model):
+    """What is read off one trace, is what the program of each set has."""
+    slots = model.slots()
+    work = read_loss(model.loss, model.params, model.batch, slots=slots)
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        active = set(rng.choice(slots.names, size=rng.integers(1, 4)))
+        step = value_and_grad(
+            model.loss, active, **(model.where or {"group": by_layer(model.params)})
+        )
+        found = program_flops(jax.make_jaxpr(step)(model.params, model.batch))
+        cost = work.cost(i for i, name in enumerate(slots.names) if name in active)
+        assert cost == pytest.approx(found, rel=0.05), active
