@@ -43,7 +43,7 @@ class Slots:
       shapes: the shapes of the arrays in each slot.
       sizes: elements in each slot.
       depths: distance of each slot's layer from the loss, 0 at the output layer.
-      layers: the name of the layer that each slot belongs to (what shares a depth).
+      layers: the name of the layer that each slot belongs to, as its path has it.
       bundles: the leaves behind the slots.
       leaf_names: the leaves of each slot, ``[3]`` behind those of layer 3 of a stack; none where
         it is stacked on another axis than 0.
@@ -85,10 +85,11 @@ def find_slots(
 ) -> Slots:
     """Finds the slots of a parameter pytree.
 
-    Depths are read from the paths: numbers count (``Dense_2`` comes before ``Dense_10``), layers of
-    a stack follow one another, words such as ``embed`` mean the input and ``head`` or ``logits``
-    the output. The order in which a pytree flattens means nothing. Where paths do not tell, give
-    the transformation a ``depth_factor`` of your own.
+    Without a loss, depths are read from the paths (`partial.step` reads the program): numbers count
+    (``Dense_2`` comes before ``Dense_10``), layers of a stack follow one another, words such as
+    ``embed`` mean the input and ``head`` or ``logits`` the output. The order in which a pytree
+    flattens means nothing. Where paths do not tell, give the transformation a ``depth_factor`` of
+    your own.
 
     Args:
       params: pytree of arrays or `jax.ShapeDtypeStruct`.

@@ -169,7 +169,7 @@ class Walk:
 def _rows(eqn: Any, name: str, marks: Sequence[Mark]) -> tuple[int, ...]:
     """Bits of each row of the result where rows are moved, and nothing else comes in; else none."""
     shape, own, operands = eqn.outvars[0].aval.shape, marks[0], eqn.invars
-    moved = isinstance(own, tuple) and shape and not any(map(_is_var, operands[1:]))
+    moved = isinstance(own, tuple) and shape and not any(map(is_var, operands[1:]))
     if not moved or not isinstance(own, tuple):
         return ()
     first, dimensions = 0, eqn.params.get("permutation", (0,))
@@ -182,18 +182,19 @@ def _rows(eqn: Any, name: str, marks: Sequence[Mark]) -> tuple[int, ...]:
     return own[first : first + shape[0]]
 
 
-def _is_var(x: Any) -> bool:
+def is_var(x: Any) -> bool:
+    """Whether it is no literal."""
     return isinstance(x, jex_core.Var)
 
 
 def _get(known: Mapping[Any, Mark], variables: Sequence[Any]) -> list[Mark]:
-    return [known.get(var, 0) if _is_var(var) else 0 for var in variables]
+    return [known.get(var, 0) if is_var(var) else 0 for var in variables]
 
 
 def _mark(known: dict[Any, Mark], variables: Sequence[Any], marks: Sequence[Mark]) -> None:
     """Adds marks to those of variables."""
     for var, mark in zip(variables, marks, strict=True):
-        if _is_var(var):
+        if is_var(var):
             fits = not isinstance(mark, tuple) or var.aval.shape[:1] == (len(mark),)
             mark = mark if fits else _whole(mark)
             known[var] = _either(known[var], mark) if var in known else mark

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-from jax.extend import core as jex_core
 
 from priorityprop_jax.core.program import abstract
 from priorityprop_jax.core.slots import Slots
-from priorityprop_jax.core.walk import Walk
+from priorityprop_jax.core.walk import Walk, is_var
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,33 +53,24 @@ def read_loss(
       >>> work.depths, work.cost([0]) < work.cost([1]) < work.cost([0, 1])
       ((0, 1, 1), True)
     """
-    leaves, treedef = jax.tree.flatten(jax.tree.map(abstract, params))
-    rest, rest_treedef = jax.tree.flatten(jax.tree.map(abstract, args))
-
-    def outputs(leaves, rest):
-        result = loss_fn(treedef.unflatten(leaves), *rest_treedef.unflatten(rest))
-        loss, aux = result if has_aux else (result, None)
-        return [loss, *jax.tree.leaves(aux)]
-
-    traced = jax.make_jaxpr(outputs)(leaves, rest)
-
-    def loss_and_aux(leaves, rest):
-        loss, *aux = jex_core.jaxpr_as_fun(traced)(*leaves, *rest)
-        return loss, aux
-
-    gradient = jax.make_jaxpr(jax.value_and_grad(loss_and_aux, has_aux=True))(leaves, rest)
-    count = len(slots)
-    marks = list(map(sum, _bits(slots, 0)))
-    always = 1 << count
-    known = [always] * (len(gradient.jaxpr.outvars) - len(marks))
-    parts, _ = Walk().over(gradient, [*known, *marks], always)
-    trained = [
-        any(n and mask >> i & 1 and mask < always for mask, n in parts.items())
-        for i in range(count)
-    ]
-    forward = Walk(inputs=count)
+    shapes = jax.tree.map(abstract, (params, args))
+    grad_fn = jax.value_and_grad(lambda params, args: loss_fn(params, *args), has_aux=has_aux)
+    program = jax.make_jaxpr(grad_fn)(*shapes).jaxpr
+    count, given = len(slots), [len(jax.tree.leaves(tree)) for tree in shapes]
+    loss = 1 << count  # also what is beside it
+    marks = [loss] * (len(program.outvars) - given[0]) + list(map(sum, _bits(slots, 0)))
+    parts, _ = Walk().over(program, marks, loss)
+    trained = [any(n and mask >> i & 1 and mask < loss for mask, n in parts.items())
+               for i in range(count)]  # fmt: skip
+    # Forward, the part of it that is the loss.
+    needed, forward, eqns = {*filter(is_var, program.outvars[:1])}, Walk(inputs=count), []
+    for eqn in reversed(program.eqns):
+        if needed.intersection(eqn.outvars):
+            needed.update(filter(is_var, eqn.invars))
+            eqns.insert(0, eqn)
     used = [bits if len(bits) > 1 else sum(bits) for bits in _bits(slots, count)]
-    chains, _ = forward.over(traced, [*used, *[forward.data] * len(rest)])
+    marks = [*used, *[forward.data] * given[1]]
+    chains, _ = forward.over(program.replace(eqns=eqns), marks)
     return Work(parts, _depths(slots, chains, trained))
 
 

@@ -86,8 +86,9 @@ def step(
       gain_decay: see `update_active`.
       seed: of policies that draw at random.
       stacked_axis: see `find_slots`.
-      group: see `find_slots`. By default a slot is a layer: a stage of `Stages`, or leaves that
-        share a depth. With ``lambda path: None`` every leaf is a slot.
+      group: see `find_slots`. By default a slot is a layer: a stage of `Stages`, or leaves whose
+        paths say so. With ``lambda path: None`` every leaf is a slot. How deep a slot is, the
+        program of the loss tells.
 
     Returns:
       What a `Trainer` takes as its `step`.

@@ -1,6 +1,7 @@
 """Models as other people write them: order of layers, costs, and what is trained."""
 
 import dataclasses
+import time
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,12 @@ import optax
 import pytest
 from flax import linen, nnx
 
-from priorityprop_jax import find_slots
+from priorityprop_jax import find_slots, partial
 from priorityprop_jax.core.program import program_flops
 from priorityprop_jax.core.slots import by_layer
 from priorityprop_jax.core.work import read_loss
 from priorityprop_jax.partial.grad import value_and_grad
+from priorityprop_jax.training.trainer import Trainer
 
 WIDTH, BATCH = 8, 4
 
@@ -70,7 +72,7 @@ def roberta():
     }
     params = {
         "embeddings": {n: {"embedding": normal(7, WIDTH)} for n in names} | {"LayerNorm": norms()},
-        "encoder": {"layer": {str(i): block() for i in range(3)}},
+        "encoder": {"layer": {str(i): block() for i in range(2)}},
         "qa_outputs": dense(WIDTH, 2),
     }
 
@@ -79,7 +81,7 @@ def roberta():
         x = tables["word_embeddings"]["embedding"][batch["ids"]]
         x += tables["position_embeddings"]["embedding"][jnp.arange(batch["ids"].shape[1])]
         x = norm(tables["LayerNorm"], x + tables["token_type_embeddings"]["embedding"][0])
-        for i in range(3):
+        for i in range(2):
             q = p["encoder"]["layer"][str(i)]
             query, key, value = (apply(q["attention"]["self"][n], x) for n in
                                  ("query", "key", "value"))  # fmt: skip
@@ -95,7 +97,7 @@ def roberta():
     rng = np.random.default_rng(0)
     batch = {"ids": rng.integers(0, 7, (BATCH, 6)), "spans": rng.integers(0, 6, (BATCH, 2))}
     tables = [f"embeddings/{n}" for n in sorted(names)]
-    order = [["qa_outputs"], *([f"encoder/layer/{i}"] for i in (2, 1, 0)),
+    order = [["qa_outputs"], *([f"encoder/layer/{i}"] for i in (1, 0)),
              ["embeddings/LayerNorm"], tables]  # fmt: skip
     return Model(params, loss, batch, order)
 
@@ -267,7 +269,7 @@ class ResNet(nnx.Module):
         self.conv1 = nnx.Conv(1, 4, (3, 3), use_bias=False, rngs=rngs)
         self.bn1 = nnx.BatchNorm(4, rngs=rngs)
         self.layer1 = nnx.List([Block(4, 4, rngs)])
-        self.layer2 = nnx.List([Block(4, 6, rngs), Block(6, 6, rngs)])
+        self.layer2 = nnx.List([Block(4, 6, rngs)])
         self.fc = nnx.Linear(6, 2, rngs=rngs)
 
     def __call__(self, x):
@@ -380,3 +382,100 @@ def test_costs_are_those_of_each_program(model):
         found = program_flops(jax.make_jaxpr(step)(model.params, model.batch))
         cost = work.cost(i for i, name in enumerate(slots.names) if name in active)
         assert cost == pytest.approx(found, rel=0.05), active
+
+
+def trained(model, policy, batches=1, every=1, **options):
+    step = partial.step(policy, recalc_every=every, **model.where, **options)
+    trainer = Trainer(model.params, optax.sgd(1.0), model.loss, step, progress=False)
+    trainer.train([model.batch] * batches)
+    return trainer
+
+
+def check_step(model, trainer, active):
+    """One step of plain descent with these slots, and nothing else."""
+    assert trainer.history.updates == [len(active)]
+    assert [v["active"] for v in trainer.get_step_report()["variants"]] == [sorted(active)]
+    before, slots = jax.tree.leaves(model.params), model.slots()
+    after = list(map(np.asarray, jax.tree.leaves(trainer.params)))
+    grads = jax.jit(jax.grad(model.loss))(model.params, model.batch)
+    grads = list(map(np.asarray, jax.tree.leaves(grads)))
+    for bundle in slots.bundles:
+        on = np.array([name in active for name in slots.names[bundle.start :][: bundle.slots]])
+        for i in bundle.leaves:
+            rows = on if bundle.layers else np.full(np.shape(before[i])[:1], on[0])
+            np.testing.assert_array_equal(after[i][~rows], np.asarray(before[i])[~rows])
+            wanted = (before[i] - grads[i])[rows]
+            np.testing.assert_allclose(after[i][rows], wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_suffix(model):
+    check_step(model, trained(model, "suffix(1)"), model.order[0] + model.order[1])
+
+
+@pytest.mark.parametrize("make", [roberta, two_towers, decoder])
+def test_lisa_and_badam(make):
+    model = make()
+    lisa = trained(model, "lisa(1)")
+    (ran,) = lisa.get_step_report()["variants"]
+    drawn = set(ran["active"]) - {*model.order[0], *model.order[-1]}
+    assert sorted(drawn) in model.order[1:-1]
+    check_step(model, lisa, ran["active"])
+    turns = trained(model, "badam(1)", batches=2).get_step_report()["variants"]
+    for turn, ran in enumerate(turns, 1):
+        assert ran["active"] == sorted(model.order[0] + model.order[turn])
+
+
+@pytest.mark.parametrize("make", [numbered, experts, rnn])
+def test_priority(make):
+    model = make()
+    trainer = trained(model, "priority", 6, every=6, share=0.8)
+    first, other = trainer.get_step_report()["variants"]
+    assert first["active"] == sorted(model.slots().names)
+    assert set(model.order[0]) <= set(other["active"]) < set(first["active"])
+    assert trainer.get_step_report()["widened_steps"] == 0
+    # What was planned for is what was spent, the optimizer included.
+    planner = trainer.step._planner
+    for ran in (first, other):
+        planned = planner.cost(frozenset(ran["active"]))
+        assert planned == pytest.approx(ran["flops"] / ran["steps"], rel=0.02)
+    assert trainer.get_step_report()["share"] <= 0.8
+
+
+def test_wide_layers_of_a_small_batch_are_planned_with_their_optimizer():
+    sizes = {f"dense_{i}": normal(256, 256, seed=i) for i in range(4)}
+
+    def loss(p, x):
+        for i in range(4):
+            x = jnp.tanh(x @ p[f"dense_{i}"])
+        return squares(x)
+
+    step = partial.step("random", share=0.6, recalc_every=2)
+    trainer = Trainer(sizes, optax.adam(1e-3), loss, step, progress=False)
+    trainer.train([normal(2, 256)] * 2)
+    (ran,) = trainer.get_step_report()["variants"]
+    planned = trainer.step._planner.cost(frozenset(ran["active"]))
+    assert planned == pytest.approx(ran["flops"] / ran["steps"], rel=0.05)
+
+
+def test_thirty_blocks_in_three_seconds(caplog):
+    """By shapes alone, and without the compiler."""
+    block = {n: jax.ShapeDtypeStruct((WIDTH, WIDTH), np.float32) for n in ("q", "k", "v", "o")}
+    params = {f"block_{i}": block | {"up": block["q"], "down": block["q"]} for i in range(30)}
+
+    def loss(p, x):
+        for i in range(30):
+            b = p[f"block_{i}"]
+            weights = jax.nn.softmax((x @ b["q"]) @ (x @ b["k"]).mT / WIDTH**0.5)
+            x = x + weights @ (x @ b["v"]) @ b["o"]
+            x = x + jax.nn.gelu(x @ b["up"]) @ b["down"]
+        return squares(x)
+
+    slots = find_slots(params, group=by_layer(params))
+    x = jax.ShapeDtypeStruct((2, 5, WIDTH), np.float32)
+    with jax.log_compiles():
+        start = time.process_time()
+        work = read_loss(loss, params, x, slots=slots)
+        assert time.process_time() - start < 3
+    assert "XLA compilation" not in caplog.text
+    depths = dict(zip(slots.names, work.depths, strict=True))
+    assert [depths[f"block_{i}"] for i in range(30)] == list(range(29, -1, -1))
