@@ -1,6 +1,7 @@
 """Models as other people write them: order of layers, costs, and what is trained."""
 
 import dataclasses
+import functools
 import time
 
 import jax
@@ -479,3 +480,38 @@ def test_thirty_blocks_in_three_seconds(caplog):
     assert "XLA compilation" not in caplog.text
     depths = dict(zip(slots.names, work.depths, strict=True))
     assert [depths[f"block_{i}"] for i in range(30)] == list(range(29, -1, -1))
+
+
+def test_order_through_what_wraps_work():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(rows, whole), out_specs=rows)
+    def spread(x, w):
+        return jnp.tanh(x @ w)
+
+    @jax.custom_vjp
+    def product(x, w):
+        return jnp.tanh(x @ w)
+
+    product.defvjp(lambda x, w: (x @ w, (x, w)), lambda r, dy: (dy @ r[1].T, r[0].T @ dy))
+
+    def loss(p, x):
+        x = product(spread(x, p["z_0"]), p["z_1"])
+        x = jax.lax.cond(x[0, 0] > 0, lambda x: jnp.tanh(x @ p["y"]), lambda x: 2 * x, x)
+        x = jax.jit(jax.checkpoint(lambda x, w: jnp.tanh(x @ (w / jnp.linalg.norm(w)))))(x, p["x"])
+        target = jax.lax.stop_gradient(jnp.tanh(x @ p["target"]))
+        return jnp.mean((x @ p["w"] - target) ** 2)
+
+    params = {name: normal(WIDTH, WIDTH) for name in ("z_0", "z_1", "y", "x", "w", "target")}
+    order = [["target", "w"], ["x"], ["y"], ["z_1"], ["z_0"]]
+    where = {"group": lambda path: None}
+    model = Model(params, loss, normal(BATCH, WIDTH), order, where)
+    assert ordered(model) == order
+    slots = model.slots()
+    work = read_loss(loss, params, model.batch, slots=slots)
+    assert work.cost([slots.names.index("target")]) == work.cost([])
+    # The branch with the product counts, both halves of the mesh, and what is computed again.
+    one = 2 * BATCH * WIDTH * WIDTH
+    assert work.cost([]) == pytest.approx(6 * one, rel=0.35)
+    assert work.cost(range(6)) - work.cost([]) == pytest.approx(10 * one, rel=0.3)
