@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import priorityprop_jax
-from priorityprop_jax.cli import finetune, report, train
+from priorityprop_jax.cli import finetune, plan, report, train
 from priorityprop_jax.cli.runs import PLACES, Failure
 
 
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "--version", action="version", version=f"priorityprop {priorityprop_jax.__version__}"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (train, finetune, report):
+    for command in (train, finetune, plan, report):
         own = commands.add_parser(
             command.__name__.rpartition(".")[2],
             help=command.TEXT[0].lower() + command.TEXT[1:].partition(".")[0],
@@ -67,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         if command is report:
             own.add_argument("directory", metavar="RUN", type=Path, help="folder of the run")
         else:
-            for name, option in {**command.OPTIONS, **PLACES}.items():
+            places = {} if command is plan else PLACES
+            for name, option in {**command.OPTIONS, **places}.items():
                 own.add_argument(f"--{name.replace('_', '-')}", **option)
         own.set_defaults(run=command.run)
     return parser

@@ -6,6 +6,7 @@ from priorityprop_jax.partial.engine import step
 from priorityprop_jax.partial.freeze import freeze
 from priorityprop_jax.partial.grad import value_and_grad
 from priorityprop_jax.partial.offload import ActiveState
+from priorityprop_jax.partial.plan import Plan, plan
 from priorityprop_jax.partial.policies import Situation, active_sets, make_policy
 from priorityprop_jax.partial.prefix_cache import PrefixCache
 from priorityprop_jax.partial.stages import (
@@ -22,6 +23,7 @@ from priorityprop_jax.partial.variants import Variants, merge_upward
 __all__ = [
     "ActiveState",
     "ActiveUpdatesState",
+    "Plan",
     "PrefixCache",
     "Situation",
     "Stages",
@@ -36,6 +38,7 @@ __all__ = [
     "measure_costs",
     "merge_upward",
     "nnx_stages",
+    "plan",
     "scanned_stages",
     "stack_params",
     "step",

@@ -14,9 +14,11 @@ import jax
 import numpy as np
 import pytest
 
+from priorityprop_jax import partial
 from priorityprop_jax.cli import finetune, tasks
 from priorityprop_jax.cli import main as cli
 from priorityprop_jax.models.files import DataFile, cache_folder
+from priorityprop_jax.partial.plan import Choice
 from priorityprop_jax.training.loader import ArrayLoader
 
 pytest.importorskip("tokenizers", reason="priorityprop-jax[finetune] is not installed")
@@ -279,6 +281,20 @@ def test_options(place):
     assert report["config"]["model"] == str(place / "bert")
     loaded = finetune.load(argparse.Namespace(**report["config"]))
     assert loaded.train_data.rows == 40 and loaded.eval_data.rows == BATCH
+
+
+def test_a_plan_of_the_model_that_is_fine_tuned(place, capsys, monkeypatch):
+    def planned(model, loss_fn, batch, optimizer, **limits):
+        assert model.names == tuple(LAYERS) and batch["x"].shape == (BATCH, 48)
+        assert limits == {"memory": 1e6, "milliseconds": None}
+        return partial.Plan((Choice("full", 1, 2.0, 1.0, 3.0, 4, 5, True),))
+
+    monkeypatch.setattr(partial, "plan", planned)
+    assert run("plan", "--model", "bert", "--data-dir", "data", "--memory", "1MB") == 0
+    assert "\nfull " in capsys.readouterr().out
+    assert not (place / "runs").exists()
+    assert run("plan", "--model", "nowhere", "--data-dir", "data") == 1
+    assert "nowhere" in one_line(capsys)
 
 
 def test_defaults_are_written_down(place, monkeypatch):

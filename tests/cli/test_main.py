@@ -11,6 +11,7 @@ import pytest
 
 import priorityprop_jax
 from priorityprop_jax.cli import main as cli
+from priorityprop_jax.cli import plan
 from priorityprop_jax.training.loader import ArrayLoader
 
 pytestmark = [pytest.mark.usefixtures("compile_once"), pytest.mark.once]
@@ -77,10 +78,31 @@ def test_the_run_goes_where_it_is_told(empty_folder):
     assert not (empty_folder / "runs").exists()
 
 
+def test_a_plan(empty_folder, capsys):
+    assert run("plan", "--task", "digits", "--batch-size", "8", "--memory", "1GiB") == 0
+    out = capsys.readouterr().out
+    assert "suffix(1), all but layers/0" in out and "fits" in out and not list(Path().iterdir())
+    assert run("plan", "--task", "digits", "--milliseconds", "1e-6", "--out", "a/b") == 0
+    assert capsys.readouterr().out.count(" no\n") == 3
+    assert {path.name for path in Path("a/b").iterdir()} == {"plan.json", "plan.png"}
+    written = json.loads(Path("a/b/plan.json").read_text())
+    assert written["task"] == "digits" and written["choices"][0]["share"] == 1
+    assert run("plan", "--task", "digits", "--out", "a/b/plan.json") == 1
+    assert "plan.json" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_"),
+    [("4GiB", 4 * 2**30), ("500MB", 5e8), ("1.5 kB", 1500), ("1e9", 1e9), ("2KiB", 2048)],
+)
+def test_sizes(text, bytes_):
+    assert plan.size(text) == bytes_
+
+
 def test_help_and_version(capsys):
     assert run("--version") == 0
     assert capsys.readouterr().out == f"priorityprop {priorityprop_jax.__version__}\n"
-    for command in ("train", "finetune", "report"):
+    for command in ("train", "finetune", "plan", "report"):
         assert run(command, "--help") == 0
         shown = capsys.readouterr().out
         assert "None" not in shown and "False" not in shown and "--traceback" in shown
@@ -95,6 +117,9 @@ def test_help_and_version(capsys):
         ((), "COMMAND"),
         (("bench",), "bench"),
         (("train", "--method", "magic"), "magic"),
+        (("plan", "--memory", "lots"), "'lots' is not a size such as 4GiB"),
+        (("plan", "--memory", "0GiB"), "'0GiB' is not a size"),
+        (("plan", "--milliseconds", "0"), "'0' is not a number above 0"),
         (("train", "--budget", "lots"), "lots"),
         (("train", "--budget", "-1"), "-1"),
         (("train", "--budget", "nan"), "nan"),

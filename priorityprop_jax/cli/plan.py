@@ -1,0 +1,75 @@
+"""The command `priorityprop plan`: what each choice of layers would cost, before anyone trains."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from priorityprop_jax.cli import finetune
+from priorityprop_jax.cli.runs import rate, told, write
+
+TEXT = (
+    "Tells what each choice of layers to train would cost on this machine. One step of each policy "
+    "is compiled and timed: its FLOPs, milliseconds, peak memory and optimizer state."
+)
+Config = argparse.Namespace
+
+
+def size(text: str) -> float:
+    """A parser of sizes such as 4GiB, 500MB or 1e9, in bytes."""
+    match = re.fullmatch(r"([\d.e+]+) ?(?:([kKMGT]?)(i?)B)?", text)
+    try:
+        number, prefix, binary = match.groups() if match else ("", "", "")
+        unit = (1024 if binary else 1000) ** " kMGT".index((prefix or " ").replace("K", "k"))
+        return rate(number) * unit
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 4GiB or 500MB") from None
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "task": {
+        "choices": ("sst2", "digits"), "default": "sst2",
+        "help": "whose model and batches: those of finetune, or those of train",
+    },
+    **{name: finetune.OPTIONS[name] for name in ("model", "data_dir", "batch_size")},
+    "memory": {"type": size, "metavar": "SIZE", "help": "that a step may take, such as 4GiB"},
+    "milliseconds": {"type": rate, "metavar": "MS", "help": "that a step may take"},
+    "out": {"type": Path, "metavar": "DIR", "help": "where to write plan.json and plan.png"},
+}  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs this command; the exit code."""
+    import jax
+    import optax
+
+    from priorityprop_jax.cli.tasks import digits
+    from priorityprop_jax.partial import nnx_stages, plan
+    from priorityprop_jax.partial.plan import LEGEND
+
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)  # before the work, as it may fail
+    given = {"seed": 0, "epochs": None, "learning_rate": None, "limit": None, **vars(arguments)}
+    with told(ValueError):
+        if arguments.task == "sst2":
+            task = finetune.load(Config(**given))
+        else:
+            task = digits().adjusted(Config(**given))
+        batch = next(iter(task.train_data))
+    model: Any = task.model
+    model = nnx_stages(model.stages()) if arguments.task == "sst2" else model
+    rows = len(batch["x"])
+    print(f"{task.name}, batches of {rows}, on {jax.devices()[0].device_kind}; compiling ...")
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(task.learning_rate))
+    limits = {"memory": arguments.memory, "milliseconds": arguments.milliseconds}
+    found = plan(model, task.loss_fn, batch, optimizer, **limits)
+    print(f"\n{found}\n{LEGEND}")
+    if arguments.out is not None:
+        text = json.dumps({"task": task.name, "batch_size": rows, **found.as_dict()}, indent=1)
+        write(arguments.out / "plan.json", text)
+        write(arguments.out / "plan.png", found.plot)
+        print(f"\nsaved {arguments.out}/: plan.json, plan.png")
+    return 0
