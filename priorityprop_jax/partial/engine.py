@@ -181,7 +181,7 @@ class PartialStep:
         inner, self._gain_decay, self._where = found[0]
         self.slots = find_slots(shapes, **self._where)
         if stages is not None:
-            self.slots = _in_order(self.slots, stages.names, shapes)
+            self.slots = in_order(self.slots, stages.names, shapes)
         self.compile_seconds, self._programs = 0.0, 0
         self._prefix: Any = None
         if stages is not None:
@@ -384,7 +384,7 @@ def _initialized(optimizer: Any, params: Any, where: dict[str, Any]) -> tuple[An
         return optimizer, jax.eval_shape(optimizer.init, params), found
 
 
-def _in_order(slots: Slots, names: tuple[str, ...], params: Any) -> Slots:
+def in_order(slots: Slots, names: tuple[str, ...], params: Any) -> Slots:
     """Slots whose layers are the stages: what is known need not be read from paths."""
     trained = [name for name in names if jax.tree.leaves(params[name])]
     layers = []

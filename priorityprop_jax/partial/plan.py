@@ -23,6 +23,8 @@ from priorityprop_jax.core.program import program_flops
 from priorityprop_jax.core.rows import is_row_sparse
 from priorityprop_jax.core.slots import Slots, by_layer, find_slots
 from priorityprop_jax.core.tables import aligned, short
+from priorityprop_jax.core.work import read_loss
+from priorityprop_jax.partial.engine import in_order
 from priorityprop_jax.partial.grad import ActiveLeaves, find_active, value_and_grad_of
 from priorityprop_jax.partial.policies import Situation, make_policy
 from priorityprop_jax.partial.stages import Stages
@@ -32,28 +34,16 @@ LEGEND = "suffix(k): the output layer and k layers before it; cached: what the o
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What one step costs that trains some layers.
+    """What one step costs that trains some layers."""
 
-    Attributes:
-      name: of the policy, as `make_policy` takes it, and what else is special.
-      parameters: how many are trained.
-      flops: of the step, see `measure_costs`.
-      share: of the FLOPs of a full step.
-      milliseconds: measured on this machine, the median; None where it was not run, as it does not
-        fit into the memory.
-      peak_bytes: all arguments, what the compiled program has beside them, and its new results.
-      state_bytes: of optimizer state.
-      fits: whether it keeps to the limits given.
-    """
-
-    name: str
-    parameters: int
-    flops: float
-    share: float
-    milliseconds: float | None
-    peak_bytes: int
-    state_bytes: int
-    fits: bool
+    name: str  # of the policy, as `make_policy` takes it, and what else is special
+    parameters: int  # that are trained
+    flops: float  # see `measure_costs`
+    share: float  # of a full step's FLOPs
+    milliseconds: float | None  # measured; None where it was not run, for want of memory
+    peak_bytes: int  # arguments, what the program has beside them, and its new results
+    state_bytes: int  # of optimizer state
+    fits: bool  # keeps to the limits given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,17 +169,26 @@ def plan(
         raise ValueError("the model has no parameters to train")
     params, rest, batch = jax.tree.map(jnp.asarray, (params, rest, batch))
     stages = model if isinstance(model, Stages) else None
-    slots, starts = _slots(params, stages, {"stacked_axis": stacked_axis, "group": group})
-    wanted = [(name, active, None) for name, active in _choices(slots).items()]
+    where = {"stacked_axis": stacked_axis, "group": group}
+    if stacked_axis is group is None:
+        where["group"] = by_layer(params) if stages is None else lambda path: path.split("/")[0]
+    slots = find_slots(params, **where)
+    if stages is not None:
+        slots = in_order(slots, stages.names, params)
+    else:
+        work = read_loss(loss, params, rest, batch, None, 0, slots=slots, has_aux=True)
+        slots = dataclasses.replace(slots, depths=work.depths)
+    wanted = [(name, active, 0) for name, active in _choices(slots).items()]
     if stages is not None and isinstance(batch, Mapping) and "x" in batch:
+        first = {s: stages.names.index(at) for s, at in zip(slots.names, slots.layers, strict=True)}
         for name, active, _ in wanted[1:]:
-            start = min(starts[slot] for slot in active)
+            start = min(first[slot] for slot in active)
             # Of the last half, which has most to gain
             if name.startswith("suffix") and 2 * start >= len(stages):
                 wanted.append((f"{name}, cached", active, start))
     candidates, tx = [], optax.with_extra_args_support(optimizer)
     for name, active, start in wanted:
-        x = None if stages is None or start is None else _enters(stages, params, rest, batch, start)
+        x = None if stages is None or not start else _enters(stages, params, rest, batch, start)
         chosen = find_active(params, slots, active)
         step = _step(functools.partial(loss, start=start), chosen, tx)
         arguments = functools.partial(_arguments, chosen, tx, params, rest, batch, x)
@@ -254,24 +253,11 @@ def _pure(model: Any, loss_fn: Any) -> tuple[Callable[..., Any], Any, Any]:
     return of_module, params, rest
 
 
-def _slots(params: Any, stages: Stages | None, where: dict[str, Any]) -> tuple[Slots, dict]:
-    """The slots, and of stages the index of the first one that each slot is in."""
-    if where == {"stacked_axis": None, "group": None}:
-        where["group"] = by_layer(params) if stages is None else lambda path: path.split("/")[0]
-    slots = find_slots(params, **where)
-    if stages is None:
-        return slots, {}
-    first = {name: min(slots.leaves({name})).split("/")[0] for name in slots.names}
-    trained = [name for name in stages.names if name in first.values()]
-    depths = tuple(len(trained) - 1 - trained.index(first[name]) for name in slots.names)
-    slots = dataclasses.replace(slots, depths=depths, layers=tuple(first.values()))
-    return slots, {name: stages.names.index(stage) for name, stage in first.items()}
-
-
 def _choices(slots: Slots) -> dict[str, frozenset[str]]:
     """The active set of each choice, by its name."""
     deepest, zeros = max(slots.depths), np.zeros(len(slots))
-    input_layer = slots.layers[slots.depths.index(deepest)]
+    layers = zip(slots.layers, slots.depths, strict=True)
+    input_layer = ", ".join(sorted({layer for layer, depth in layers if depth == deepest}))
 
     def asked(policy: str, cycle: int = 0) -> frozenset[str]:
         at = Situation(slots, None, math.inf, math.inf, cycle, 1, zeros, zeros.astype(int))
