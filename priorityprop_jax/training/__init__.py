@@ -3,9 +3,10 @@
 from priorityprop_jax.training.history import History, NonFiniteLossError
 from priorityprop_jax.training.loader import ArrayLoader
 from priorityprop_jax.training.model import as_model
+from priorityprop_jax.training.priorityprop import PriorityPropTrainer
 from priorityprop_jax.training.processes import WorkerLostError
 from priorityprop_jax.training.step import MakeStep, Model, Setup, Step
-from priorityprop_jax.training.trainer import PriorityPropTrainer, Trainer
+from priorityprop_jax.training.trainer import Trainer
 
 __all__ = [
     "ArrayLoader",

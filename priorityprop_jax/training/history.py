@@ -97,13 +97,13 @@ class Books:
         self.history = History()
         self.steps = self.epoch = self.batch = 0  # epochs closed, batches of the open one
         self.log: Callable[[Record], Any] | None = None  # is told every record
-        self._step = step
+        self._step, self.tracing = step, 0.0  # seconds that the trainer itself traced for
         self.pending: list[tuple[Record, dict[str, Any]]] = []  # whose values are on their way
         self.reset_clock()
 
     def reset_clock(self) -> None:
         """Leaves the time until now out of all records."""
-        self._since = time.perf_counter(), self._step.compile_seconds
+        self._since = time.perf_counter(), self._step.compile_seconds + self.tracing
 
     def enter(self, values: dict[str, Any]) -> None:
         """Notes a step and its values, on the device."""

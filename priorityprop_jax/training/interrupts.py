@@ -26,6 +26,11 @@ class Stop:
     def __bool__(self) -> bool:
         return self._pressed if jax.process_count() == 1 else self._shared
 
+    @property
+    def pressed(self) -> bool:
+        """Whether Ctrl-C was pressed, be it too late to stop anything."""
+        return self._pressed or self._shared
+
     def share(self) -> None:
         """Tells all processes; all must call it at the same step."""
         if jax.process_count() > 1:

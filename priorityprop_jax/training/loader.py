@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -92,6 +93,24 @@ class ArrayLoader:
         for i in range(len(self)):
             rows = order[i * self.batch_size : (i + 1) * self.batch_size]  # [batch]
             yield {name: array[rows] for name, array in self.arrays.items()}
+
+
+def check_epochs(epochs: Any) -> None:
+    """Raises unless this is a number of epochs."""
+    if isinstance(epochs, bool) or not isinstance(epochs, int | np.integer):
+        raise TypeError(f"epochs must be a whole number, got {epochs!r}")
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
+
+
+def skip(batches: Iterator[Any], count: int, stop: Any) -> None:
+    """Passes over the batches that a resumed run has seen; raises if there are fewer."""
+    skipped = sum(1 for _ in itertools.islice(batches, count))
+    if skipped < count and not stop:
+        raise ValueError(
+            f"the loader ended after {skipped} batches, but the checkpoint is {count} batches into "
+            "the epoch; resume with the loader that the run was started with"
+        )
 
 
 def check_iterable(name: str, batches: Any, epochs: int) -> None:

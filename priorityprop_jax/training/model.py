@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -93,6 +94,17 @@ def loss_of(model: Model, loss_fn: LossFn) -> Loss:
         return value, (metrics, rest)
 
     return loss
+
+
+def fragile(loss: Loss, params: Any, rest: Any, batch: Any) -> bool:
+    """Whether a compiled step on a loss may raise: it calls Python back, or JAX looks for NaN."""
+    if any(getattr(jax.config, f"jax_debug_{what}") for what in ("nans", "infs")):
+        return True
+    try:
+        traced = jax.make_jaxpr(loss)(params, rest, batch)
+    except Exception:  # The step will raise it again.
+        return False
+    return re.search(r"\w_callback\[", str(traced)) is not None
 
 
 def split_result(result: Any) -> tuple[jax.Array, dict[str, jax.Array]]:

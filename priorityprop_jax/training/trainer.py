@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import math
 import operator
 import os
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from tqdm import tqdm
 
 from priorityprop_jax.core.layout import layout_of, put_beside
 from priorityprop_jax.core.program import abstract
-from priorityprop_jax.core.slots import Slots, find_slots
+from priorityprop_jax.core.slots import Slots
 from priorityprop_jax.priority.ledger import Ledger
-from priorityprop_jax.priority.options import DEFAULT_BUDGET, Budget
-from priorityprop_jax.priority.transform import priorityprop
 from priorityprop_jax.training import checkpoints
 from priorityprop_jax.training.checkpoints import Path
 from priorityprop_jax.training.history import Books, History, NonFiniteLossError, Record
 from priorityprop_jax.training.interrupts import Stop
-from priorityprop_jax.training.loader import check_iterable
-from priorityprop_jax.training.model import Evaluation, MetricFn, as_model, copy, loss_of
+from priorityprop_jax.training.loader import check_epochs, check_iterable, skip
+from priorityprop_jax.training.model import Evaluation, MetricFn, as_model, copy, fragile, loss_of
 from priorityprop_jax.training.processes import check_batch, check_params, raise_if_lost
-from priorityprop_jax.training.step import LossFn, MakeStep, PlainStep, Setup, Step, counts
+from priorityprop_jax.training.step import LossFn, MakeStep, PlainStep, Setup, Step, StepResult
 
 
 class Trainer:
@@ -108,7 +105,8 @@ class Trainer:
         if not jax.tree.leaves(params):
             raise ValueError("the model has no parameters to train")
         check_params(params)
-        loss, tx = loss_of(self._model, loss_fn), optax.with_extra_args_support(optimizer)
+        self._loss = loss = loss_of(self._model, loss_fn)
+        tx = optax.with_extra_args_support(optimizer)
         shapes = jax.tree.map(abstract, params)  # A step may keep them, but not the arrays.
         plain = functools.partial(PlainStep, loss, shapes, tx, slots)
         setup = Setup(loss, loss_fn, self._model, shapes, tx, plain)
@@ -123,6 +121,7 @@ class Trainer:
         self._layout: Any = None  # of parameters, rest and optimizer state
         self._saved_to: str | None = None  # The folder that holds checkpoints of this run.
         self._stop = Stop()
+        self._careful: bool | None = None  # Whether steps are run on copies; None before the first.
 
     @property
     def history(self) -> History:
@@ -182,9 +181,11 @@ class Trainer:
         continues within the epoch, while a plain `train` begins a new one. Several processes stop
         together, once every few steps.
 
-        After an error, history, ledger, optimizer state and model are of the same steps. If it was
-        raised within a compiled step, the arrays are lost: the trainer goes back to the latest
-        checkpoint of this run, if there is one.
+        After an error, history, ledger, optimizer state and model are of the same steps, those
+        before it. Where `loss_fn` calls the host (`jax.pure_callback` and its like) or JAX looks
+        for NaN, steps are run one by one and on copies, as either may raise within a compiled step.
+        If anything else does, such as a lack of memory, the arrays are lost: the trainer goes back
+        to the latest checkpoint of this run, if there is one.
 
         Args:
           loader: batches, pytrees of arrays; iterated anew each epoch, after its
@@ -205,13 +206,13 @@ class Trainer:
           NonFiniteLossError: the loss became NaN or infinite.
           WorkerLostError: another process has ended, and no step can be run without it.
         """
-        if isinstance(epochs, bool) or not isinstance(epochs, int | np.integer):
-            raise TypeError(f"epochs must be a whole number, got {epochs!r}")
-        if epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {epochs}")
+        check_epochs(epochs)
         books, stop = self._books, Stop()
         self._stop = stop
         with contextlib.ExitStack() as stack:
+            # Also of Ctrl-C after the last step, where there was nothing left to stop.
+            stack.callback(lambda: setattr(self.history, "interrupted", stop.pressed))
+            stack.enter_context(stop.catching())
             if resume_from is not None:
                 self.restore(resume_from)
             elif books.batch:
@@ -230,7 +231,7 @@ class Trainer:
             quiet = None if self._progress and jax.process_index() == 0 else True
             bar = tqdm(None, "training", total, unit="step", initial=books.batch, disable=quiet)
             stack.enter_context(bar)
-            stack.enter_context(stop.catching())
+            self._careful = None
             try:
                 while books.epoch < last and not stop:
                     self._run_epoch(loader, last, eval_data, manager, bar)
@@ -243,8 +244,6 @@ class Trainer:
                 raise_if_lost(error, self._saved_to)
                 self._recover(error)
                 raise
-        # Also after the last step, where there was nothing left to stop.
-        self.history.interrupted = bool(stop)
         return self.history
 
     def restore(self, source: Path) -> None:
@@ -271,19 +270,12 @@ class Trainer:
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(books.epoch)
         batches = stop.until(loader)
-        skipped = sum(1 for _ in itertools.islice(batches, books.batch))
-        if skipped < books.batch and not stop:
-            raise ValueError(
-                f"the loader ended after {skipped} batches, but the checkpoint is {books.batch} "
-                "batches into the epoch; resume with the loader that the run was started with"
-            )
+        skip(batches, books.batch, stop)
         books.reset_clock()
         for batch in batches:
             check_batch(batch)
             with stop.shielded():
-                params, rest = self._held
-                result = self.step(params, rest, self._opt_state, batch)
-                *self._held, self._opt_state, values = result
+                *self._held, self._opt_state, values = self._run_step(batch)
                 books.enter(values)
             if books.steps % self._fetch_every == 0:
                 self._fetch(bar)
@@ -305,6 +297,17 @@ class Trainer:
         if books.epoch == last:
             books.record(self._opt_state)
         self._save(manager)
+
+    def _run_step(self, batch: Any) -> StepResult:
+        params, rest = self._held
+        if self._careful is None:
+            start = time.perf_counter()
+            self._careful = fragile(self._loss, params, rest, batch)
+            self._books.tracing += time.perf_counter() - start
+        if not self._careful:
+            return self.step(params, rest, self._opt_state, batch)
+        params, rest, opt_state = copy((params, rest, self._opt_state))
+        return jax.block_until_ready(self.step(params, rest, opt_state, batch))
 
     def _fetch(self, bar: tqdm) -> None:
         fetched = self._books.fetch()
@@ -373,62 +376,6 @@ class Trainer:
         checkpoints.save(manager, self._arrays(), {**about, **self._books.as_dict()})
         self._saved_to = os.fspath(manager.directory)
         self._books.reset_clock()
-
-
-class PriorityPropTrainer(Trainer):
-    """A `Trainer` that wraps the optimizer in `priorityprop`.
-
-    The optimizer sees one slot at a time: a clipping by norm inside it clips each slot by itself.
-    The arguments from `total_budget` to `recalc_every` and the ``options`` are those of
-    `priorityprop`, the others those of `Trainer`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import optax
-      >>> from priorityprop_jax import PriorityPropTrainer
-      >>> def loss_fn(params, x):
-      ...     return (params["slope"] * x + params["offset"] - 1.0) ** 2
-      >>> params = {"slope": jnp.zeros(()), "offset": jnp.zeros(())}
-      >>> trainer = PriorityPropTrainer(params, optax.sgd(0.2), loss_fn, total_budget=0.75)
-      >>> history = trainer.train([jnp.ones(())] * 20)
-      >>> sum(history.updates)  # 0.75 of 2 slots x 20 steps
-      30
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        optimizer: optax.GradientTransformation,
-        loss_fn: LossFn,
-        total_budget: Budget = DEFAULT_BUDGET,
-        min_updates: jax.typing.ArrayLike = 1,
-        max_updates: jax.typing.ArrayLike = 20,
-        recalc_every: jax.typing.ArrayLike = 10,
-        *,
-        step: MakeStep | None = None,
-        metric_fn: MetricFn | None = None,
-        checkpoint_dir: Path | None = None,
-        progress: bool = True,
-        **options: Any,
-    ):
-        budget = (total_budget, min_updates, max_updates, recalc_every)
-        wrapped = priorityprop(optimizer, *budget, **options)
-        model = as_model(model)
-        params, _ = model.split()
-        if counts(jax.eval_shape(optimizer.init, params)) is not None:
-            raise ValueError(
-                "the optimizer holds a priorityprop or scale_by_priority already; give the trainer "
-                "the inner optimizer, such as optax.adam(1e-3), and it wraps it itself, or give "
-                "this one to Trainer"
-            )
-        where = {name: options.get(name) for name in ("stacked_axis", "group")}
-        slots = find_slots(params, **where) if jax.tree.leaves(params) else None
-        super().__init__(
-            model, wrapped, loss_fn, step, metric_fn=metric_fn, checkpoint_dir=checkpoint_dir,
-            progress=progress, slots=slots,
-        )  # fmt: skip
-        if isinstance(recalc_every, int | np.integer):
-            self._fetch_every = int(recalc_every)
 
 
 def _are_usable(tree: Any) -> bool:
