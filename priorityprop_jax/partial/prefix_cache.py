@@ -7,10 +7,10 @@ import hashlib
 import json
 import os
 import sys
+import uuid
 import warnings
 import weakref
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,16 @@ import numpy as np
 
 from priorityprop_jax.core.paths import path_name
 
-try:
-    import fcntl
-except ImportError:  # Windows, which has no such lock.
-    fcntl = None
-
 _DTYPES = ("bfloat16", "float32")
 
 
 class PrefixCache(contextlib.AbstractContextManager["PrefixCache"]):
     """The outputs of a frozen prefix by example id, in a file or in memory.
 
-    A record counts only if its checksum fits its content, its id and the key of the cache, so that
-    none is read wrongly after a kill. If the disk is full or fails, the cache warns once, switches
-    itself off, and everything is a miss. It is for one thread of one process, and locks its
-    directory until it is closed or dropped.
+    The file counts once the cache is closed or dropped; what a killed run leaves is thrown away. Of
+    several caches that share a directory at a time, each fills a file of its own, and that of the
+    last to close is kept. If there is no room on the disk, the cache warns once, switches itself
+    off, and everything is a miss. It is for one thread.
 
     Args:
       directory: the folder of the cache, made if need be; None keeps the cache in memory.
@@ -87,12 +82,9 @@ class PrefixCache(contextlib.AbstractContextManager["PrefixCache"]):
         self.dtype = dtype
         self.key: str | None = None
         self.hits = self.misses = 0
-        self._off, self._header, self._like = False, b"", None
-        self._record, self._limit = np.dtype("u4"), 0  # ids below the limit are cached
-        self._verified: set[int] = set()
-        self._memory: dict[int, bytes] = {}  # records, where there is no directory
-        self._file: Any = None
-        self._release: Any = None  # closes the file and the lock
+        self._off, self._header, self._like = False, "", None
+        self._records = np.zeros(0, [("inputs", "u4")])  # by id, for the first ids
+        self._keep: Any = None  # gives the file its name
 
     def open(self, key: str, like: Any) -> None:
         """Makes the cache that of a prefix; what was cached for another one is dropped.
@@ -102,10 +94,9 @@ class PrefixCache(contextlib.AbstractContextManager["PrefixCache"]):
           like: the outputs of one example, a pytree of `jax.ShapeDtypeStruct`.
 
         Raises:
-          TypeError, ValueError: `like` has something else in it than arrays that can be stored, or
-            another `PrefixCache` has the directory open.
+          TypeError: `like` has something else in it than arrays that can be stored.
         """
-        fields: list[Any] = [("check", "u4"), ("inputs", "u4")]
+        fields: list[Any] = [("inputs", "u4")]  # their checksum, 0 where nothing is stored
         leaves, _ = jax.tree_util.tree_flatten_with_path(like)
         for i, (path, leaf) in enumerate(leaves):
             try:
@@ -113,11 +104,12 @@ class PrefixCache(contextlib.AbstractContextManager["PrefixCache"]):
             except (AttributeError, TypeError) as error:
                 raise TypeError(f"outputs {path_name(path)} cannot be cached: {leaf!r}") from error
         record = np.dtype(fields)
+        limit = min(self._max_bytes // record.itemsize, self._examples)
         described = [[path_name(path), str(leaf)] for path, leaf in leaves]
-        header = json.dumps([2, key, self.dtype, sys.byteorder, described]).encode()
+        about = json.dumps([3, key, self.dtype, sys.byteorder, limit, described])
+        header = hashlib.sha256(about.encode()).hexdigest()
         if self.key is not None and header == self._header:
             return
-        limit = min(self._max_bytes // record.itemsize, self._examples)
         if limit < self._examples and not self._off:
             warnings.warn(
                 f"the prefix cache holds {limit} of {self._examples} examples, and a batch with "
@@ -126,11 +118,19 @@ class PrefixCache(contextlib.AbstractContextManager["PrefixCache"]):
                 stacklevel=2,
             )
         self.close()
-        self._like, self._record, self._limit, self._header = like, record, limit, header
-        if self._directory is not None and not self._off:
-            with self._guarded():
-                self._open_files(self._directory)
-        self.key = key
+        self.key, self._header, self._like = key, header, like
+        try:
+            if self._directory is None or self._off or not limit:
+                self._records = np.zeros(0 if self._off else limit, record)
+            else:
+                self._records = self._mapped(self._directory, record, limit)
+        except OSError as error:
+            self._off = True
+            warnings.warn(
+                f"the prefix cache is switched off, and training goes on without it: {error}; make "
+                "room or choose another directory",
+                stacklevel=2,
+            )
 
     def lookup(self, ids: Any, inputs: Any) -> Any:
         """The outputs of a batch as NumPy arrays, or None if those of any example are not there.
@@ -145,15 +145,12 @@ class PrefixCache(contextlib.AbstractContextManager["PrefixCache"]):
             example has other inputs than before, or the cache is not open.
         """
         ids, checksums = self._check(ids, inputs)
-        records, raw = self._empty(len(ids))
-        found = True
-        with self._guarded():
-            for i, checksum, record, row in zip(ids, checksums, records, raw, strict=True):
-                there = not self._off and self._read(i, row)
-                if there and record["inputs"] != checksum:
-                    raise ValueError(_CHANGED.format(i))
-                found = found and there
-        if self._off or not found:
+        fit = ids < len(self._records)
+        records = self._records[ids[fit]]
+        found = records["inputs"] != 0
+        if (changed := found & (records["inputs"] != checksums[fit])).any():
+            raise ValueError(_CHANGED.format(ids[fit][changed][0]))
+        if not fit.all() or not found.all():
             self.misses += len(ids)
             return None
         self.hits += len(ids)
@@ -168,32 +165,27 @@ class PrefixCache(contextlib.AbstractContextManager["PrefixCache"]):
           ValueError: as for `lookup`, or the outputs are not as `open` was told.
         """
         ids, checksums = self._check(ids, inputs)
-        records, raw = self._empty(len(ids))
         expected = jax.tree.map(lambda x: f"{x.dtype}{[len(ids), *x.shape]}", self._like)
         given = jax.tree.map(lambda x: f"{x.dtype}{[*x.shape]}", outputs)
         if given != expected:
             raise ValueError(f"outputs must be {expected}, got {given}")
-        for number, leaf in enumerate(jax.tree.leaves(outputs)):
-            records[str(number)] = leaf
-        with self._guarded():
-            for i, checksum, record, row in zip(ids, checksums, records, raw, strict=True):
-                if i < self._limit and not self._off:
-                    record["inputs"] = checksum
-                    row[:4] = np.frombuffer(self._checksum(i, row), np.uint8)
-                    self._verified.discard(i)
-                    self._write(i, row)
+        fit = ids < len(self._records)
+        records = np.zeros(fit.sum(), self._records.dtype)
+        records["inputs"] = checksums[fit]
+        for number, leaf in enumerate(jax.tree.leaves(outputs) if fit.any() else ()):
+            records[str(number)] = np.asarray(leaf)[fit]
+        self._records[ids[fit]] = records
 
     def close(self) -> None:
-        """Lets go of the files and of the memory; `open` opens the cache again."""
-        self.key, self._verified, self._memory, self._file = None, set(), {}, None
-        if self._release is not None:
-            with contextlib.suppress(OSError):  # of a disk that fails
-                self._release()
+        """Keeps the file, and lets go of it and of the memory; `open` opens the cache again."""
+        self.key, self._records = None, self._records[:0].copy()
+        if self._keep is not None:
+            self._keep()
 
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _check(self, ids: Any, inputs: Any) -> tuple[list[int], list[int]]:
+    def _check(self, ids: Any, inputs: Any) -> tuple[np.ndarray, np.ndarray]:
         """The ids, and the checksum of the inputs of each."""
         if self.key is None:
             raise ValueError("the cache is not open; call open(key, like) first")
@@ -202,13 +194,12 @@ class PrefixCache(contextlib.AbstractContextManager["PrefixCache"]):
             raise ValueError(
                 f"ids must be whole numbers, one an example, got {ids.dtype} of shape {ids.shape}"
             )
-        numbers = [int(i) for i in ids.tolist()]
-        if not all(0 <= i < self._examples for i in numbers):
+        if ids.size and not 0 <= ids.min() <= ids.max() < self._examples:
             raise ValueError(
                 f"ids must be from 0 on and below the {self._examples} examples that the cache was "
-                f"made for, got {min(numbers)} to {max(numbers)}; correct them, or raise examples"
+                f"made for, got {ids.min()} to {ids.max()}; correct them, or raise examples"
             )
-        checksums = [0] * len(numbers)
+        checksums = [0] * len(ids)
         for leaf in map(np.asarray, jax.tree.leaves(inputs)):
             if leaf.shape[:1] != ids.shape:
                 raise ValueError(
@@ -218,95 +209,41 @@ class PrefixCache(contextlib.AbstractContextManager["PrefixCache"]):
             for n, row in enumerate(leaf):
                 checksums[n] = zlib.crc32(row.tobytes(), zlib.crc32(kind, checksums[n]))
         seen: dict[int, int] = {}
-        for i, checksum in zip(numbers, checksums, strict=True):
+        for i, checksum in zip(ids.tolist(), checksums, strict=True):
             if seen.setdefault(i, checksum) != checksum:
                 raise ValueError(_CHANGED.format(i))
-        return numbers, checksums
+        return ids.astype(np.int64), np.maximum(checksums, 1)  # 0 says that nothing is stored
 
-    def _empty(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Records, and the bytes of each."""
-        records = np.zeros(count, self._record)
-        return records, records.view(np.uint8).reshape(count, self._record.itemsize)
-
-    def _checksum(self, i: int, row: np.ndarray) -> bytes:
-        # With the header, so that records of another key never fit, and with the id. Zero is what
-        # a hole in the file reads as.
-        start = zlib.crc32(i.to_bytes(8, "little"), zlib.crc32(self._header))
-        return (zlib.crc32(row[4:].data, start) or 1).to_bytes(4, "little")
-
-    # Records are read and written by plain calls, not through a memory map: where a disk is full or
-    # a file is cut short, these raise an error, and a map kills the process.
-
-    def _read(self, i: int, row: np.ndarray) -> bool:
-        if self._file is None:
-            record = self._memory.get(i, b"")
-            row[: len(record)] = np.frombuffer(record, np.uint8)
-            return bool(record)
-        self._file.seek(i * len(row))
-        if self._file.readinto(row) != len(row):
-            return False
-        if i not in self._verified and row[:4].tobytes() != self._checksum(i, row):
-            return False
-        self._verified.add(i)
-        return True
-
-    def _write(self, i: int, row: np.ndarray) -> None:
-        if self._file is None:
-            self._memory[i] = row.tobytes()
-            return
-        self._file.seek(i * len(row))
-        view = row.data
-        while view:
-            view = view[self._file.write(view) :]
-
-    def _open_files(self, directory: Path) -> None:
+    def _mapped(self, directory: Path, record: np.dtype, limit: int) -> np.ndarray:
+        """Records in a file, which has another name until it is kept."""
         directory.mkdir(parents=True, exist_ok=True)
-        header, records = directory / "prefix.json", directory / "prefix.bin"
-        with contextlib.ExitStack() as stack:
-            lock = os.open(directory / "prefix.lock", os.O_RDWR | os.O_CREAT, 0o666)
-            stack.callback(os.close, lock)
-            _take(lock, directory)
-            if not header.exists() or header.read_bytes() != self._header:
-                # Whatever is killed here leaves records that do not fit the header, which their
-                # checksums tell.
-                records.unlink(missing_ok=True)
-                temporary = directory / "prefix.json.tmp"
-                temporary.write_bytes(self._header)
-                temporary.replace(header)
-            records.touch()
-            self._file = stack.enter_context(records.open("r+b", 0))
-            # Also where a cache is dropped without being closed.
-            self._release = weakref.finalize(self, stack.pop_all().close)
-
-    @contextlib.contextmanager
-    def _guarded(self) -> Iterator[None]:
-        """Switches the cache off where a disk fails."""
+        kept, size = directory / f"{self._header}.prefix", limit * record.itemsize
+        path = directory / f"{uuid.uuid4().hex}.filling"
+        if kept.exists() and kept.stat().st_size == size:
+            kept.replace(path)  # as it is written to
+        for other in (*directory.glob("*.prefix"), *directory.glob("*.filling")):
+            if other != path:
+                other.unlink(missing_ok=True)
         try:
-            yield
-        except OSError as error:
-            key, self._off = self.key, True
-            self.close()
-            self.key = key
-            warnings.warn(
-                f"the prefix cache is switched off, and training goes on without it: {error}; make "
-                "room or choose another directory",
-                stacklevel=4,
-            )
+            with path.open("ab") as file:
+                # All room at once: where a disk is full, writing to a map would kill the process.
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)
+                file.truncate(size)
+            records = np.memmap(path, record, "r+", shape=(limit,))
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+        self._keep = weakref.finalize(self, _keep, path, kept)
+        return records
 
 
-def _take(lock: int, directory: Path) -> None:
-    """Locks a file, or raises if another process has."""
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(
-            f"the prefix cache in {str(directory)!r} is open already, maybe in another process; "
-            "close it there, or give each its own directory"
-        ) from None
-    except OSError:
-        pass  # Some network file systems have no locks.
+def _keep(path: Path, kept: Path) -> None:
+    """Gives a file its name; what was written to a map of it is in it."""
+    with contextlib.suppress(OSError):  # Another cache may have cleared the directory.
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        path.replace(kept)
 
 
 def rounded(outputs: Any, dtype: str = "bfloat16") -> Any:
