@@ -130,6 +130,9 @@ class Evaluation:
         self, params: Any, rest: Any, data: Iterable[Any], stop: Stop
     ) -> dict[str, float] | None:
         """The averages over the rows of some batches, or None if it was stopped."""
+        # What a step gave is bound to its device and what it never touched is not: left so, there
+        # would be a program for each of these cases.
+        params, rest = jax.tree.map(_bound, (params, rest))
         results, rows = [], []
         for batch in stop.until(data):
             check_batch(batch)
@@ -153,6 +156,12 @@ class Evaluation:
             return check_metrics("metric_fn", self._metric_fn(model, batch))
         loss, metrics = split_result(self._loss_fn(model, batch))
         return {"loss": loss, **metrics}
+
+
+def _bound(leaf: Any) -> jax.Array:
+    """An array that is committed to the devices where it is."""
+    array = jnp.asarray(leaf)
+    return array if array.committed else jax.device_put(array, array.sharding)
 
 
 def copy(tree: Any) -> Any:

@@ -431,6 +431,14 @@ class TestCache:
         assert trainer.train(_batches()[:1] * 2).column("cached") == [0, 1]
         np.testing.assert_array_equal(norm.mean[...], before)
 
+    def test_evaluation_is_compiled_once(self):
+        plan = [{"head"}, {"block_2"}, {"block_0", "head"}]
+        trainer = _trainer(policy=lambda at: [frozenset(plan[at.cycle])], every=1)
+        trainer.evaluate(_batches()[:1])
+        for _ in plan:
+            trainer.train(_batches()[:1], eval_data=_batches()[:1])
+        assert trainer._evaluate.compiled._cache_size() == 1
+
     def test_dropout_behind_the_prefix_is_drawn_anew(self):
         cache = PrefixCache(None, examples=ROWS)
         trainer = _trainer(
