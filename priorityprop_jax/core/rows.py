@@ -19,15 +19,25 @@ from jax import lax
 SCATTER: dict[str, Any] = {"mode": "drop", "unique_indices": True, "indices_are_sorted": True}
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Held:
+    """Traced row numbers that no function over pytrees reaches; those of a trace stay in it."""
+
+    array: jax.Array  # int32[k]
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class RowSparse:
     """An array that is zero except for some rows: ``zeros(shape).at[rows].set(values)``.
 
-    A pytree node. Where its rows are known at compile time, ``values`` are its only child, and
-    functions that map over arrays, such as `optax.scale`, see these alone. Where they are an array,
-    it is a child too, and `optax.scale` would multiply the row numbers: `on_values` keeps them out
-    of it.
+    A pytree node. Where its rows are known at compile time or `Held`, ``values`` are its only
+    child, and functions that map over arrays, such as `optax.scale`, see these alone. Where they
+    are an array, it is a child too, and `optax.scale` would multiply the row numbers: `on_values`
+    keeps them out of it.
 
     ``array + row_sparse`` adds the rows, as `optax.apply_updates` does: the sum has the array's
     dtype, all other rows are the very same, and compiled with the array donated they are not even
@@ -35,7 +45,7 @@ class RowSparse:
     differ.
 
     Attributes:
-      rows: ascending and distinct, none negative: a tuple of whole numbers (static), or
+      rows: ascending and distinct, none negative: a tuple of whole numbers (static), `Held`, or
         ``int32[k]``. In an array, what is ``>= shape[0]`` is padding: it means no row, and its
         values, even NaN, are ignored.
       values: ``[k, *shape[1:]]``, of any float dtype.
@@ -61,7 +71,7 @@ class RowSparse:
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         """For JAX: the children with their keys, and what is static."""
         values = (jax.tree_util.GetAttrKey("values"), self.values)
-        if isinstance(self.rows, tuple):
+        if isinstance(self.rows, tuple | Held):
             return (values,), (self.rows, self.shape)
         return ((jax.tree_util.GetAttrKey("rows"), self.rows), values), (None, self.shape)
 
@@ -85,17 +95,22 @@ class RowSparse:
         if isinstance(self.rows, tuple):
             moved = (take(whole, self.rows) + self.values).astype(whole.dtype)
             return put(whole, self.rows, moved)
-        at = whole.at[self.rows]
+        at = whole.at[self.index]
         if self.values.dtype == whole.dtype:
             return at.add(self.values, **SCATTER)
         # As optax has it: the sum is rounded to the parameter's dtype, not the update.
         moved = (at.get(mode="clip") + self.values).astype(whole.dtype)
         return at.set(lax.optimization_barrier(moved), **SCATTER)
 
+    @property
+    def index(self) -> Any:
+        """The row numbers as what indexes an array."""
+        return self.rows.array if isinstance(self.rows, Held) else self.rows
+
     def densify(self) -> jax.Array:
         """The whole array, ``[*shape]``."""
         check_rows(self)
-        rows = jnp.asarray(self.rows, None if len(self.rows) else jnp.int32)
+        rows = jnp.asarray(self.index, None if len(self.rows) else jnp.int32)
         return jnp.zeros(self.shape, self.values.dtype).at[rows].set(self.values, **SCATTER)
 
 
@@ -115,8 +130,10 @@ class Frozen:
         return whole
 
 
-def take(x: Any, rows: tuple[int, ...]) -> Any:
-    """Static rows of axis 0 of an array or a `jax.ShapeDtypeStruct`, ``[k, ...]``."""
+def take(x: Any, rows: tuple[int, ...] | Held) -> Any:
+    """Rows of axis 0 of an array or a `jax.ShapeDtypeStruct`, ``[k, ...]``."""
+    if isinstance(rows, Held):
+        return x.at[rows.array].get(unique_indices=True, indices_are_sorted=True)
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((len(rows), *x.shape[1:]), x.dtype)
     if len(runs := _runs(rows)) == 1:
@@ -124,9 +141,11 @@ def take(x: Any, rows: tuple[int, ...]) -> Any:
     return jnp.concatenate([x[rows[i] : rows[i] + n] for i, n in runs]) if runs else x[:0]
 
 
-def put(x: Any, rows: tuple[int, ...], new: jax.Array) -> jax.Array:
+def put(x: Any, rows: tuple[int, ...] | Held, new: jax.Array) -> jax.Array:
     """The inverse of `take`: the array with these rows replaced, in place where it is donated."""
     x = jnp.asarray(x)
+    if isinstance(rows, Held):
+        return x.at[rows.array].set(new, **SCATTER)
     for i, n in _runs(rows):
         x = lax.dynamic_update_slice_in_dim(x, new[i : i + n], rows[i], 0)
     return x
@@ -145,9 +164,11 @@ def is_row_sparse(x: Any) -> bool:
 
 def check_rows(x: RowSparse) -> None:
     """Raises a TypeError for row numbers that arithmetic has been done on."""
-    if not isinstance(x.rows, tuple) and not jnp.issubdtype(x.rows.dtype, jnp.integer):
+    if isinstance(x.rows, tuple):
+        return
+    if not jnp.issubdtype(x.index.dtype, jnp.integer):
         raise TypeError(
-            f"the row numbers of a RowSparse of shape {x.shape} are {x.rows.dtype}: something that "
+            f"the row numbers of a RowSparse of shape {x.shape} are {x.index.dtype}: something that "
             "maps over arrays, such as optax.clip_by_global_norm or optax.scale, has changed them. "
             "Use clip_by_global_norm or on_values from priorityprop_jax.core.rows in its place, or "
             "densify the tree first"
@@ -260,7 +281,7 @@ def _map(function: Callable[[RowSparse], Any], tree: Any) -> Any:
 def _real_values(x: RowSparse) -> jax.Array:
     """The values, zero where they are padding."""
     check_rows(x)
-    if isinstance(x.rows, tuple):
+    if isinstance(x.rows, tuple | Held):
         return x.values
     real = (x.rows < x.shape[0]).reshape(-1, *[1] * (x.values.ndim - 1))
     return jnp.where(real, x.values, 0)

@@ -9,17 +9,20 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from priorityprop_jax.core.paths import path_name
-from priorityprop_jax.core.rows import RowSparse, put, take
+from priorityprop_jax.core.rows import Held, RowSparse, put, take
 from priorityprop_jax.core.slots import Bundle, Slots, find_slots
+from priorityprop_jax.partial.stack import Tap, tapped
 
 Names = str | Iterable[str] | Callable[[str], bool]
+Active = Names | Mapping[str, Any]
 
 
 def choose(names: Iterable[str], which: Names, what: str = "slot") -> frozenset[str]:
@@ -63,23 +66,23 @@ class ActiveLeaves:
     """Which leaves of a pytree, and which layers of its stacked leaves, are active.
 
     ``rows`` has for every leaf None (inactive), True (the whole leaf), or the active layers of a
-    leaf that stacks layers on axis 0, in ascending order.
+    leaf that stacks layers on axis 0, in ascending order: a tuple, or traced.
     """
 
     treedef: Any
-    rows: tuple[bool | tuple[int, ...] | None, ...]
+    rows: tuple[bool | tuple[int, ...] | Held | None, ...]
 
     def part(self, tree: Any) -> Any:
         """The active leaves of a tree, ``[k, ...]`` for ``k`` layers of a stack; else None."""
         return self.map(
-            lambda rows, x: take(x, rows) if isinstance(rows, tuple) else x if rows else None, tree
+            lambda rows, x: take(x, rows) if _some(rows) else x if rows else None, tree
         )
 
     def replace(self, tree: Any, part: Any) -> Any:
         """The tree with its active leaves and layers replaced by ``part``'s."""
 
         def replaced(rows, x, new):
-            return put(x, rows, new) if isinstance(rows, tuple) else new if rows else x
+            return put(x, rows, new) if _some(rows) else new if rows else x
 
         return self.map(replaced, tree, part)
 
@@ -87,7 +90,7 @@ class ActiveLeaves:
         """The part, with layers of a stacked leaf as a `RowSparse` that says which they are."""
 
         def marked(rows, x, own):
-            return RowSparse(rows, own, x.shape) if isinstance(rows, tuple) else own
+            return RowSparse(rows, own, x.shape) if _some(rows) else own
 
         return self.map(marked, tree, part)
 
@@ -102,19 +105,35 @@ class ActiveLeaves:
         """The inverse of `split`."""
         return self.map(lambda rows, a, b: b if rows is None else a, active, other)
 
+    def taps(self, tree: Any, part: Any, mixed: Any) -> dict[int, Tap]:
+        """For a `stack`: the leaves of ``mixed`` of which some layers are active, by their id."""
+        found = {}
+
+        def note(rows, x, own, new):
+            if _some(rows):
+                found[id(new)] = Tap(x, rows.array if isinstance(rows, Held) else rows, own)
+
+        self.map(note, tree, part, mixed)
+        return found
+
     def map(self, function: Callable[..., Any], *trees: Any) -> Any:
         """Maps ``(rows, leaf of each tree)`` to a tree; None counts as a leaf."""
         leaves = (self.treedef.flatten_up_to(tree) for tree in trees)
         return self.treedef.unflatten(map(function, self.rows, *leaves))
 
 
-def find_active(params: Any, slots: Slots, active: Names) -> ActiveLeaves:
+def _some(rows: Any) -> bool:
+    """Whether some layers of a leaf are active, one by one."""
+    return isinstance(rows, tuple | Held)
+
+
+def find_active(params: Any, slots: Slots, active: Active) -> ActiveLeaves:
     """The leaves, and layers of stacked leaves, that active slots stand for.
 
     Of ``params`` only shapes are read. Raises a ValueError if there is no slot of a name, if the
     slots are of other parameters, or for single layers of a stack on another axis than 0.
     """
-    active = choose(slots.names, active)
+    active, traced = _traced_rows(slots, active)
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     for bundle in slots.bundles:
         mark = "" if bundle.layers is None else "[0]"
@@ -126,12 +145,37 @@ def find_active(params: Any, slots: Slots, active: Names) -> ActiveLeaves:
                 )
     rows: list[bool | tuple[int, ...] | None] = [None] * treedef.num_leaves
     for bundle in slots.bundles:
-        own = active_rows(bundle, slots, active)
+        own = traced.get(bundle.start) or active_rows(bundle, slots, active)
         if own and len(own) < bundle.slots:
             check_axis(bundle)
         for leaf in bundle.leaves if own else ():
             rows[leaf] = True if len(own) == bundle.slots else own
     return ActiveLeaves(treedef, tuple(rows))
+
+
+def _traced_rows(slots: Slots, active: Active) -> tuple[frozenset[str], dict[int, Held]]:
+    """The names of static active slots, and by the first slot of a stack its traced layers."""
+    if not isinstance(active, Mapping):
+        return choose(slots.names, active), {}
+    static, traced = set(), {}
+    held: dict[int, Held] = {}  # one for each array, so that leaves of one slot agree
+    for which, rows in active.items():
+        names = choose(slots.names, which)
+        if rows is True:
+            static |= names
+            continue
+        if not hasattr(rows, "dtype") or not jnp.issubdtype(rows.dtype, jnp.integer):
+            raise TypeError(f"{which!r} must be True or an int32[k] of layers, got {rows!r}")
+        for bundle in slots.bundles:
+            mine = {slots.names[bundle.start + i] for i in range(bundle.slots)} & names
+            if mine and (bundle.layers is None or len(mine) < bundle.slots):
+                raise ValueError(
+                    f"layers of {which!r} were given, but {bundle.name!r} is not stacked, or not "
+                    "meant whole: say stacked_axis, and name the stack"
+                )
+            if mine:
+                traced[bundle.start] = held.setdefault(id(rows), Held(jnp.asarray(rows)))
+    return frozenset(static), traced
 
 
 def check_axis(bundle: Bundle) -> None:
@@ -150,7 +194,9 @@ def value_and_grad_of(
 
     def value_and_grad(params, *args, **kwargs):
         def of_part(part):
-            return loss_fn(chosen.replace(params, part), *args, **kwargs)
+            mixed = chosen.replace(params, part)
+            with tapped(chosen.taps(params, part, mixed)):
+                return loss_fn(mixed, *args, **kwargs)
 
         value, part = jax.value_and_grad(of_part, has_aux=has_aux)(chosen.part(params))
         return value, chosen.as_rows(params, part)
@@ -247,7 +293,8 @@ def _of_module(
         before = nnx.as_pure(nnx.state(model, wrt))
         mixed = chosen.replace(before, part)
         nnx.update(model, mixed)
-        result = loss_fn(model, *args, **kwargs)
+        with tapped(chosen.taps(before, part, mixed)):
+            result = loss_fn(model, *args, **kwargs)
         after = nnx.as_pure(nnx.state(model, wrt))
         unchanged = lambda old, put, new: old if new is put else new  # noqa: E731
         nnx.update(model, jax.tree.map(unchanged, before, mixed, after))

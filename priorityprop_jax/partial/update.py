@@ -13,7 +13,14 @@ import numpy as np
 import optax
 
 from priorityprop_jax.core.paths import path_name
-from priorityprop_jax.core.rows import Frozen, RowSparse, check_transformation, is_row_sparse, take
+from priorityprop_jax.core.rows import (
+    Frozen,
+    Held,
+    RowSparse,
+    check_transformation,
+    is_row_sparse,
+    take,
+)
 from priorityprop_jax.core.slots import Bundle, Slots, find_slots
 from priorityprop_jax.partial.grad import Names, active_rows, check_axis, choose
 from priorityprop_jax.priority.per_slot import PerSlot
@@ -156,13 +163,14 @@ def update_active(
                 shape = np.shape(leaves[leaf])
                 new_updates[leaf] = RowSparse(own, update, shape) if part else update
             gains.append(gained)
-            updated.extend(bundle.start + row for row in own)
+            at = own.array if isinstance(own, Held) else np.asarray(own)
+            updated.append(bundle.start + at)
         state = state._replace(
             step=optax.safe_increment(state.step),
             inner_state=per_slot.state_treedef.unflatten(inner_state),
         )
         if updated:
-            state = _account(state, np.asarray(updated), jnp.concatenate(gains), gain_decay)
+            state = _account(state, jnp.concatenate(updated), jnp.concatenate(gains), gain_decay)
         return per_slot.treedef.unflatten(new_updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -185,7 +193,7 @@ def beside(grads: Any, params: Any) -> list[Any]:
     for path, leaf in leaves:
         name = path_name(path)
         grad = by_name.pop(name, None)
-        if is_row_sparse(grad) and not isinstance(grad.rows, tuple):
+        if is_row_sparse(grad) and not isinstance(grad.rows, tuple | Held):
             grad = grad.densify()  # which rows it has is not known
         if grad is not None and np.shape(grad) != np.shape(leaf):
             raise ValueError(
@@ -230,7 +238,7 @@ def expected_gains(state: ActiveUpdatesState, gain_decay: float = 0.9) -> np.nda
     return np.where(counts > 0, mean / np.where(counts > 0, weight, 1.0), np.nan)
 
 
-def _active_rows(slots: Slots, grads: list[Any], active: Names | None) -> list[tuple[int, ...]]:
+def _active_rows(slots: Slots, grads: list[Any], active: Names | None) -> list[Any]:
     """The active layers of every bundle. Of the gradients, only theirs are left in ``grads``."""
     wanted = None if active is None else choose(slots.names, active)
     found = []
@@ -243,22 +251,28 @@ def _active_rows(slots: Slots, grads: list[Any], active: Names | None) -> list[t
             )
         there = present.pop()
         own = there if wanted is None else active_rows(bundle, slots, wanted)
-        absent = set(own) - set(there)
-        if absent:
+        if isinstance(there, Held):
+            if wanted is not None and 0 < len(own) < bundle.slots:
+                raise ValueError(
+                    f"the layers of {bundle.name!r} whose gradients are present are traced: leave "
+                    "active out, or name all of them"
+                )
+            own = there if own else ()
+        elif absent := set(own) - set(there):
             name = slots.names[bundle.start + min(absent)]
             raise ValueError(f"slot {name!r} is active, but its gradient is absent")
         if own and len(own) < bundle.slots:
             check_axis(bundle)
         for leaf in bundle.leaves if own else ():
             grad = grads[leaf]
-            values = grad.values if is_row_sparse(grad) else jnp.asarray(grad)
-            at = tuple(there.index(row) for row in own)
-            grads[leaf] = values if own == there else take(values, at)
+            grads[leaf] = grad.values if is_row_sparse(grad) else jnp.asarray(grad)
+            if own != there:
+                grads[leaf] = take(grads[leaf], tuple(there.index(row) for row in own))
         found.append(own)
     return found
 
 
-def _rows_of(grad: Any, bundle: Bundle) -> tuple[int, ...]:
+def _rows_of(grad: Any, bundle: Bundle) -> tuple[int, ...] | Held:
     """The layers of a bundle that a gradient of one of its leaves has."""
     if not is_row_sparse(grad):
         return () if grad is None else tuple(range(bundle.slots))
@@ -291,7 +305,8 @@ def _update_rows(
         mine = {i: state[i] for i in owned} | {i: state[i][bundle.start] for i in shared}
         updates, new, gains = one(own_grads, own_params, mine)
     else:
-        k, at, axes = len(rows), np.asarray(rows), list(bundle.axes)
+        k, axes = len(rows), list(bundle.axes)
+        at = rows.array if isinstance(rows, Held) else np.asarray(rows)
         some = k < bundle.layers
         if some:
             own_params = [take(x, rows) for x in own_params]  # [k, ...]
