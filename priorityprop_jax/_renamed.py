@@ -13,8 +13,8 @@ _ROOMS = {
     "highway_nnx highway_report highway_scan plot_quality",
     "meprop": "meprop_conv_general_dilated meprop_dot_general restore "
     "row_counts row_sparse row_sparse_adam",
-    "partial": "PrefixCache Situation Stages StepCosts Variants active_sets chain "
-    "choose_active function_stage make_policy measure_costs merge_upward nnx_stages "
+    "partial": "PrefixCache Situation Stages StepCosts active_sets chain "
+    "choose_active function_stage make_policy measure_costs nnx_stages "
     "scanned_stages stack_params update_active",
     "priority": "TopKUpdatesState repeats top_k_updates",
     "rnn": "LinenLeanRNN highway_rnn lean_rnn",
@@ -44,6 +44,8 @@ GONE: dict[str, str] = {
     "communication": "read the text of the compiled program",
     "highway_stages": "split the batch and run an exact pipeline",
     "linen_stages": "priorityprop_jax.partial.function_stage takes the apply of a Linen module",
+    "Variants": "partial.step keeps the programs of its active sets itself",
+    "merge_upward": "an active set runs as it is: see max_variants of partial.step, and Stack",
     "prune_unused": "train the narrower model",
     "row_sparse_sgd": "use priorityprop_jax.meprop.row_sparse(optax.sgd(...))",
 }

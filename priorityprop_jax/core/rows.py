@@ -168,7 +168,7 @@ def check_rows(x: RowSparse) -> None:
         return
     if not jnp.issubdtype(x.index.dtype, jnp.integer):
         raise TypeError(
-            f"the row numbers of a RowSparse of shape {x.shape} are {x.index.dtype}: something that "
+            f"the row numbers of a RowSparse of {x.shape} are {x.index.dtype}: something that "
             "maps over arrays, such as optax.clip_by_global_norm or optax.scale, has changed them. "
             "Use clip_by_global_norm or on_values from priorityprop_jax.core.rows in its place, or "
             "densify the tree first"

@@ -9,6 +9,7 @@ from priorityprop_jax.partial.offload import ActiveState
 from priorityprop_jax.partial.plan import Plan, plan
 from priorityprop_jax.partial.policies import Situation, active_sets, make_policy
 from priorityprop_jax.partial.prefix_cache import PrefixCache
+from priorityprop_jax.partial.stack import Stack, stack
 from priorityprop_jax.partial.stages import (
     Stages,
     chain,
@@ -18,7 +19,6 @@ from priorityprop_jax.partial.stages import (
     stack_params,
 )
 from priorityprop_jax.partial.update import ActiveUpdatesState, update_active
-from priorityprop_jax.partial.variants import Variants, merge_upward
 
 __all__ = [
     "ActiveState",
@@ -26,9 +26,9 @@ __all__ = [
     "Plan",
     "PrefixCache",
     "Situation",
+    "Stack",
     "Stages",
     "StepCosts",
-    "Variants",
     "active_sets",
     "chain",
     "choose_active",
@@ -36,10 +36,10 @@ __all__ = [
     "function_stage",
     "make_policy",
     "measure_costs",
-    "merge_upward",
     "nnx_stages",
     "plan",
     "scanned_stages",
+    "stack",
     "stack_params",
     "step",
     "update_active",

@@ -8,8 +8,9 @@ from typing import Any
 
 from priorityprop_jax.core.slots import Slots
 from priorityprop_jax.partial.costs import StepCosts
-from priorityprop_jax.partial.variants import Names
 from priorityprop_jax.priority.per_slot import PerSlot
+
+Names = frozenset[str]
 
 
 @dataclasses.dataclass
@@ -19,7 +20,6 @@ class Spent:
     steps: int = 0
     flops: float = 0.0
     cached_steps: int = 0  # that found their prefix in the cache
-    widened_steps: int = 0  # that asked for less
 
 
 class Account:
@@ -32,13 +32,12 @@ class Account:
         self.costs: StepCosts | None = None  # FLOPs by slot, once they are known
         self.total, self.spent = Spent(), dict[Names, Spent]()  # the latter by active set
 
-    def charge(self, active: Names, flops: float, cost: float, cached: bool, widened: bool) -> None:
+    def charge(self, active: Names, flops: float, cost: float, cached: bool) -> None:
         """Adds a step, whose cost in the unit of the budget is ``cost``."""
         for spent in (self.total, self.spent.setdefault(active, Spent())):
             spent.steps += 1
             spent.flops += flops
             spent.cached_steps += cached
-            spent.widened_steps += widened
         self.charged += cost
 
     @property

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,16 +17,17 @@ import optax
 
 from priorityprop_jax.core.layout import layout_of, put_beside
 from priorityprop_jax.core.program import Program, abstract, build, program_flops
-from priorityprop_jax.core.slots import Slots, by_layer, find_slots
+from priorityprop_jax.core.slots import Bundle, Slots, by_layer, find_slots
 from priorityprop_jax.core.work import read_loss
 from priorityprop_jax.partial.account import Account, state_bytes
 from priorityprop_jax.partial.costs import StepCosts, costs_of, measure_costs
-from priorityprop_jax.partial.grad import find_active, value_and_grad_of
+from priorityprop_jax.partial.grad import active_rows, find_active, value_and_grad_of
 from priorityprop_jax.partial.offload import STATES, ActiveState
 from priorityprop_jax.partial.planner import Options, Planner
 from priorityprop_jax.partial.policies import SPENDING, Policy, make_policy
 from priorityprop_jax.partial.prefix import Prefix, arguments_key
 from priorityprop_jax.partial.prefix_cache import PrefixCache
+from priorityprop_jax.partial.stack import by_slot, seen, stacked_by
 from priorityprop_jax.partial.stages import Stages
 from priorityprop_jax.partial.update import (
     ActiveUpdatesState,
@@ -33,7 +35,6 @@ from priorityprop_jax.partial.update import (
     slots_by,
     update_active,
 )
-from priorityprop_jax.partial.variants import Variants
 from priorityprop_jax.priority.per_slot import PerSlot
 from priorityprop_jax.priority.scores import priority
 
@@ -64,9 +65,10 @@ def step(
     ``optax.chain(optax.clip_by_global_norm(1.0), partial.update_active(optax.adamw(1e-3)),
     optax.scale_by_schedule(schedule))``.
 
-    Where more than `max_variants` sets are asked for, a policy with a budget runs a superset of
-    some, which the budget is charged for, the report counts as ``widened_steps`` and a warning
-    tells once. One without a budget compiles anew what it has not run for long.
+    What a policy asks for is what runs. Layers of a `Stack`, or of what the loss gives to `stack`,
+    share one program, whichever are active. Every other active set has a program of its own; where
+    a policy asks for more than `max_variants` of them, what was not used for longest is compiled
+    anew, and a warning tells once.
 
     Args:
       policy: who is active when: a name that `make_policy` knows, or a function.
@@ -78,7 +80,7 @@ def step(
       recalc_every: steps in a cycle, for which the policy plans.
       costs: what steps cost, from `measure_costs`, in the unit of the budget; by default they are
         measured at the first step where there is a budget.
-      max_variants: so many active sets have programs at a time.
+      max_variants: for so many active sets programs are kept.
       state: where the optimizer state of inactive slots is: ``"keep"`` on the device, ``"reset"``
         nowhere, ``"offload"`` in host memory.
       cache: for the outputs of the frozen prefix; needs a model in `Stages`, and batches with the
@@ -135,7 +137,8 @@ def step(
         raise ValueError(
             f"the budget is in {given[0][0]}, but costs are in {costs.unit}: measure them in that"
         )
-    Variants(frozenset(), max_variants)
+    if isinstance(max_variants, bool) or not isinstance(max_variants, int) or max_variants < 1:
+        raise ValueError(f"max_variants must be a whole number of at least 1, got {max_variants!r}")
     if state not in STATES:
         raise ValueError(f"state must be one of {', '.join(STATES)}, got {state!r}")
     if cache is not None and not isinstance(cache, PrefixCache):
@@ -169,6 +172,7 @@ class PartialStep:
         if where == {"stacked_axis": None, "group": None}:
             by_stage = lambda path: path.split("/")[0]  # noqa: E731
             where["group"] = by_layer(shapes) if stages is None else by_stage
+            where |= stacked_by(getattr(setup.model, "module", None), where["group"])
         self._optimizer, self._state, found = _initialized(setup.optimizer, shapes, where)
         if not found:
             wrapped = update_active(setup.optimizer, gain_decay=options.gain_decay, **where)
@@ -182,7 +186,11 @@ class PartialStep:
         self.slots = find_slots(shapes, **self._where)
         if stages is not None:
             self.slots = in_order(self.slots, stages.names, shapes)
-        self.compile_seconds, self._programs = 0.0, 0
+        self.compile_seconds, self._built = 0.0, 0
+        self._programs: dict[Any, dict[Any, Program]] = {}  # those used last come last
+        self._evicted: set[Any] = set()
+        self._warned = False
+        self._traced: frozenset[Bundle] = frozenset()  # whose layers are chosen by traced rows
         self._prefix: Any = None
         if stages is not None:
             self._prefix = Prefix(stages, self.slots, options.cache, self._build)
@@ -191,8 +199,11 @@ class PartialStep:
             self._states = ActiveState(inner, shapes, mode=options.state, **self._where)
         self._per_slot = PerSlot(optax.with_extra_args_support(inner), shapes, self.slots)
         self._chosen = functools.cache(functools.partial(find_active, shapes, self.slots))
+        self._flops = functools.cache(self._counted)
         self._account = Account(self.slots)
         self._planner = Planner(options, self.slots, self._account)
+        self._work: Any = None  # what gradients take, once known
+        self._front: list[float] = []  # FLOPs in front of each depth, of stages
         self._arguments: Any = None  # rest and batch of the first step, as shapes
 
     def init(self, params: Any) -> Any:
@@ -224,13 +235,12 @@ class PartialStep:
 
         ``seconds`` of wall time are shared among layers as FLOPs are. ``flops`` are of every
         program run, see `program_flops`, and ``full_flops`` what as many full steps cost;
-        ``widened_steps`` trained more than the policy asked for.
         """
         state = next(s for s in jax.tree.leaves(opt_state, is_leaf=_is_ours) if _is_ours(s))
         resident = frozenset(self.slots.names) if self._states is None else self._states.resident
         counts = np.asarray(state.update_counts).tolist()
         held = state_bytes(self._per_slot, state.inner_state, resident)
-        return {"programs": self._programs, **self._account.report(counts, held, seconds)}
+        return {"programs": self._built, **self._account.report(counts, held, seconds)}
 
     def __call__(
         self, params: Any, rest: Any, opt_state: Any, batch: Any
@@ -242,32 +252,43 @@ class PartialStep:
             self.compile_seconds += time.perf_counter() - start
         if not self._planner.plan:
             opt_state = _changed(opt_state, self._new_cycle)
-        asked, active = self._planner.plan.pop(0)
+        active = self._planner.plan.pop(0)
         if self._states is not None:
             opt_state = _changed(opt_state, lambda s: self._states.move(s, active, params))
         rest, opt_state = put_beside(params, (rest, opt_state))
         x, start, forward, cached = None, 0, 0.0, False
         if self._prefix is not None:
             start = self._prefix.start(active)
-            upcoming = [self._prefix.start(names) for _, names in self._planner.plan]
+            upcoming = map(self._prefix.start, self._planner.plan)
             x, rest, forward, cached = self._prefix.enter(params, rest, batch, start, upcoming)
+        static, rows = self._by_rows(active)
         chosen = self._chosen(active)
         part, frozen = chosen.split(params)
-        arguments = (part, frozen, rest, opt_state, jax.tree.map(jnp.asarray, batch), x)
-        make = functools.partial(self._compiled, active, start, arguments)
-        program = self._planner.variants.program(active, (start, arguments_key(arguments)), make)
+        batch = jax.tree.map(jnp.asarray, batch)
+        arguments = (part, frozen, rest, opt_state, batch, x, rows)
+        program = self._compiled(static, start, arguments)
         part, rest, opt_state, values = program.run(*arguments)
-        flops = program.flops + forward
+        flops = forward + (self._flops(active, start) if rows else program.flops)
         cost = self._planner.charge(active, flops)
-        self._account.charge(active, flops, cost, cached=cached, widened=active != asked)
+        self._account.charge(active, flops, cost, cached=cached)
         counts = {"updates": len(active), "flops": flops, "cached": int(cached)}
         return chosen.join(part, frozen), rest, opt_state, values | counts
 
-    def _program(self, active: frozenset[str], start: int) -> Callable[..., Any]:
-        """The step of one active set, as a pure function."""
-        chosen = self._chosen(active)
+    def _by_rows(self, active: frozenset[str]) -> tuple[frozenset[str], dict[int, np.ndarray]]:
+        """Active slots without layers that are told by rows, and these by their first slot."""
+        rows = {}
+        for bundle in self._traced:
+            own = active_rows(bundle, self.slots, active)
+            if 0 < len(own) < bundle.slots:
+                rows[bundle.start] = np.asarray(own, np.int32)
+                active -= {self.slots.names[bundle.start + i] for i in own}
+        return active, rows
 
-        def step(part, frozen, rest, opt_state, batch, x):
+    def _program(self, active: frozenset[str], start: int) -> Callable[..., Any]:
+        """The step of an active set, and of those layers that it is given, as a pure function."""
+
+        def step(part, frozen, rest, opt_state, batch, x, rows):
+            chosen = find_active(self._shapes, self.slots, active, rows)
             params = chosen.join(part, frozen)
             entry = {} if x is None else {"x": x, "start": start}
             run = value_and_grad_of(self._loss, chosen, has_aux=True)
@@ -276,7 +297,7 @@ class PartialStep:
             grads = jax.tree.map(jnp.conj, grads)
             with slots_by(**self._where):
                 updates, opt_state = self._optimizer.update(
-                    grads, opt_state, params, active=active, uniform=self._uniform, value=loss
+                    grads, opt_state, params, uniform=self._uniform, value=loss
                 )
             params = optax.apply_updates(params, updates)
             return chosen.split(params)[0], rest, opt_state, {"loss": loss, **metrics}
@@ -284,14 +305,33 @@ class PartialStep:
         return step
 
     def _compiled(self, active: frozenset[str], start: int, arguments: Any) -> Program:
-        donate = (0, 2, 3)
-        out = (*(layout_of(arguments[i]) for i in donate), None)
-        return self._build(self._program(active, start), arguments, out, donate)
+        """The program of an active set, but for the numbers of layers told by rows."""
+        key = active, start, tuple((at, len(rows)) for at, rows in arguments[-1].items())
+        programs = self._programs.pop(key, {})
+        self._programs[key] = programs
+        if len(self._programs) > self._options.max_variants:
+            self._evicted.add(out := next(iter(self._programs)))
+            del self._programs[out]
+        shapes = arguments_key(arguments)
+        if shapes not in programs:
+            if key in self._evicted and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"the policy {self._options.policy!r} asks for more than max_variants="
+                    f"{self._options.max_variants} active sets, and programs are compiled again "
+                    "and again: raise it, or put like blocks into a partial.Stack, whose layers "
+                    "share one program",
+                    stacklevel=4,
+                )
+            donate = (0, 2, 3)
+            out = (*(layout_of(arguments[i]) for i in donate), None)
+            programs[shapes] = self._build(self._program(active, start), arguments, out, donate)
+        return programs[shapes]
 
     def _build(self, *arguments: Any) -> Program:
         """`build`, counted."""
         program = build(*arguments)
-        self._programs += 1
+        self._built += 1
         self.compile_seconds += program.seconds
         return program
 
@@ -305,26 +345,42 @@ class PartialStep:
         everything = frozenset(self.slots.names)
         part, frozen = self._chosen(everything).split(self._shapes)
         traced = jax.make_jaxpr(self._program(everything, 0))
-        full = traced(part, frozen, rest, self._state, batch, None)
+        full = traced(part, frozen, rest, self._state, batch, None, {})
         self._account.full_flops = full_flops = program_flops(full)
         loss = lambda params, arguments: self._loss(params, *arguments)  # noqa: E731
         example = self._shapes, self._arguments
-        work = read_loss(loss, *example, slots=self.slots, has_aux=True)
+        given = seen(loss, *example)
+        self._traced = frozenset(
+            bundle
+            for bundle in self.slots.bundles
+            if bundle.layers and not any(bundle.axes) and given.issuperset(bundle.leaves)
+        )
+        apart, *given, slots = by_slot(loss, *example, self.slots, self._traced)
+        work = read_loss(apart, *given, slots=slots, has_aux=True)
         if self._prefix is None:  # else the stages tell
             self.slots = dataclasses.replace(self.slots, depths=work.depths)
             self._planner.slots = self._account.slots = self.slots
         self._account.costs = counted = costs_of(work, self.slots, full_flops)
-        costs = options.costs
+        self._work, costs = work, options.costs
         if costs is not None and costs.unit == "flops":
             self._account.costs = costs
         elif costs is None and options.budget is not None:
             costs = counted
             if options.budget[0] == "milliseconds":
                 costs = measure_costs(loss, *example, self.slots, unit="milliseconds", has_aux=True)
+        if self._prefix is not None:
+            self._front = self._prefix.flops(self._shapes, rest, batch["x"])
         if costs is not None:
-            prefix = self._prefix if options.cache else None
-            front = prefix and prefix.flops(self._shapes, rest, batch["x"])
-            self._planner.know(costs, front)
+            self._planner.know(costs, self._front if options.cache else None)
+
+    def _counted(self, active: frozenset[str], start: int) -> float:
+        """The FLOPs of a step whose program is also that of others."""
+        slots, everything = self.slots, range(len(self.slots))
+        chosen = [i for i in everything if slots.names[i] in active]
+        updates = self._account.full_flops - self._work.cost(everything)
+        share = sum(slots.sizes[i] for i in chosen) / max(sum(slots.sizes), 1)
+        front = self._front[max(slots.depths[i] for i in chosen)] if start else 0.0
+        return self._work.cost(chosen) + updates * share - front
 
     def _new_cycle(self, state: ActiveUpdatesState) -> ActiveUpdatesState:
         values = expected_gains(state, self._gain_decay)

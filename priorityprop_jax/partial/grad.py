@@ -22,7 +22,6 @@ from priorityprop_jax.core.slots import Bundle, Slots, find_slots
 from priorityprop_jax.partial.stack import Tap, tapped
 
 Names = str | Iterable[str] | Callable[[str], bool]
-Active = Names | Mapping[str, Any]
 
 
 def choose(names: Iterable[str], which: Names, what: str = "slot") -> frozenset[str]:
@@ -74,9 +73,7 @@ class ActiveLeaves:
 
     def part(self, tree: Any) -> Any:
         """The active leaves of a tree, ``[k, ...]`` for ``k`` layers of a stack; else None."""
-        return self.map(
-            lambda rows, x: take(x, rows) if _some(rows) else x if rows else None, tree
-        )
+        return self.map(lambda rows, x: take(x, rows) if _some(rows) else x if rows else None, tree)
 
     def replace(self, tree: Any, part: Any) -> Any:
         """The tree with its active leaves and layers replaced by ``part``'s."""
@@ -127,13 +124,16 @@ def _some(rows: Any) -> bool:
     return isinstance(rows, tuple | Held)
 
 
-def find_active(params: Any, slots: Slots, active: Active) -> ActiveLeaves:
+def find_active(
+    params: Any, slots: Slots, active: Names, rows: Mapping[int, Any] | None = None
+) -> ActiveLeaves:
     """The leaves, and layers of stacked leaves, that active slots stand for.
 
-    Of ``params`` only shapes are read. Raises a ValueError if there is no slot of a name, if the
-    slots are of other parameters, or for single layers of a stack on another axis than 0.
+    ``rows`` are traced layers ``int32[k]`` beside these, by the first slot of a stack. Of
+    ``params`` only shapes are read. Raises a ValueError if there is no slot of a name, if the slots
+    are of other parameters, or for single layers of a stack on another axis than 0.
     """
-    active, traced = _traced_rows(slots, active)
+    active, traced = choose(slots.names, active), {at: Held(r) for at, r in (rows or {}).items()}
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     for bundle in slots.bundles:
         mark = "" if bundle.layers is None else "[0]"
@@ -143,39 +143,38 @@ def find_active(params: Any, slots: Slots, active: Active) -> ActiveLeaves:
                     f"the slots have a leaf {name!r}, but the parameters have none of that name in "
                     "its place; give the slots that find_slots finds in them"
                 )
-    rows: list[bool | tuple[int, ...] | None] = [None] * treedef.num_leaves
+    found: list[bool | tuple[int, ...] | Held | None] = [None] * treedef.num_leaves
     for bundle in slots.bundles:
         own = traced.get(bundle.start) or active_rows(bundle, slots, active)
         if own and len(own) < bundle.slots:
             check_axis(bundle)
         for leaf in bundle.leaves if own else ():
-            rows[leaf] = True if len(own) == bundle.slots else own
-    return ActiveLeaves(treedef, tuple(rows))
+            found[leaf] = True if len(own) == bundle.slots else own
+    return ActiveLeaves(treedef, tuple(found))
 
 
-def _traced_rows(slots: Slots, active: Active) -> tuple[frozenset[str], dict[int, Held]]:
-    """The names of static active slots, and by the first slot of a stack its traced layers."""
+def _told(slots: Slots, active: Names | Mapping[str, Any]) -> tuple[Names, dict[int, jax.Array]]:
+    """Active slots, apart from layers that are told by number: by the first slot of a stack."""
     if not isinstance(active, Mapping):
-        return choose(slots.names, active), {}
+        return active, {}
     static, traced = set(), {}
-    held: dict[int, Held] = {}  # one for each array, so that leaves of one slot agree
     for which, rows in active.items():
         names = choose(slots.names, which)
         if rows is True:
             static |= names
             continue
-        if not hasattr(rows, "dtype") or not jnp.issubdtype(rows.dtype, jnp.integer):
+        if not jnp.issubdtype(getattr(rows, "dtype", bool), jnp.integer) or jnp.ndim(rows) != 1:
             raise TypeError(f"{which!r} must be True or an int32[k] of layers, got {rows!r}")
         for bundle in slots.bundles:
             mine = {slots.names[bundle.start + i] for i in range(bundle.slots)} & names
             if mine and (bundle.layers is None or len(mine) < bundle.slots):
                 raise ValueError(
-                    f"layers of {which!r} were given, but {bundle.name!r} is not stacked, or not "
-                    "meant whole: say stacked_axis, and name the stack"
+                    f"{which!r} is given layers by number, but {bundle.name!r} is not stacked, or "
+                    "only partly meant: say stacked_axis, and name the whole stack"
                 )
             if mine:
-                traced[bundle.start] = held.setdefault(id(rows), Held(jnp.asarray(rows)))
-    return frozenset(static), traced
+                traced[bundle.start] = rows
+    return static, traced
 
 
 def check_axis(bundle: Bundle) -> None:
@@ -206,7 +205,7 @@ def value_and_grad_of(
 
 def value_and_grad(
     loss_fn: Callable[..., Any],
-    active: Names,
+    active: Names | Mapping[str, Any],
     *,
     has_aux: bool = False,
     stacked_axis: Callable[[str], int | None] | None = None,
@@ -220,8 +219,8 @@ def value_and_grad(
     .. math:: g_i = \partial L(\theta) / \partial \theta_i \quad \text{for active } i,
 
     but what is inactive enters it as a constant, so that XLA has neither its weight gradients nor
-    the part of the chain that only they need to compute. Inside a `jax.lax.scan` over layers the
-    chain stops early only if the scan is split, as `scanned_stages` does.
+    the part of the chain that only they need to compute. Over layers in a `jax.lax.scan` the chain
+    goes all the way; in a `stack` it stops at the deepest active one.
 
     The gradients go into `update_active` or `freeze`, also through `flax.nnx.Optimizer.update` and
     Linen's ``TrainState.apply_gradients``.
@@ -231,7 +230,9 @@ def value_and_grad(
         argument is a pytree of parameters or an `nnx.Module`.
       active: names of slots, ``"encoder/0/kernel"``, or ``"blocks/kernel[3]"`` for layer 3 of a
         stack; names of modules; globs such as ``"head/*"``, whose ``*`` matches ``/`` too; or a
-        predicate of a slot's name. Static.
+        predicate of a slot's name. Static. Or a dict from names, globs or modules to True, or to
+        the layers of a stack that are active, ``int32[k]``, ascending and distinct, which may be
+        traced: with `stack` in the loss they share one program.
       has_aux: as in `jax.value_and_grad`.
       stacked_axis: see `find_slots`.
       group: see `find_slots`.
@@ -269,7 +270,7 @@ def value_and_grad(
 
     def looked_up(params):
         slots = find_slots(params, stacked_axis=stacked_axis, group=group)
-        return find_active(params, slots, active)
+        return find_active(params, slots, *_told(slots, active))
 
     def value_and_grad(params, *args, **kwargs):
         if isinstance(params, nnx.Module):

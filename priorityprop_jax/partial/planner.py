@@ -1,22 +1,19 @@
-"""Plans cycles: what a policy may spend, what it asks for, and what is run."""
+"""Plans cycles: what a policy may spend, and what it asks for."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from priorityprop_jax.core.program import Program
 from priorityprop_jax.core.slots import Slots
 from priorityprop_jax.partial.account import Account
 from priorityprop_jax.partial.costs import StepCosts
 from priorityprop_jax.partial.policies import SPENDING, Policy, Situation, make_policy
 from priorityprop_jax.partial.prefix_cache import PrefixCache
-from priorityprop_jax.partial.variants import Variants
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Options:
 
 
 class Planner:
-    """At the start of a cycle tells the policy what it may spend, and merges what it asks for.
+    """At the start of a cycle tells the policy what it may spend, and takes what it asks for.
 
     It may spend the budget of all steps so far and of this cycle, less what has been spent.
     """
@@ -58,12 +55,7 @@ class Planner:
         self.costs: StepCosts | None = None  # in the unit of the budget, once known
         self._full = 0.0  # what a step with all slots costs; 0 where only its FLOPs are known
         self._allowed = math.inf  # what a step may cost on average
-        self.variants: Variants[Program] = Variants(
-            frozenset(slots.names), options.max_variants, self.cost, exact=options.budget is None
-        )
-        # For the steps left of the cycle, what was asked for and what is run.
-        self.plan: list[tuple[frozenset[str], frozenset[str]]] = []
-        self._warned = False
+        self.plan: list[frozenset[str]] = []  # the active sets of the steps left of the cycle
 
     def know(self, costs: StepCosts, front: Sequence[float] | None) -> None:
         """Takes in what steps cost; raises if the budget does not pay for the cheapest.
@@ -120,27 +112,13 @@ class Planner:
                 f"the policy must give {steps} sets of slots that are not empty; got "
                 + (f"the unknown slot {min(unknown)!r}" if unknown else f"{len(wanted)} sets")
             )
-        self.plan = list(zip(wanted, self.variants.plan(wanted), strict=True))
-        wider = [pair for pair in self.plan if pair[0] != pair[1]]
-        if wider and not self._warned:
-            self._warned = True
-            asked, run = (", ".join(sorted(names)) for names in wider[0])
-            warnings.warn(
-                f"the policy {self._options.policy!r} asked to train {asked}, and {run} are "
-                f"trained: at most max_variants={self._options.max_variants} sets have programs. "
-                "Raise it to run what is asked for; the report counts such steps as widened_steps",
-                stacklevel=3,
-            )
-        return [sum(name in run for _, run in self.plan) for name in self.slots.names]
+        self.plan = wanted
+        return [sum(name in active for active in wanted) for name in self.slots.names]
 
     def record(self) -> dict[str, Any]:
         """What a resumed run needs, ready for JSON."""
-        return {
-            "plan": [[sorted(asked), sorted(run)] for asked, run in self.plan],
-            "variants": [sorted(names) for names in self.variants.sets],
-        }
+        return {"plan": [sorted(active) for active in self.plan]}
 
     def restore(self, record: Mapping[str, Any]) -> None:
         """The inverse of `record`."""
-        self.plan = [(frozenset(asked), frozenset(run)) for asked, run in record["plan"]]
-        self.variants.sets = [frozenset(names) for names in record["variants"]]
+        self.plan = [frozenset(active) for active in record["plan"]]

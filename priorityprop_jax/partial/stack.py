@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+
+from priorityprop_jax.core.slots import Bundle, Slots
 
 
 class Tap(NamedTuple):
@@ -27,18 +31,88 @@ class Tap(NamedTuple):
     part: Any  # [k, ...], what is differentiated
 
 
-# What `value_and_grad` differentiates by rows, by the id of the leaf that the loss is given.
-_TAPS: contextvars.ContextVar[dict[int, Tap] | None] = contextvars.ContextVar("taps", default=None)
+class _Mode(NamedTuple):
+    """What a stack is to do in a trace."""
+
+    taps: dict[int, Tap]  # what `value_and_grad` differentiates by rows, by the leaf's id
+    given: set[int] | None = None  # takes the ids of leaves that a stack is given
+    unrolled: bool = False  # a program whose FLOPs can be counted
+
+
+_DEFAULT = _Mode({})
+_MODE = contextvars.ContextVar("mode", default=_DEFAULT)
 
 
 @contextlib.contextmanager
-def tapped(taps: dict[int, Tap]) -> Iterator[None]:
-    """Within, a stack that is given one of these leaves differentiates its rows alone."""
-    token = _TAPS.set(taps)
+def _mode(**changes: Any) -> Iterator[None]:
+    token = _MODE.set(_MODE.get()._replace(**changes))
     try:
         yield
     finally:
-        _TAPS.reset(token)
+        _MODE.reset(token)
+
+
+def tapped(taps: dict[int, Tap]) -> contextlib.AbstractContextManager[None]:
+    """Within, a stack that is given one of these leaves differentiates its rows alone."""
+    return _mode(taps=taps)
+
+
+def unrolled() -> contextlib.AbstractContextManager[None]:
+    """Within, a stack is traced layer by layer, so that what each needs can be counted.
+
+    The rows of its taps must be known.
+    """
+    return _mode(unrolled=True)
+
+
+def seen(loss: Callable[..., Any], params: Any, *args: Any) -> frozenset[int]:
+    """The leaves of ``params`` that a loss gives to a stack as they are. Only shapes are read."""
+    found: list[int] = []
+
+    def traced(params: Any, *args: Any) -> None:
+        with _mode(given=set()):
+            loss(params, *args)
+            given = _MODE.get().given or ()
+            found.extend(i for i, leaf in enumerate(jax.tree.leaves(params)) if id(leaf) in given)
+
+    jax.eval_shape(traced, params, *args)
+    return frozenset(found)
+
+
+def by_slot(
+    loss: Callable[..., Any], params: Any, args: Any, slots: Slots, stacks: Iterable[Bundle]
+) -> tuple[Callable[..., Any], Any, Any, Slots]:
+    """A loss of the layers of its stacks apart, and what else `read_loss` takes.
+
+    It is traced layer by layer, so that the work that each of them needs is told apart.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    stacks, first, parts = set(stacks), [], []
+    apart = {leaf for bundle in stacks for leaf in bundle.leaves}
+    for i, leaf in enumerate(leaves):
+        first.append(sum(len(part) for part in parts))
+        row = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+        parts.append([row] * leaf.shape[0] if i in apart else [leaf])
+    bundles = []
+    for bundle in slots.bundles:
+        places = [first[leaf] for leaf in bundle.leaves]
+        if bundle not in stacks:
+            bundles.append(dataclasses.replace(bundle, leaves=tuple(places)))
+            continue
+        for i in range(bundle.slots):
+            at, axes = tuple(place + i for place in places), (None,) * len(places)
+            bundles.append(Bundle(bundle.name, at, axes, None, bundle.start + i))
+
+    def of_parts(parts: Any, args: Any) -> Any:
+        whole, taps = [], {}
+        for i, part in enumerate(parts):
+            whole.append(jnp.stack(part) if i in apart else part[0])
+            if i in apart:
+                taps[id(whole[i])] = Tap(whole[i], range(len(part)), part)
+        with _mode(taps=taps, unrolled=True):
+            return loss(treedef.unflatten(whole), args)
+
+    return of_parts, parts, args, dataclasses.replace(slots, bundles=tuple(bundles))
 
 
 def stack(
@@ -50,6 +124,46 @@ def stack(
     per_layer: Any = None,
     has_aux: bool = False,
 ) -> Any:
+    r"""Runs like blocks one after another; the backward pass ends at the deepest active one.
+
+    .. math:: x_{l+1} = \operatorname{block}(\theta_l, x_l)
+
+    The values are those of a `jax.lax.scan` over the layers, bit for bit, and where every layer is
+    active that is what runs. Otherwise the gradient's loop runs from the top down to the deepest
+    active layer (to the bottom where ``x`` needs a gradient), computes weight gradients of active
+    layers only, and keeps nothing of those below. Which layers are active may be traced: one
+    program serves all sets.
+
+    Gradients are equal to those of the scan where a layer is active, and zero elsewhere. From
+    `jax.grad` they come as arrays of all layers; `value_and_grad` of this package, and so `step`,
+    tells the stack itself which layers are active, and has rows of these alone. For that the loss
+    must give the stack the leaves of its parameters as they are.
+
+    Args:
+      block: one layer, ``(layer_params, x) -> x``. May be a `jax.checkpoint` of one, and close over
+        traced values, which get their gradients.
+      params: pytree of arrays ``[layers, ...]``.
+      x: pytree of arrays, what the first block is given; a block returns the like.
+      active: ``bool[layers]``, or None for all, or those of `value_and_grad`.
+      per_layer: pytree of arrays ``[layers, ...]``, such as keys for dropout; ``block`` gets those
+        of its layer as its third argument.
+      has_aux: ``block`` returns a pair, ``x`` and an output.
+
+    Returns:
+      What the last block returns; with ``has_aux`` a pair of it and the outputs ``[layers, ...]``.
+
+    Raises:
+      ValueError: if numbers of layers differ, or ``active`` is not ``bool[layers]``.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from priorityprop_jax import partial
+      >>> loss = lambda w, active: partial.stack(lambda w, x: w * x, w, 2.0, active)
+      >>> grad_fn = jax.jit(jax.grad(loss))
+      >>> grad_fn(jnp.array([3.0, 5.0, 7.0]), jnp.array([False, True, True])).tolist()
+      [0.0, 42.0, 30.0]
+    """
     leaves, treedef = jax.tree.flatten(params)
     extra, extra_def = jax.tree.flatten(per_layer)
     shapes = [np.shape(leaf) for leaf in (*leaves, *extra)]
@@ -67,20 +181,90 @@ def stack(
         out = block(treedef.unflatten(leaves), h, *more)
         return out if has_aux else (out, None)
 
-    taps = [(_TAPS.get() or {}).get(id(leaf)) for leaf in leaves]
-    if active is None and not any(taps) or not layers:
+    mode = _MODE.get()
+    taps = [mode.taps.get(id(leaf)) for leaf in leaves]
+    if mode.given is not None:
+        mode.given.update(map(id, leaves))
+    if mode.unrolled:
+        y, outs = _layer_by_layer(one, layers, leaves, taps, extra, x)
+    elif (active is None and not any(taps)) or not layers:
         y, outs = lax.scan(lambda h, at: one(*at, h), x, (leaves, extra))
     else:
-        example = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), (leaves, extra))
+        example = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), (leaves, extra)
+        )
         one, consts = jax.closure_convert(one, *example, x)
         on = jnp.ones(layers, bool) if active is None else jnp.asarray(active)
         whole, parts, rows = [], [], []
         for leaf, tap in zip(leaves, taps, strict=True):
             whole.append(leaf if tap is None else tap.whole)
             parts.append(None if tap is None else tap.part)
-            rows.append(None if tap is None else tap.rows)
+            rows.append(None if tap is None else jnp.asarray(tap.rows))
         y, outs = _partial(one)(whole, parts, rows, on, extra, x, consts)
     return (y, outs) if has_aux else y
+
+
+class Stack(nnx.Module):
+    """Like modules in a row, run by `stack`; their variables are stacked, ``[layers, ...]``.
+
+    Called as each of them is: ``stack(x, *args)``. Variables that are no `nnx.Param`, such as
+    statistics and random streams, are those of each layer too.
+
+    Args:
+      modules: of one type and structure, at least one. Not changed.
+
+    Raises:
+      ValueError: if there is none, or they differ in more than the values of their variables.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from priorityprop_jax import partial
+      >>> rngs = nnx.Rngs(0)
+      >>> stack = partial.Stack([nnx.Linear(2, 2, rngs=rngs) for _ in range(3)])
+      >>> stack.block.kernel.shape, stack(jnp.ones((4, 2))).shape
+      ((3, 2, 2), (4, 2))
+    """
+
+    def __init__(self, modules: Iterable[nnx.Module]) -> None:
+        split = [nnx.split(module) for module in modules]
+        if len({graph for graph, _ in split}) != 1:
+            raise ValueError(
+                f"a stack needs modules that differ in the values of their variables only, got "
+                f"{len(split)} with {len({graph for graph, _ in split})} structures"
+            )
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(state for _, state in split))
+        self.block = nnx.merge(split[0][0], stacked)
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """What the last of them returns."""
+        graph, params, rest = nnx.split(self.block, nnx.Param, ...)
+
+        def block(params: Any, x: Any, rest: Any) -> Any:
+            module = nnx.merge(graph, params, rest)
+            x = module(x, *args, **kwargs)
+            return x, nnx.state(module, nnx.Not(nnx.Param))
+
+        x, rest = stack(block, params, x, per_layer=rest, has_aux=True)
+        nnx.update(self.block, rest)
+        return x
+
+
+def stacked_by(module: Any, group: Callable[[str], str | None]) -> dict[str, Any]:
+    """``stacked_axis`` and ``group`` that make each layer of each `Stack` in a module a slot."""
+    roots = {}
+    for path, node in nnx.iter_modules(module) if isinstance(module, nnx.Module) else ():
+        if isinstance(node, Stack):
+            roots["/".join(map(str, path))] = node
+    roots = tuple(sorted(roots, key=len))  # of one in another, the outer
+
+    def root(path: str) -> str | None:
+        return next((r for r in roots if path.startswith(f"{r}/" if r else "")), None)
+
+    return {
+        "stacked_axis": lambda path: None if root(path) is None else 0,
+        "group": lambda path: group(path) if root(path) is None else root(path) or "stack",
+    }
 
 
 def _partial(one: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
@@ -180,12 +364,20 @@ def _partial(one: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, An
         def round_(carry):
             layer, dh, buffers, extras, constants = carry
             dh, buffers, e, c = lax.cond(trained[layer], with_weights, without, layer, dh, buffers)
-            return layer - 1, dh, buffers, _put(extras, layer, e), jax.tree.map(jnp.add, constants, c)
+            return (
+                layer - 1,
+                dh,
+                buffers,
+                _put(extras, layer, e),
+                jax.tree.map(jnp.add, constants, c),
+            )
 
         zeros = lambda tree, moves: jax.tree.map(jnp.zeros_like, _split(tree, moves)[0])  # noqa: E731
         start = (jnp.int32(layers - 1), dy, buffers, zeros(extra, d_extra), zeros(consts, d_consts))
         stop = lowest if through else lowest + 1  # there the cotangent goes no further
-        layer, dh, buffers, extras, constants = lax.while_loop(lambda c: c[0] >= stop, round_, start)
+        layer, dh, buffers, extras, constants = lax.while_loop(
+            lambda c: c[0] >= stop, round_, start
+        )
         if not through:
             last = lambda: with_weights(layer, dh, buffers)[1]  # noqa: E731
             buffers = lax.cond(trained[layer], last, lambda: buffers)
@@ -197,6 +389,23 @@ def _partial(one: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, An
     run = jax.custom_vjp(plain)
     run.defvjp(forward, backward, symbolic_zeros=True)
     return run
+
+
+def _layer_by_layer(
+    one: Callable[..., Any], layers: int, leaves: list[Any], taps: list[Any], extra: Any, x: Any
+) -> tuple[Any, Any]:
+    """The stack without a loop."""
+    outs = []
+    for layer in range(layers):
+        weights = []
+        for leaf, tap in zip(leaves, taps, strict=True):
+            if tap is not None and layer in (rows := list(tap.rows)):
+                weights.append(tap.part[rows.index(layer)])
+            else:
+                weights.append((leaf if tap is None else tap.whole)[layer])
+        x, out = one(weights, jax.tree.map(lambda a, i=layer: a[i], extra), x)
+        outs.append(out)
+    return x, jax.tree.map(lambda *rows: jnp.stack(rows), *outs)
 
 
 @jax.tree_util.register_static
@@ -237,14 +446,7 @@ def _put(tree: Any, layer: Any, new: Any) -> Any:
 def _empty(tree: Any, layers: int) -> Any:
     """Buffers for what every layer makes."""
 
-    def empty(like: Any) -> jax.Array:
-        shape = (layers, *like.shape)
-        if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
-            key = jax.random.key(0, impl=jax.random.key_impl(like))
-            return jnp.broadcast_to(key, shape)
-        return jnp.zeros(shape, like.dtype)
-
-    return jax.tree.map(empty, tree)
+    return jax.tree.map(lambda like: lax.full((layers, *like.shape), 0, like.dtype), tree)
 
 
 def _trained(rows: list[Any], moved: list[bool], on: jax.Array) -> jax.Array:
