@@ -128,13 +128,13 @@ def stack(
 
     .. math:: x_{l+1} = \operatorname{block}(\theta_l, x_l)
 
-    The values are those of a `jax.lax.scan` over the layers, bit for bit, and where every layer is
-    active that is what runs. Otherwise the gradient's loop runs from the top down to the deepest
+    It is a `jax.lax.scan` over the layers, and where every layer is active, that is what runs.
+    Otherwise the gradient's loop runs from the top down to the deepest
     active layer (to the bottom where ``x`` needs a gradient), computes weight gradients of active
     layers only, and keeps nothing of those below. Which layers are active may be traced: one
     program serves all sets.
 
-    Gradients are equal to those of the scan where a layer is active, and zero elsewhere. From
+    Gradients are those of the scan where a layer is active, and zero elsewhere. From
     `jax.grad` they come as arrays of all layers; `value_and_grad` of this package, and so `step`,
     tells the stack itself which layers are active, and has rows of these alone. For that the loss
     must give the stack the leaves of its parameters as they are.
