@@ -176,7 +176,7 @@ def stack(
     if active is not None and (np.shape(active) != (layers,) or active.dtype != bool):
         raise ValueError(f"active must be None or bool[{layers}], one for each layer; got {active}")
 
-    def one(leaves: Any, extra: Any, h: Any) -> tuple[Any, Any]:
+    def layer(leaves: Any, extra: Any, h: Any) -> tuple[Any, Any]:
         more = () if per_layer is None else (extra_def.unflatten(extra),)
         out = block(treedef.unflatten(leaves), h, *more)
         return out if has_aux else (out, None)
@@ -186,14 +186,14 @@ def stack(
     if mode.given is not None:
         mode.given.update(map(id, leaves))
     if mode.unrolled:
-        y, outs = _layer_by_layer(one, layers, leaves, taps, extra, x)
+        y, outs = _layer_by_layer(layer, layers, leaves, taps, extra, x)
     elif (active is None and not any(taps)) or not layers:
-        y, outs = lax.scan(lambda h, at: one(*at, h), x, (leaves, extra))
+        y, outs = lax.scan(lambda h, at: layer(*at, h), x, (leaves, extra))
     else:
         example = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), (leaves, extra)
         )
-        one, consts = jax.closure_convert(one, *example, x)
+        one, consts = jax.closure_convert(layer, *example, x)
         on = jnp.ones(layers, bool) if active is None else jnp.asarray(active)
         whole, parts, rows = [], [], []
         for leaf, tap in zip(leaves, taps, strict=True):
@@ -267,7 +267,7 @@ def stacked_by(module: Any, group: Callable[[str], str | None]) -> dict[str, Any
     }
 
 
-def _partial(one: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+def _partial(one: Callable[..., Any]) -> Callable[..., Any]:
     """The stack with its backward pass.
 
     ``one(leaves, extra, h, *consts) -> (h, out)`` is a layer. The function is ``(whole, parts,
@@ -309,7 +309,9 @@ def _partial(one: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, An
         # Layers below the lowest whose pullback is needed run without keeping anything.
         through = any(jax.tree.leaves((d_extra, d_x, d_consts)))
         lowest = 0 if through else jnp.argmax(jnp.append(trained, True))
-        at = lambda layer: _row((whole, extra), layer)  # noqa: E731
+
+        def at(layer: Any) -> Any:
+            return _row((whole, extra), layer)
 
         example = jax.eval_shape(functools.partial(pullback, moved), *at(0), x, consts)
         outs, saved = (_empty(tree, layers) for tree in example[1:])
@@ -445,7 +447,6 @@ def _put(tree: Any, layer: Any, new: Any) -> Any:
 
 def _empty(tree: Any, layers: int) -> Any:
     """Buffers for what every layer makes."""
-
     return jax.tree.map(lambda like: lax.full((layers, *like.shape), 0, like.dtype), tree)
 
 

@@ -249,7 +249,7 @@ def _active_rows(slots: Slots, grads: list[Any], active: Names | None) -> list[A
                 f"some leaves of slot {bundle.name!r} have gradients and some have none; "
                 "a slot's gradients are present or absent together"
             )
-        there = present.pop()
+        there, places = present.pop(), None
         own = there if wanted is None else active_rows(bundle, slots, wanted)
         if isinstance(there, Held):
             if wanted is not None and 0 < len(own) < bundle.slots:
@@ -261,18 +261,20 @@ def _active_rows(slots: Slots, grads: list[Any], active: Names | None) -> list[A
         elif absent := set(own) - set(there):
             name = slots.names[bundle.start + min(absent)]
             raise ValueError(f"slot {name!r} is active, but its gradient is absent")
+        elif own != there:
+            places = tuple(map(there.index, own))
         if own and len(own) < bundle.slots:
             check_axis(bundle)
         for leaf in bundle.leaves if own else ():
             grad = grads[leaf]
             grads[leaf] = grad.values if is_row_sparse(grad) else jnp.asarray(grad)
-            if own != there:
-                grads[leaf] = take(grads[leaf], tuple(there.index(row) for row in own))
+            if places is not None:
+                grads[leaf] = take(grads[leaf], places)
         found.append(own)
     return found
 
 
-def _rows_of(grad: Any, bundle: Bundle) -> tuple[int, ...] | Held:
+def _rows_of(grad: Any, bundle: Bundle) -> Any:
     """The layers of a bundle that a gradient of one of its leaves has."""
     if not is_row_sparse(grad):
         return () if grad is None else tuple(range(bundle.slots))
@@ -326,7 +328,7 @@ def _update_rows(
 
 
 def _account(
-    state: ActiveUpdatesState, updated: np.ndarray, gains: jax.Array, decay: float
+    state: ActiveUpdatesState, updated: jax.Array, gains: jax.Array, decay: float
 ) -> ActiveUpdatesState:
     finite = jnp.isfinite(gains)
     before = state.gains[updated]

@@ -37,12 +37,12 @@ def mask(layers):
     return np.isin(np.arange(LAYERS), layers)
 
 
-def assert_rows(found, expected, layers, rtol=1e-6):
+def assert_rows(found, expected, layers, rtol=1e-4):
     """Active rows are those of the whole gradient, and the others are zero."""
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         on = mask(layers)
         assert not np.asarray(a)[~on].any()
-        np.testing.assert_allclose(np.asarray(a)[on], np.asarray(b)[on], rtol=rtol, atol=1e-7)
+        np.testing.assert_allclose(np.asarray(a)[on], np.asarray(b)[on], rtol=rtol, atol=1e-6)
 
 
 class TestStack:
@@ -60,8 +60,10 @@ class TestStack:
 
     @pytest.mark.parametrize("layers", SETS)
     def test_the_gradient_of_the_input_goes_all_the_way(self, layers):
-        both = jax.grad(lambda p, x: partial.stack(block, p, x, mask(layers)).sum(), argnums=(0, 1))
-        expected = jax.grad(lambda p, x: by_scan(p, x).sum(), argnums=(0, 1))
+        both = jax.jit(
+            jax.grad(lambda p, x: partial.stack(block, p, x, mask(layers)).sum(), argnums=(0, 1))
+        )
+        expected = jax.jit(jax.grad(lambda p, x: by_scan(p, x).sum(), argnums=(0, 1)))
         (grads, dx), (whole, expected_dx) = both(PARAMS, X), expected(PARAMS, X)
         assert_rows(grads, whole, layers)
         np.testing.assert_allclose(dx, expected_dx, rtol=1e-6)
@@ -78,8 +80,8 @@ class TestStack:
         scanned = lambda f, p, x, on: by_scan(p, x, f)  # noqa: E731
         ons = jnp.stack([mask((1, 3)), mask((4,))])
         grad = jax.grad(loss, argnums=(0, 1))
-        found = jax.vmap(lambda on: grad(PARAMS, 0.5, X, on, stacked))(ons)
-        whole, shared = grad(PARAMS, 0.5, X, None, scanned)
+        found = jax.jit(jax.vmap(lambda on: grad(PARAMS, 0.5, X, on, stacked)))(ons)
+        whole, shared = jax.jit(lambda: grad(PARAMS, 0.5, X, None, scanned))()
         for i, layers in enumerate([(1, 3), (4,)]):
             assert_rows(jax.tree.map(lambda a, i=i: a[i], found[0]), whole, layers)
         np.testing.assert_allclose(found[1], [shared, shared], rtol=1e-5)
@@ -100,7 +102,7 @@ class TestStack:
             x, outs = lax.scan(body, X, (params, keys))
             return x.sum() + (outs["mean"] * jnp.arange(LAYERS)).sum(), outs
 
-        whole, expected = jax.grad(reference, has_aux=True)(PARAMS)
+        whole, expected = jax.jit(jax.grad(reference, has_aux=True))(PARAMS)
         for layers in [(2, 4), (0,)]:
             grads, outs = jax.jit(jax.grad(loss, has_aux=True))(PARAMS, mask(layers))
             assert_rows(grads, whole, layers)
@@ -113,8 +115,8 @@ class TestStack:
         scaled = lambda w, x, s: block(w, x) * s  # noqa: E731
         body = lambda x, at: (scaled(at[0], x, at[1]), None)  # noqa: E731
         loss = lambda s: partial.stack(scaled, PARAMS, X, mask((3,)), per_layer=s).sum()  # noqa: E731
-        expected = jax.grad(lambda s: lax.scan(body, X, (PARAMS, s))[0].sum())(scale)
-        np.testing.assert_allclose(jax.grad(loss)(scale), expected, rtol=1e-6)
+        expected = jax.jit(jax.grad(lambda s: lax.scan(body, X, (PARAMS, s))[0].sum()))(scale)
+        np.testing.assert_allclose(jax.jit(jax.grad(loss))(scale), expected, rtol=1e-6)
 
     def test_the_backward_pass_is_as_long_as_what_is_trained(self):
         """Compiled, so that a loop that goes too far would be seen: it divides by zero there."""
@@ -190,9 +192,10 @@ class TestRows:
             updates, state = tx.update(grads, state, params)
             return optax.apply_updates(params, updates), state
 
+        full = jax.jit(jax.grad(model_loss))
         ours = theirs = (model_params(), tx.init(model_params()))
         for layers in [(1, 3), (0, 4), (3, 4)]:
-            whole = jax.grad(model_loss)(ours[0], X)
+            whole = full(ours[0], X)
             active = [
                 jax.tree.map(lambda a, i=layers: a[np.array(i)], whole["blocks"]),
                 whole["head"],
@@ -267,27 +270,28 @@ class TestModule:
             net.eval()
         np.testing.assert_allclose(stacked(X), plain(X), rtol=1e-5, atol=1e-6)
         mean = [block.norm.mean[...] for block in plain.blocks.layers]
-        np.testing.assert_allclose(stacked.blocks.block.norm.mean[...], mean, rtol=1e-6)
+        np.testing.assert_allclose(stacked.blocks.block.norm.mean[...], mean, atol=1e-7)
         with pytest.raises(ValueError, match="2 structures"):
             partial.Stack([nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.Linear(3, 3, rngs=nnx.Rngs(0))])
         with pytest.raises(ValueError, match="got 0"):
             partial.Stack([])
 
-    @pytest.mark.parametrize("state", ["keep", "reset", "offload"])
-    def test_trainer_runs_what_lisa_asks_for_in_one_program(self, state):
+    def test_trainer_runs_what_lisa_asks_for_in_one_program(self):
         trainers = []
-        for stacked in (True, False):
-            step = partial.step("lisa(2)", recalc_every=2, state=state, max_variants=20)
+        for stacked, state in [(True, "keep"), (True, "offload"), (False, "keep")]:
+            step = partial.step("lisa(2)", recalc_every=3, state=state, max_variants=20)
             trainer = Trainer(Net(stacked), optax.adam(1e-2), net_loss, step, progress=False)
-            trainer.train([X] * 12)
+            trainer.train([X] * 9)
             trainers.append(trainer)
-        ours, theirs = (trainer.get_step_report() for trainer in trainers)
-        np.testing.assert_allclose(trainers[0].history.loss, trainers[1].history.loss, rtol=1e-4)
-        assert ours["programs"] == 1 < theirs["programs"]
-        assert ours["share"] == pytest.approx(theirs["share"], rel=0.05)
-        sizes = [{len(v["active"]) for v in report["variants"]} for report in (ours, theirs)]
-        assert sizes == [{4}, {4}]
-        assert trainers[0].history.updates == [4] * 12
+        first, *others = (trainer.history.loss for trainer in trainers)
+        for loss in others:
+            np.testing.assert_allclose(first, loss, rtol=1e-4)
+        one, offloaded, theirs = (trainer.get_step_report() for trainer in trainers)
+        assert one["programs"] == offloaded["programs"] == 1 < theirs["programs"]
+        assert one["share"] == pytest.approx(theirs["share"], rel=0.05)
+        for report in (one, theirs):
+            assert {len(v["active"]) for v in report["variants"]} == {4}
+        assert trainers[0].history.updates == [4] * 9
 
     def test_a_trained_layer_is_the_one_that_was_asked_for(self):
         model = Net(True)
