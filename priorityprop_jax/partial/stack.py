@@ -323,7 +323,8 @@ def _partial(one: Callable[..., Any]) -> Callable[..., Any]:
 
         def keep(layer, carry):
             h, outs, saved = carry
-            h, out, values = pullback(moved, *at(layer), h, consts)
+            weights, own = at(layer)
+            h, out, values = pullback(moved, weights, own, h, consts)
             return h, _put(outs, layer, out), _put(saved, layer, values)
 
         h, outs = lax.fori_loop(0, lowest, skip, (x, outs)) if not through else (x, outs)
