@@ -170,7 +170,9 @@ def update_active(
             inner_state=per_slot.state_treedef.unflatten(inner_state),
         )
         if updated:
-            state = _account(state, jnp.concatenate(updated), jnp.concatenate(gains), gain_decay)
+            static = all(isinstance(at, np.ndarray) for at in updated)
+            places = (np if static else jnp).concatenate(updated)
+            state = _account(state, places, jnp.concatenate(gains), gain_decay)
         return per_slot.treedef.unflatten(new_updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -328,7 +330,7 @@ def _update_rows(
 
 
 def _account(
-    state: ActiveUpdatesState, updated: jax.Array, gains: jax.Array, decay: float
+    state: ActiveUpdatesState, updated: Any, gains: jax.Array, decay: float
 ) -> ActiveUpdatesState:
     finite = jnp.isfinite(gains)
     before = state.gains[updated]
