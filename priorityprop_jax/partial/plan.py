@@ -29,6 +29,7 @@ from priorityprop_jax.partial.grad import ActiveLeaves, find_active, value_and_g
 from priorityprop_jax.partial.policies import Situation, make_policy
 from priorityprop_jax.partial.stages import Stages
 
+_PATIENCE = 10.0  # seconds after which no turn of measuring is begun, but the first that counts
 LEGEND = "suffix(k): the output layer and k layers before it; cached: what the others give is kept"
 
 
@@ -91,13 +92,16 @@ class Plan:
         ):
             bars = axes.barh([c.name for c in choices], values, color=colors)
             texts = [f"{value:,.4g}" if value else "not run" for value in values]
-            axes.bar_label(bars, texts, padding=3, fontsize=8)
-            axes.axvline(values[0], color="black", linewidth=0.8, linestyle="--", label="full")
+            white = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+            axes.bar_label(bars, texts, padding=3, fontsize=8, bbox=white)
+            if values[0]:
+                axes.axvline(values[0], color="black", linewidth=0.8, linestyle="--", label="full")
             if limit is not None:
                 axes.axvline(limit, color="#D55E00", linewidth=1.5, label="limit")
             axes.set(xlabel=label, xlim=(0, 1.2 * max(*values, limit or 0)))
             axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(loc="lower right", frameon=False, fontsize=8)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(loc="lower right", frameon=False, fontsize=8)
         figure.axes[0].invert_yaxis()
         pale = "" if all(c.fits for c in choices) else " (pale: does not fit)"
         figure.suptitle(f"What a step costs, by what is trained{pale}\n{LEGEND}", fontsize=10)
@@ -113,7 +117,7 @@ def plan(
     *,
     memory: float | None = None,
     milliseconds: float | None = None,
-    repeats: int = 2,
+    repeats: int = 5,
     stacked_axis: Callable[[str], int | None] | None = None,
     group: Callable[[str], str | None] | None = None,
 ) -> Plan:
@@ -135,7 +139,8 @@ def plan(
       memory: bytes that a step may take, by default what the device says it has. What takes more
         is not run.
       milliseconds: what a step may take.
-      repeats: how often each is timed, in turns, after one run to warm up.
+      repeats: how often each is timed, in turns, after one run to warm up; less often where that
+        takes long.
       stacked_axis: see `find_slots`.
       group: see `find_slots`. By default a slot is a layer: a stage, or leaves that share a depth.
 
@@ -338,7 +343,10 @@ def _bytes(tree: Any) -> int:
 def _timed(candidates: list[_Candidate], repeats: int) -> list[float]:
     """Milliseconds of each: the median, in turns, so that a drift is shared."""
     samples: list[list[float]] = [[] for _ in candidates]
-    for _ in range(repeats + 1):  # the first round warms up
+    began = time.perf_counter()
+    for turn in range(repeats + 1):  # the first one warms up
+        if turn > 1 and time.perf_counter() - began > _PATIENCE:
+            break
         for candidate, times in zip(candidates, samples, strict=True):
             arguments = jax.block_until_ready(candidate.arguments())
             start = time.perf_counter()
