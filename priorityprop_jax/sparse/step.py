@@ -154,7 +154,7 @@ class DynamicStep:
 
         def loss(kernels):
             def densely(model, batch):
-                dense = {}
+                model, dense = nnx.clone(model), {}  # as the layers are not the model's
                 for name, layer in sparse_layers(model).items():
                     dense[id(layer)] = layer.to_dense()
                     dense[id(layer)].kernel.set_value(kernels[name])
