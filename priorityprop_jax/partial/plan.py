@@ -29,7 +29,7 @@ from priorityprop_jax.partial.grad import ActiveLeaves, find_active, value_and_g
 from priorityprop_jax.partial.policies import Situation, make_policy
 from priorityprop_jax.partial.stages import Stages
 
-_PATIENCE = 10.0  # seconds after which no turn of measuring is begun, but the first that counts
+_PATIENCE = 10.0  # seconds after which no turn of measuring is begun
 LEGEND = "suffix(k): the output layer and k layers before it; cached: what the others give is kept"
 
 
@@ -139,8 +139,8 @@ def plan(
       memory: bytes that a step may take, by default what the device says it has. What takes more
         is not run.
       milliseconds: what a step may take.
-      repeats: how often each is timed, in turns, after one run to warm up; less often where that
-        takes long.
+      repeats: how often each is timed, in turns, after one run to warm up; where a turn takes
+        longer than ten seconds, that one run counts.
       stacked_axis: see `find_slots`.
       group: see `find_slots`. By default a slot is a layer: a stage, or leaves that share a depth.
 
@@ -344,15 +344,15 @@ def _timed(candidates: list[_Candidate], repeats: int) -> list[float]:
     """Milliseconds of each: the median, in turns, so that a drift is shared."""
     samples: list[list[float]] = [[] for _ in candidates]
     began = time.perf_counter()
-    for turn in range(repeats + 1):  # the first one warms up
-        if turn > 1 and time.perf_counter() - began > _PATIENCE:
+    for turn in range(repeats + 1):  # the first one warms up, which matters to short steps
+        if turn and time.perf_counter() - began > _PATIENCE:
             break
         for candidate, times in zip(candidates, samples, strict=True):
             arguments = jax.block_until_ready(candidate.arguments())
             start = time.perf_counter()
             jax.block_until_ready(candidate.run(*arguments))
             times.append(1e3 * (time.perf_counter() - start))
-    return [float(np.median(times[1:])) for times in samples]
+    return [float(np.median(times[1:] or times)) for times in samples]
 
 
 def _mebibytes(size: float) -> float:
