@@ -15,7 +15,7 @@ _ROOMS = {
     "row_counts row_sparse row_sparse_adam",
     "partial": "PrefixCache Situation Stages StepCosts active_sets chain "
     "choose_active function_stage make_policy measure_costs nnx_stages "
-    "scanned_stages stack_params update_active",
+    "update_active",
     "priority": "TopKUpdatesState repeats top_k_updates",
     "rnn": "LinenLeanRNN highway_rnn lean_rnn",
     "sparse": "SparseConv SparseIndex SparseLinear SparsePattern apply_further_mask densify "
@@ -47,6 +47,8 @@ GONE: dict[str, str] = {
     "Variants": "partial.step keeps the programs of its active sets itself",
     "merge_upward": "an active set runs as it is: see max_variants of partial.step, and Stack",
     "prune_unused": "train the narrower model",
+    "scanned_stages": "use partial.Stack, or partial.stack in the place of the scan",
+    "stack_params": "layers of a partial.Stack stay stacked",
     "row_sparse_sgd": "use priorityprop_jax.meprop.row_sparse(optax.sgd(...))",
 }
 

@@ -15,8 +15,6 @@ from priorityprop_jax.partial.stages import (
     chain,
     function_stage,
     nnx_stages,
-    scanned_stages,
-    stack_params,
 )
 from priorityprop_jax.partial.update import ActiveUpdatesState, update_active
 
@@ -38,9 +36,7 @@ __all__ = [
     "measure_costs",
     "nnx_stages",
     "plan",
-    "scanned_stages",
     "stack",
-    "stack_params",
     "step",
     "update_active",
     "value_and_grad",

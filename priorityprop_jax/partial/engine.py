@@ -18,7 +18,6 @@ import optax
 from priorityprop_jax.core.layout import layout_of, put_beside
 from priorityprop_jax.core.program import Program, abstract, build, program_flops
 from priorityprop_jax.core.slots import Bundle, Slots, by_layer, find_slots
-from priorityprop_jax.core.work import read_loss
 from priorityprop_jax.partial.account import Account, state_bytes
 from priorityprop_jax.partial.costs import StepCosts, costs_of, measure_costs
 from priorityprop_jax.partial.grad import active_rows, find_active, value_and_grad_of
@@ -27,7 +26,7 @@ from priorityprop_jax.partial.planner import Options, Planner
 from priorityprop_jax.partial.policies import SPENDING, Policy, make_policy
 from priorityprop_jax.partial.prefix import Prefix, arguments_key
 from priorityprop_jax.partial.prefix_cache import PrefixCache
-from priorityprop_jax.partial.stack import by_slot, seen, stacked_by
+from priorityprop_jax.partial.stack import read, stacked_by
 from priorityprop_jax.partial.stages import Stages
 from priorityprop_jax.partial.update import (
     ActiveUpdatesState,
@@ -269,7 +268,7 @@ class PartialStep:
         program = self._compiled(static, start, arguments)
         part, rest, opt_state, values = program.run(*arguments)
         flops = forward + (self._flops(active, start) if rows else program.flops)
-        cost = self._planner.charge(active, flops)
+        cost = self._planner.charge(active, flops, cached)
         self._account.charge(active, flops, cost, cached=cached)
         counts = {"updates": len(active), "flops": flops, "cached": int(cached)}
         return chosen.join(part, frozen), rest, opt_state, values | counts
@@ -349,14 +348,7 @@ class PartialStep:
         self._account.full_flops = full_flops = program_flops(full)
         loss = lambda params, arguments: self._loss(params, *arguments)  # noqa: E731
         example = self._shapes, self._arguments
-        given = seen(loss, *example)
-        self._traced = frozenset(
-            bundle
-            for bundle in self.slots.bundles
-            if bundle.layers and not any(bundle.axes) and given.issuperset(bundle.leaves)
-        )
-        apart, *given, slots = by_slot(loss, *example, self.slots, self._traced)
-        work = read_loss(apart, *given, slots=slots, has_aux=True)
+        work, self._traced = read(loss, *example, slots=self.slots)
         if self._prefix is None:  # else the stages tell
             self.slots = dataclasses.replace(self.slots, depths=work.depths)
             self._planner.slots = self._account.slots = self.slots

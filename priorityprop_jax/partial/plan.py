@@ -19,14 +19,15 @@ import optax
 from flax import nnx
 
 from priorityprop_jax.core.layout import layout_of
+from priorityprop_jax.core.modules import modes
 from priorityprop_jax.core.program import program_flops
 from priorityprop_jax.core.rows import is_row_sparse
 from priorityprop_jax.core.slots import Slots, by_layer, find_slots
 from priorityprop_jax.core.tables import aligned, short
-from priorityprop_jax.core.work import read_loss
 from priorityprop_jax.partial.engine import in_order
 from priorityprop_jax.partial.grad import ActiveLeaves, find_active, value_and_grad_of
 from priorityprop_jax.partial.policies import Situation, make_policy
+from priorityprop_jax.partial.stack import read, stacked_by, unrolled
 from priorityprop_jax.partial.stages import Stages
 
 _PATIENCE = 10.0  # seconds after which no turn of measuring is begun
@@ -177,11 +178,12 @@ def plan(
     where = {"stacked_axis": stacked_axis, "group": group}
     if stacked_axis is group is None:
         where["group"] = by_layer(params) if stages is None else lambda path: path.split("/")[0]
+        where |= stacked_by(model, where["group"])
     slots = find_slots(params, **where)
     if stages is not None:
         slots = in_order(slots, stages.names, params)
     else:
-        work = read_loss(loss, params, rest, batch, None, 0, slots=slots, has_aux=True)
+        work, _ = read(loss, params, rest, batch, None, 0, slots=slots)
         slots = dataclasses.replace(slots, depths=work.depths)
     wanted = [(name, active, 0) for name, active in _choices(slots).items()]
     if stages is not None and isinstance(batch, Mapping) and "x" in batch:
@@ -243,10 +245,8 @@ def _pure(model: Any, loss_fn: Any) -> tuple[Callable[..., Any], Any, Any]:
         return of_stages, model.params, model.state
     if not isinstance(model, nnx.Module):
         return of_tree, model, {}
-    twin = nnx.clone(model)
-    nnx.pop(twin, nnx.Intermediate)
-    twin.train()
-    graph, params, rest = nnx.split(twin, nnx.Param, ...)
+    graph = modes(model).given
+    _, params, _, rest = nnx.split(model, nnx.Param, nnx.Intermediate, ...)
 
     def of_module(params, rest, batch, x, start):
         # A fresh tree: variables may only change at the trace level that made them.
@@ -320,7 +320,9 @@ class _Candidate:
         given, donated = arguments(), (0, 2, 3)
         out = (*(layout_of(given[i]) for i in donated), None)
         traced = jax.jit(step, donate_argnums=donated, out_shardings=out).trace(*given)
-        self.flops, self._lowered = program_flops(traced.jaxpr), traced.lower()
+        with unrolled():  # a stack's loop would count once
+            self.flops = program_flops(jax.make_jaxpr(step)(*given))
+        self._lowered = traced.lower()
         self.held_bytes, self.state_bytes = _bytes(given), _bytes(given[3])
 
     def compile(self) -> None:

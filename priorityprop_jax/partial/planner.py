@@ -52,7 +52,10 @@ class Planner:
     def __init__(self, options: Options, slots: Slots, account: Account) -> None:
         self._options, self.slots, self._account = options, slots, account
         self._policy = make_policy(options.policy)
-        self.costs: StepCosts | None = None  # in the unit of the budget, once known
+        self.costs: StepCosts | None = None  # as the next steps are expected to, once known
+        self._measured: StepCosts | None = None  # without a cache; in the unit of the budget
+        self._front: list[float] = []  # what a hit in the cache spares, by depth
+        self._cached = 0  # steps that found their prefix there, before this cycle
         self._full = 0.0  # what a step with all slots costs; 0 where only its FLOPs are known
         self._allowed = math.inf  # what a step may cost on average
         self.plan: list[frozenset[str]] = []  # the active sets of the steps left of the cycle
@@ -71,8 +74,9 @@ class Planner:
         self._full = self._account.full_flops if costs.unit == "flops" else costs.full
         if front is not None:
             rate = self._full / self._account.full_flops
-            costs = costs.without_prefix([rate * flops for flops in front])
-        self.costs = costs
+            self._front = [rate * flops for flops in front]
+        self._measured = costs
+        self.costs = self._of_hits(1.0)
         if options.budget is not None:
             unit, amount = options.budget
             self._allowed = amount * self._full if unit == "share" else amount
@@ -89,10 +93,16 @@ class Planner:
         """What a step is expected to cost, in the unit of the budget; its slots, if unknown."""
         return float(len(active)) if self.costs is None else self.costs.of(self.slots, active)
 
-    def charge(self, active: frozenset[str], flops: float) -> float:
+    def _of_hits(self, share: float) -> StepCosts | None:
+        """What steps cost where so many find the outputs of their prefix in the cache."""
+        if self._measured is None or not self._front:
+            return self._measured
+        return self._measured.without_prefix([share * cost for cost in self._front])
+
+    def charge(self, active: frozenset[str], flops: float, cached: bool) -> float:
         """What a step that has run is charged, in the unit of the budget."""
-        in_flops = self.costs is None or self.costs.unit == "flops"
-        return flops if in_flops else self.cost(active)
+        costs = self._of_hits(float(cached))
+        return flops if costs is None or costs.unit == "flops" else costs.of(self.slots, active)
 
     def new_cycle(self, values: np.ndarray, counts: np.ndarray) -> list[int]:
         """Plans the next cycle; returns the updates that each slot has in it.
@@ -100,6 +110,9 @@ class Planner:
         ``values`` and ``counts`` are over slots: what an update is worth, and updates so far.
         """
         done, steps = self._account.total.steps, self._options.recalc_every
+        # As many find their prefix in the cache as did in the cycle before.
+        cached, self._cached = self._cached, self._account.total.cached_steps
+        self.costs = self._of_hits((self._cached - cached) / steps)
         allowed = self._allowed * (done + steps) - self._account.charged
         situation = Situation(
             self.slots, self.costs, allowed / steps, self._full or self._account.full_flops,
@@ -117,8 +130,9 @@ class Planner:
 
     def record(self) -> dict[str, Any]:
         """What a resumed run needs, ready for JSON."""
-        return {"plan": [sorted(active) for active in self.plan]}
+        return {"plan": [sorted(active) for active in self.plan], "cached": self._cached}
 
     def restore(self, record: Mapping[str, Any]) -> None:
         """The inverse of `record`."""
         self.plan = [frozenset(active) for active in record["plan"]]
+        self._cached = record["cached"]

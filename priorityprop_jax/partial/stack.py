@@ -21,6 +21,7 @@ from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from priorityprop_jax.core.slots import Bundle, Slots
+from priorityprop_jax.core.work import Work, read_loss
 
 
 class Tap(NamedTuple):
@@ -65,7 +66,7 @@ def unrolled() -> contextlib.AbstractContextManager[None]:
     return _mode(unrolled=True)
 
 
-def seen(loss: Callable[..., Any], params: Any, *args: Any) -> frozenset[int]:
+def _seen(loss: Callable[..., Any], params: Any, *args: Any) -> frozenset[int]:
     """The leaves of ``params`` that a loss gives to a stack as they are. Only shapes are read."""
     found: list[int] = []
 
@@ -79,7 +80,19 @@ def seen(loss: Callable[..., Any], params: Any, *args: Any) -> frozenset[int]:
     return frozenset(found)
 
 
-def by_slot(
+def read(
+    loss: Callable[..., Any], params: Any, *args: Any, slots: Slots
+) -> tuple[Work, frozenset[Bundle]]:
+    """`read_loss` of a loss with aux, layer by layer of its stacks; and the leaves of these."""
+    own = [bundle for bundle in slots.bundles if bundle.layers and not any(bundle.axes)]
+    if own:
+        given = _seen(loss, params, *args)
+        own = [bundle for bundle in own if given.issuperset(bundle.leaves)]
+    loss, *arguments, apart = _by_slot(loss, params, args, slots, own)
+    return read_loss(loss, *arguments, slots=apart, has_aux=True), frozenset(own)
+
+
+def _by_slot(
     loss: Callable[..., Any], params: Any, args: Any, slots: Slots, stacks: Iterable[Bundle]
 ) -> tuple[Callable[..., Any], Any, Any, Slots]:
     """A loss of the layers of its stacks apart, and what else `read_loss` takes.
@@ -110,7 +123,7 @@ def by_slot(
             if i in apart:
                 taps[id(whole[i])] = Tap(whole[i], range(len(part)), part)
         with _mode(taps=taps, unrolled=True):
-            return loss(treedef.unflatten(whole), args)
+            return loss(treedef.unflatten(whole), *args)
 
     return of_parts, parts, args, dataclasses.replace(slots, bundles=tuple(bundles))
 
@@ -211,7 +224,8 @@ class Stack(nnx.Module):
     statistics and random streams, are those of each layer too.
 
     Args:
-      modules: of one type and structure, at least one. Not changed.
+      modules: of one type and structure, at least one, which are copied; or one whose variables are
+        stacked already, as `nnx.vmap` makes it.
 
     Raises:
       ValueError: if there is none, or they differ in more than the values of their variables.
@@ -226,7 +240,10 @@ class Stack(nnx.Module):
       ((3, 2, 2), (4, 2))
     """
 
-    def __init__(self, modules: Iterable[nnx.Module]) -> None:
+    def __init__(self, modules: nnx.Module | Iterable[nnx.Module]) -> None:
+        if isinstance(modules, nnx.Module):
+            self.block = modules
+            return
         split = [nnx.split(module) for module in modules]
         if len({graph for graph, _ in split}) != 1:
             raise ValueError(

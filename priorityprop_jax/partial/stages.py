@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from priorityprop_jax.core.modules import Modes, attributes, check_unchanged, modes, warn_off
@@ -242,78 +240,6 @@ def function_stage(
 
     applies = stateless(apply), stateless(eval_apply or apply)
     return Stages((name,), *applies, {name: {} if params is None else params}, {name: {}})
-
-
-def scanned_stages(
-    apply: Callable[[Any, Any], Any],
-    stacked_params: Any,
-    *,
-    name: str = "block",
-    axis: int = 0,
-    eval_apply: Callable[[Any, Any], Any] | None = None,
-) -> Stages:
-    """The layers of a scanned stack as stages of their own, `block_0`, `block_1`, ...
-
-    Each has its own slice of the parameters, so that a layer can be frozen or skipped.
-
-    Args:
-      apply: one layer, `(layer_params, x) -> y`: the body of the scan.
-      stacked_params: a pytree of arrays with the layers along `axis`: `[layers, ...]`.
-      name: of the stages, before ``_`` and the number of the layer.
-      axis: where the layers are.
-      eval_apply: the same layer in evaluation mode; by default `apply`.
-
-    Returns:
-      The layers in order, without state.
-
-    Raises:
-      ValueError: there is no array, or the numbers of layers along `axis` differ.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from priorityprop_jax.partial.stages import scanned_stages, stack_params
-      >>> stages = scanned_stages(lambda w, x: jnp.tanh(x @ w), jnp.ones([3, 2, 2]))
-      >>> stages.names, stack_params(stages.params).shape
-      (('block_0', 'block_1', 'block_2'), (3, 2, 2))
-    """
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(stacked_params)]
-    fits = all(-len(shape) <= axis < len(shape) for shape in shapes)
-    if not fits or len({shape[axis] for shape in shapes}) != 1:
-        raise ValueError(
-            "stacked_params must be an array or several, all with the same number of layers along "
-            f"axis {axis}; got the shapes {shapes}"
-        )
-
-    def stage(layer: int) -> Stages:
-        take = lambda x: jax.lax.index_in_dim(jnp.asarray(x), layer, axis, keepdims=False)  # noqa: E731
-        params = jax.tree.map(take, stacked_params)
-        return function_stage(f"{name}_{layer}", apply, params, eval_apply=eval_apply)
-
-    return chain(*map(stage, range(shapes[0][axis])))
-
-
-def stack_params(params: Mapping[str, Any], *, name: str = "block", axis: int = 0) -> Any:
-    """Stacks the layers of `scanned_stages` again, the inverse.
-
-    Args:
-      params: parameters (or gradients) by stage name; other stages may be among them.
-      name: see `scanned_stages`.
-      axis: see `scanned_stages`.
-
-    Returns:
-      A pytree like that of one layer, its arrays `[layers, ...]`.
-
-    Raises:
-      ValueError: there is no stage `name_0`, or the numbers have a gap.
-    """
-    found = [key for key in params if re.fullmatch(rf"{re.escape(name)}_\d+", key)]
-    layers = [params[key] for i in range(len(found)) if (key := f"{name}_{i}") in params]
-    if not layers or len(layers) < len(found):
-        raise ValueError(
-            f"params must have the stages {name}_0, {name}_1, ... without a gap, got "
-            f"{', '.join(params) or 'none'}"
-        )
-    return jax.tree.map(lambda *rows: jnp.stack(rows, axis), *layers)
 
 
 def nnx_stages(modules: Sequence[tuple[str, Any]]) -> Stages:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +15,6 @@ from priorityprop_jax.partial.stages import (
     chain,
     function_stage,
     nnx_stages,
-    scanned_stages,
-    stack_params,
 )
 
 X = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
@@ -256,80 +252,6 @@ class TestNnx:
             stages.run(stages.params, stages.state, X)
 
 
-class TestScanned:
-    stacked = {
-        "kernel": np.random.default_rng(1).normal(size=(4, 3, 3)).astype(np.float32),
-        "bias": np.random.default_rng(2).normal(size=(4, 3)).astype(np.float32),
-    }
-
-    @staticmethod
-    def layer(params, x):
-        return jnp.tanh(x @ params["kernel"] + params["bias"])
-
-    def model(self, stacked, x):
-        return jax.lax.scan(lambda x, params: (self.layer(params, x), None), x, stacked)[0]
-
-    def test_is_the_scan(self):
-        stages = scanned_stages(self.layer, self.stacked)
-        y, state = stages.run(stages.params, stages.state, X)
-        np.testing.assert_allclose(y, self.model(self.stacked, X), rtol=1e-6)
-        assert state == {f"block_{i}": {} for i in range(4)}
-        _assert_equal(stack_params(stages.params), jax.tree.map(jnp.asarray, self.stacked))
-        assert stages.write_back is None
-
-    def test_gradients(self):
-        stages = scanned_stages(self.layer, self.stacked)
-        grads = jax.grad(lambda p: stages.run(p, stages.state, X)[0].sum())(stages.params)
-        expected = jax.grad(lambda p: self.model(p, X).sum())(self.stacked)
-        jax.tree.map(
-            functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
-            stack_params(grads),
-            expected,
-        )
-
-    def test_between_others(self):
-        embed = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-        stages = chain(
-            nnx_stages([("embed", embed), ("relu", nnx.relu)]),
-            scanned_stages(self.layer, self.stacked, name="layer"),
-            function_stage("head", lambda w, x: x @ w, jnp.ones([3, 1])),
-        )
-        assert stages.names == (
-            *("embed", "relu", "layer_0", "layer_1", "layer_2", "layer_3", "head"),
-        )
-        x = X[:, :2]
-        y, state = stages.run(stages.params, stages.state, x)
-        expected = self.model(self.stacked, nnx.relu(embed(x))) @ jnp.ones([3, 1])
-        np.testing.assert_allclose(y, expected, rtol=1e-6)
-        _assert_equal(
-            stack_params(stages.params, name="layer"), jax.tree.map(jnp.asarray, self.stacked)
-        )
-        stages.write_back(jax.tree.map(jnp.zeros_like, stages.params), state)
-        assert not np.asarray(embed.kernel).any()
-
-    def test_another_axis(self):
-        moved = jax.tree.map(lambda leaf: np.moveaxis(leaf, 0, -1), self.stacked)
-        stages = scanned_stages(self.layer, moved, axis=-1)
-        _assert_equal(stages.params, scanned_stages(self.layer, self.stacked).params)
-        _assert_equal(stack_params(stages.params, axis=-1), jax.tree.map(jnp.asarray, moved))
-
-    def test_twelve_layers_in_order(self):
-        stages = scanned_stages(lambda w, x: x * w, np.arange(12.0))
-        np.testing.assert_array_equal(stack_params(stages.params), np.arange(12.0))
-
-    def test_wrong_input(self):
-        with pytest.raises(ValueError, match=r"layers along axis 0.*\(4, 1\), \(5, 1\)"):
-            scanned_stages(self.layer, {"a": np.zeros([4, 1]), "b": np.zeros([5, 1])})
-        with pytest.raises(ValueError, match=r"layers along axis 0.*shapes \[\(\)\]"):
-            scanned_stages(self.layer, {"a": 1.0})
-        with pytest.raises(ValueError, match="must be an array"):
-            scanned_stages(self.layer, {})
-        with pytest.raises(ValueError, match="no stages"):
-            scanned_stages(self.layer, np.zeros([0, 3]))
-        with pytest.raises(ValueError, match="without a gap, got block_0, block_2"):
-            stack_params({"block_0": 1.0, "block_2": 1.0})
-
-
 class TestModel:
     """What a trainer asks of a model."""
 
@@ -426,7 +348,7 @@ class TestArguments:
     def test_evaluation_mode_of_functions(self):
         stages = chain(
             function_stage("a", lambda p, x: x + 1, eval_apply=lambda p, x: x - 1),
-            scanned_stages(lambda p, x: x * p, np.full(2, 2.0), eval_apply=lambda p, x: x / p),
+            function_stage("b", lambda p, x: x * p, 4.0, eval_apply=lambda p, x: x / p),
         )
         assert float(stages.run(stages.params, stages.state, 3.0)[0]) == 16
         assert float(stages.run(stages.params, stages.state, 3.0, train=False)[0]) == 0.5

@@ -30,7 +30,6 @@ from priorityprop_jax.partial.stages import (
     chain,
     function_stage,
     nnx_stages,
-    scanned_stages,
 )
 from priorityprop_jax.partial.update import update_active
 from priorityprop_jax.training import Trainer
@@ -941,19 +940,13 @@ class TestModels:
         assert values["loss"] == pytest.approx(expected, rel=1e-5)
         assert values == trainer.evaluate(_batches())
 
-    @pytest.mark.parametrize("kind", ["scanned", "linen", "nnx", "stacked"])
+    @pytest.mark.parametrize("kind", ["linen", "nnx", "stacked"])
     def test_other_models_train(self, kind):
         params, options, costs = _params(), {}, _costs()
         blocks = [params[f"block_{i}"] for i in range(3)]
         stack = jax.tree.map(lambda *rows: np.stack(rows), *blocks)
         loss = _loss
-        if kind == "scanned":
-            model = chain(
-                function_stage("embed", _embed, params["embed"]),
-                scanned_stages(_block, stack),
-                function_stage("head", _head, params["head"]),
-            )
-        elif kind == "linen":
+        if kind == "linen":
             layers = {
                 "embed": flax.linen.Dense(WIDTH),
                 **{f"block_{i}": flax.linen.Dense(WIDTH) for i in range(3)},
