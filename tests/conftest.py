@@ -1,28 +1,23 @@
 """Every test process sees eight CPU devices, so that meshes can be tested on any machine."""
 
+import os
+
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_num_cpu_devices", 8)
 
 
-@pytest.fixture(scope="module")
-def compile_once(tmp_path_factory):
-    """Programs that several trainers compile alike come from a cache on the disk."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+def pytest_configure(config):
+    """What has been compiled is kept in pytest's cache: most of a first run is compiling."""
+    kept = {
+        "jax_compilation_cache_dir": str(config.cache.mkdir("programs")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
+    for name, value in kept.items():
         jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+        os.environ[name.upper()] = str(value)  # for processes that tests start
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,6 @@ pytest.importorskip("tokenizers", reason="priorityprop-jax[finetune] is not inst
 safetensors = pytest.importorskip("safetensors.numpy")
 
 budgeted = importlib.import_module("priorityprop_jax.partial.engine")
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 FILES = {"config.json", "losses.png", "metrics.jsonl", "report.json", "report.md", "checkpoint"}
 LAYERS = ["embed", "block_0", "block_1", "head"]
 WIDTH, INNER, BLOCKS, BATCH, STEPS = 8, 12, 2, 32, 6  # steps of two epochs

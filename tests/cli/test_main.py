@@ -14,7 +14,7 @@ from priorityprop_jax.cli import main as cli
 from priorityprop_jax.cli import plan
 from priorityprop_jax.training.loader import ArrayLoader
 
-pytestmark = [pytest.mark.usefixtures("compile_once"), pytest.mark.once]
+pytestmark = pytest.mark.once
 
 FILES = {"config.json", "metrics.jsonl", "losses.png", "report.json", "report.md", "checkpoint"}
 

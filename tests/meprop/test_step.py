@@ -35,9 +35,6 @@ X = np.random.default_rng(0).normal(size=(ROWS, 6)).astype(np.float32)
 Y = np.sin(X[:, :1] + X[:, 1:2] * X[:, 2:3]).astype(np.float32)
 
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
-
 # Choosing sizes.
 
 

@@ -48,9 +48,6 @@ def _batches(rows=ROWS, size=SIZE):
     ]
 
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
-
 class Loader:
     """Rows shuffled by epoch; sends a signal before one of the batches on request."""
 

@@ -13,8 +13,6 @@ from priorityprop_jax.sparse.step import cosine_fraction, drop_and_grow, dynamic
 from priorityprop_jax.sparse.swap import sparse_layers, sparse_start
 from priorityprop_jax.training.loader import ArrayLoader
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 
 def check(pattern):
     """Index arrays by row and by column go through the places of one mask."""
