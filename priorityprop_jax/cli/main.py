@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -17,6 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; the exit code, 1 where something failed and 130 after Ctrl-C."""
     # argparse exits by itself, with 2, where an argument is wrong
     arguments = _parser().parse_args(argv)
+    if arguments.run is not report.run:
+        _keep_programs()
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
@@ -29,6 +33,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.strerror:
             message = error.strerror + (f" ({error.filename})" if error.filename else "")
         return _fail(message, error.code if isinstance(error, Failure) else 1)
+
+
+def _keep_programs() -> None:
+    """What takes long to compile is kept from run to run, in a place of the user's choice if any."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and importlib.util.find_spec("pooch"):
+        import jax
+        import pooch
+
+        folder = pooch.os_cache("priorityprop_jax") / "programs"
+        jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
 
 
 def _fail(message: str, code: int) -> int:

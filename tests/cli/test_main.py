@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 import priorityprop_jax
@@ -332,3 +333,18 @@ def test_sparse_weights_against_dense_ones(empty_folder, capsys, monkeypatch, me
     again = empty_folder / "runs" / "digits-sparse-2"
     assert run("train", "--resume", str(again)) == 0
     assert without_seconds(again) == without_seconds(directory)
+
+
+def test_programs_are_kept_from_run_to_run(empty_folder, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(empty_folder))
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        assert run("train", "--resume", "nowhere") == 1
+        assert jax.config.jax_compilation_cache_dir == f"{empty_folder}/priorityprop_jax/programs"
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
+        jax.config.update("jax_compilation_cache_dir", "mine")
+        assert run("train", "--resume", "nowhere") == 1
+        assert jax.config.jax_compilation_cache_dir == "mine"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
