@@ -10,7 +10,9 @@ Two models, AdamW, buffers donated:
 The ideal time of an arm is its FLOPs (see `program_flops`) over the full step's, times the full
 step's milliseconds. Arms run in turns in one process, and three fresh processes a model; figures
 are medians over processes. `start` is what `Trainer.train` spends on tracing and compiling up to
-its first step, over the same for one plain jitted step.
+its first step, over the same for one plain jitted step. `long_run` is 300 steps of the stack under
+a policy: programs, steps that trained something else than was asked for, and bytes of optimizer
+state, as a share of those for all layers.
 
 Run as `python -m benchmarks.speed.partial_steps`. Writes
 `benchmarks/results/speed/partial_steps-<device>.json`.
@@ -186,6 +188,33 @@ def overhead(repeats: int) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in found.items()}
 
 
+def long_run(policy: str) -> dict[str, float]:
+    """300 steps of a stack: programs, sets other than asked for, and bytes of the whole's."""
+    net, batch = setting("stack")
+    batch = {"x": batch["x"][:2, :16], "y": batch["y"][:2]}
+    asked = []
+
+    def watched(at: Any) -> Any:
+        asked.extend(sets := pp.partial.make_policy(policy)(at))
+        return sets
+
+    make = pp.partial.step(watched, recalc_every=5, state="reset")
+    trainer = pp.Trainer(net, optax.adamw(1e-4), loss_fn, make, progress=False)
+    trainer.train([batch] * 300)
+    report = trainer.get_step_report()
+    ran = {frozenset(v["active"]): v["steps"] for v in report["variants"]}
+    wanted = {names: asked.count(names) for names in asked}
+    sizes = dict(zip(trainer.step.slots.names, trainer.step.slots.sizes, strict=True))
+    held = sum(row["state_bytes"] for row in report["layers"])
+    return {
+        "programs": report["programs"],
+        "steps_not_as_asked": sum(abs(wanted.get(names, 0) - n) for names, n in ran.items()),
+        "sets": len(ran),
+        "state_share": held / (8 * sum(sizes.values())),  # of two float32 moments of all
+        "active_share": sum(sizes[name] for name in asked[-1]) / sum(sizes.values()),
+    }
+
+
 def fresh(*arguments: str) -> Any:
     """What a process of its own measures."""
     command = [sys.executable, "-m", "benchmarks.speed.partial_steps", "--worker", *arguments]
@@ -209,7 +238,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         kind, *rest = options.worker
-        jobs = {"measure": measure, "start": start, "overhead": overhead}
+        jobs = {"measure": measure, "start": start, "overhead": overhead, "long_run": long_run}
         print(json.dumps(jobs[kind](*(int(x) if x.isdigit() else x for x in rest))))
         return
     several, repeats = range(options.processes), str(options.repeats)
@@ -220,6 +249,8 @@ def main() -> None:
         print(model, json.dumps(record[model], indent=1), flush=True)
     record["overhead"] = middle(list(run([("overhead", "20") for _ in several])))
     print("overhead", record["overhead"], flush=True)
+    record["long_run"] = {p: fresh("long_run", p) for p in ("lisa(2)", "badam(1)")}
+    print("long_run", json.dumps(record["long_run"], indent=1), flush=True)
     record["start"] = {
         p: middle(list(run([("start", "minilm", p) for _ in several]))) for p in STARTS
     }

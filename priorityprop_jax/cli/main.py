@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _keep_programs() -> None:
-    """What takes long to compile is kept from run to run, in a place of the user's choice if any."""
+    """What takes long to compile is kept from run to run."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ and importlib.util.find_spec("pooch"):
         import jax
         import pooch
