@@ -25,12 +25,14 @@ def layout_of(tree: Any) -> Any:
 
 
 def put_beside(params: Any, tree: Any) -> Any:
-    """The arrays on the devices that the parameters are on, where these are several."""
+    """The arrays on the devices that the parameters are on, where that is not the first alone."""
     first = jax.tree.leaves(params)[0]
     sharding = getattr(first, "sharding", None)
-    if not isinstance(sharding, jax.sharding.NamedSharding) or len(sharding.device_set) == 1:
+    if sharding is None or sharding.device_set == {jax.local_devices()[0]}:
         return tree
-    everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    everywhere = sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
 
     def place(x: Any) -> Any:
         there = isinstance(x, jax.Array) and x.sharding.device_set == sharding.device_set

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 
@@ -45,6 +46,12 @@ def parts_of(node: Any) -> list[tuple[Any, Any]]:
     if isinstance(node, dict):
         return list(node.items())
     return list(enumerate(node)) if isinstance(node, list | tuple) else []
+
+
+def trainable(path: Any, variable: Any) -> bool:
+    """A filter of `flax.nnx`: parameters that can be differentiated, as whole numbers cannot."""
+    inexact = jnp.issubdtype(getattr(variable, "dtype", jnp.int8), jnp.inexact)
+    return isinstance(variable, nnx.Param) and inexact
 
 
 class Modes(NamedTuple):

@@ -380,7 +380,7 @@ class PartialStep:
         granted = self._planner.new_cycle(values, counts)
         return state._replace(
             allocation=_like(granted, state.allocation),
-            priorities=_like(priority(values, counts, 1.0), state.priorities),
+            priorities=_like(priority(np.nan_to_num(values), counts, 1.0), state.priorities),
         )
 
     def complete(self, opt_state: Any) -> Any:

@@ -19,7 +19,7 @@ import optax
 from flax import nnx
 
 from priorityprop_jax.core.layout import layout_of
-from priorityprop_jax.core.modules import modes
+from priorityprop_jax.core.modules import modes, trainable
 from priorityprop_jax.core.program import program_flops
 from priorityprop_jax.core.rows import is_row_sparse
 from priorityprop_jax.core.slots import Slots, by_layer, find_slots
@@ -246,14 +246,14 @@ def _pure(model: Any, loss_fn: Any) -> tuple[Callable[..., Any], Any, Any]:
     if not isinstance(model, nnx.Module):
         return of_tree, model, {}
     graph = modes(model).given
-    _, params, _, rest = nnx.split(model, nnx.Param, nnx.Intermediate, ...)
+    _, params, _, rest = nnx.split(model, trainable, nnx.Intermediate, ...)
 
     def of_module(params, rest, batch, x, start):
         # A fresh tree: variables may only change at the trace level that made them.
         module = nnx.merge(graph, params, jax.tree.map(lambda leaf: leaf, rest))
         value = scalar(loss_fn(module, batch))
         nnx.pop(module, nnx.Intermediate)
-        return value, nnx.state(module, nnx.Not(nnx.Param))
+        return value, nnx.state(module, nnx.Not(trainable))
 
     return of_module, params, rest
 

@@ -95,7 +95,7 @@ def by_priority(*, scoring_share: float = 0.1, always: Iterable[int] = (0,)) -> 
         budget = at.budget
         if scoring and at.steps > 1:
             budget = max(at.budget * at.steps - at.full, 0.0) / (at.steps - 1)
-        worth = np.asarray(priority(at.values, at.update_counts, 1.0))
+        worth = np.asarray(priority(np.nan_to_num(at.values), at.update_counts, 1.0))
         active = at.at_depths(always)
         if (worth > 0).any() and budget > 0:
             must = np.flatnonzero(np.isin(at.slots.depths, always))

@@ -13,7 +13,14 @@ from typing import Any
 import jax
 from flax import nnx
 
-from priorityprop_jax.core.modules import Modes, attributes, check_unchanged, modes, warn_off
+from priorityprop_jax.core.modules import (
+    Modes,
+    attributes,
+    check_unchanged,
+    modes,
+    trainable,
+    warn_off,
+)
 
 # (params, state, x) -> (y, new_state)
 Apply = Callable[[Any, Any, Any], tuple[Any, Any]]
@@ -245,11 +252,11 @@ def function_stage(
 def nnx_stages(modules: Sequence[tuple[str, Any]]) -> Stages:
     """A chain of `flax.nnx` modules.
 
-    The parameters are the `nnx.Param` variables, nested plain dicts of arrays; the state is all
-    other variables but `nnx.Intermediate`. The arrays are those of the modules, not copies: copy
-    them before a step that donates them. Training is in the modes that the modules have now, so a
-    BatchNorm after `.eval()` keeps its statistics; evaluation is with all in `.eval()`. The modules
-    themselves keep their modes. What one assigns to its parameters while it runs is dropped.
+    The parameters are the `nnx.Param` variables of floating-point numbers, nested plain dicts of
+    arrays; the state is all other variables but `nnx.Intermediate`. The arrays are those of the
+    modules, not copies: copy them before a step that donates them. Training is in the modes that
+    the modules have now, so a BatchNorm after `.eval()` keeps its statistics; evaluation is with all
+    in `.eval()`. The modules themselves keep their modes. What one assigns to its parameters while it runs is dropped.
 
     Args:
       modules: pairs of a name and a module `x -> y`, or a function without parameters.
@@ -294,7 +301,7 @@ def nnx_stages(modules: Sequence[tuple[str, Any]]) -> Stages:
 
 def _module_stage(name: str, module: nnx.Module, graphs: Modes) -> Stages:
     # Empty where `sow` collects, which is no state.
-    _, params, _, rest = nnx.split(module, nnx.Param, nnx.Intermediate, ...)
+    _, params, _, rest = nnx.split(module, trainable, nnx.Intermediate, ...)
     structure = jax.tree.structure([params, rest])
 
     def merged(*trees: Any) -> list[Any]:
@@ -308,7 +315,7 @@ def _module_stage(name: str, module: nnx.Module, graphs: Modes) -> Stages:
             y = module(x)
             nnx.pop(module, nnx.Intermediate)
             check_unchanged(module, graph, before, f"stage {name!r}")
-            return y, nnx.to_pure_dict(nnx.state(module, nnx.Not(nnx.Param)))
+            return y, nnx.to_pure_dict(nnx.state(module, nnx.Not(trainable)))
 
         return apply
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from priorityprop_jax.core.modules import attributes, check_unchanged, modes, warn_off
+from priorityprop_jax.core.modules import attributes, check_unchanged, modes, trainable, warn_off
 from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.training.history import check_metrics
 from priorityprop_jax.training.interrupts import Stop
@@ -38,7 +38,7 @@ class _NnxModel(Model):
             warn_off("the model", 5)
 
     def split(self) -> tuple[Any, Any]:
-        _, params, _, rest = nnx.split(self.module, nnx.Param, nnx.Intermediate, ...)
+        _, params, _, rest = nnx.split(self.module, trainable, nnx.Intermediate, ...)
         return params, rest
 
     def join(self, params: Any, rest: Any) -> None:
@@ -51,7 +51,7 @@ class _NnxModel(Model):
         result = loss_fn(module, batch, **kwargs)
         nnx.pop(module, nnx.Intermediate)
         check_unchanged(module, self._modes.given, before, "loss_fn")
-        return result, nnx.state(module, nnx.Not(nnx.Param))
+        return result, nnx.state(module, nnx.Not(trainable))
 
     def evaluator(self, params: Any, rest: Any) -> Any:
         return nnx.merge(self._modes.evaluation, params, rest)

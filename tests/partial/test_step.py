@@ -1004,3 +1004,39 @@ class TestDevices:
 
         # FLOPs are those of one device with all of the batch, or the budget would buy other things.
         assert a["flops"] == b["flops"] and a["full_flops"] == b["full_flops"]
+
+    @pytest.mark.parametrize("policy", ["full", "lisa(1)", "priority"])
+    def test_a_device_that_is_not_the_first(self, policy):
+        losses = []
+        for device in (jax.devices()[0], jax.devices()[3]):
+            stages = _chain()
+            params = jax.device_put(stages.params, device)
+            share = {"share": 0.9} if policy == "priority" else {}
+            trainer = _trainer(dataclasses.replace(stages, params=params), policy=policy, **share)
+            losses.append(trainer.train(_batches(), 1).loss)
+            assert {leaf.device for leaf in jax.tree.leaves(trainer.params)} == {device}
+        assert losses[0] == losses[1]
+
+
+class TestUnusualParameters:
+    def test_what_has_no_value_yet_is_no_nan(self):
+        with jax.debug_nans(True):
+            assert _trainer(policy="priority", share=0.9).train(_batches(), 1).loss
+
+    @pytest.mark.parametrize("make", [None, step("suffix(0)")])
+    def test_whole_numbers_stay(self, make):
+        """As in a quantized base below an adapter."""
+
+        class Quantized(nnx.Module):
+            def __init__(self):
+                self.base = nnx.Param(jnp.full((X.shape[1], WIDTH), 3, jnp.int8))
+                self.head = nnx.Linear(WIDTH, 1, rngs=nnx.Rngs(0))
+
+            def __call__(self, x):
+                return self.head(x @ (self.base[...] * 0.1))
+
+        model = Quantized()
+        trainer = Trainer(model, optax.adam(1e-2), _loss, make, progress=False)
+        history = trainer.train(_batches(), 4)
+        assert history.loss[-1] < history.loss[0]
+        assert model.base.dtype == jnp.int8 and (model.base[...] == 3).all()
