@@ -255,8 +255,9 @@ def nnx_stages(modules: Sequence[tuple[str, Any]]) -> Stages:
     The parameters are the `nnx.Param` variables of floating-point numbers, nested plain dicts of
     arrays; the state is all other variables but `nnx.Intermediate`. The arrays are those of the
     modules, not copies: copy them before a step that donates them. Training is in the modes that
-    the modules have now, so a BatchNorm after `.eval()` keeps its statistics; evaluation is with all
-    in `.eval()`. The modules themselves keep their modes. What one assigns to its parameters while it runs is dropped.
+    the modules have now, so that a BatchNorm after `.eval()` keeps its statistics; evaluation is
+    with all in `.eval()`. The modules themselves keep their modes. What one assigns to its
+    parameters while it runs is dropped.
 
     Args:
       modules: pairs of a name and a module `x -> y`, or a function without parameters.
