@@ -23,7 +23,7 @@ _FREE = frozenset(
     "random_seed threefry2x32 shift_right_logical shift_left create_token".split()
 )
 # Whose backward pass computes nothing either.
-_PASSES_BACK = _FREE | {"add", "add_any", "sub", "neg", "reduce_sum"}
+_PASSES_BACK = _FREE | {"add", "add_any", "sub", "neg", "reduce_sum", "select_n"}
 _REDUCE = ("reduce_", "argmax", "argmin", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
 _KEEPS_ROWS = {"convert_element_type", "copy", "sharding_constraint", "transpose"}
 

@@ -338,6 +338,22 @@ def test_order_of_a_scan(change):
     assert ordered(model, model.unrolled) == model.order
 
 
+def test_embeddings_that_are_added_are_equally_deep():
+    params = {
+        "head": dense(WIDTH, 2), "mlp": dense(WIDTH, WIDTH),
+        "wpe": normal(5, WIDTH), "wte": normal(9, WIDTH),
+    }  # fmt: skip
+
+    def loss(p, ids):
+        x = jnp.take(p["wte"], ids, axis=0) + jnp.take(p["wpe"], jnp.arange(5), axis=0)
+        return squares(apply(p["head"], jnp.tanh(apply(p["mlp"], x))))
+
+    slots = find_slots(params, group=lambda path: path.split("/")[0])
+    work = read_loss(loss, params, np.zeros((2, 5), int), slots=slots)
+    found = dict(zip(slots.names, work.depths, strict=True))
+    assert found == {"head": 0, "mlp": 1, "wpe": 2, "wte": 2}
+
+
 def test_order_of_layers_picked_by_a_traced_number():
     model = decoder()
 
