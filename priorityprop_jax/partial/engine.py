@@ -215,7 +215,8 @@ class PartialStep:
             return jax.jit(lambda p: _changed(self._optimizer.init(p), empty))(params)
 
     def lay_out(self, layout: Any) -> None:
-        """Nothing: every program keeps the layout of what it is given."""
+        """Every program keeps the layout of what it was compiled for: others are compiled anew."""
+        self._programs.clear()
 
     @property
     def saved(self) -> float:
@@ -311,7 +312,7 @@ class PartialStep:
         if len(self._programs) > self._options.max_variants:
             self._evicted.add(out := next(iter(self._programs)))
             del self._programs[out]
-        shapes = arguments_key(arguments)
+        shapes = arguments_key(arguments[4:6])  # of the batch; all others are known by the rest
         if shapes not in programs:
             if key in self._evicted and not self._warned:
                 self._warned = True

@@ -21,6 +21,9 @@ from benchmarks.tasks import char, images, tagger
 from priorityprop_jax.models import files as data
 from priorityprop_jax.training.loader import ArrayLoader
 
+pytestmark = pytest.mark.once
+
+
 FOLDER = Path(
     os.environ.get(data.ENV_VAR) or Path(__file__).resolve().parents[2].parent / "shared" / "data"
 )

@@ -112,6 +112,7 @@ def test_known_cases(priorities, budget, low, high, expected):
     assert run(priorities, budget, low, high) == expected
 
 
+@pytest.mark.once
 def test_100_000_slots_are_exact():
     priorities = np.exp(np.random.default_rng(1).normal(size=100_000) * 5).astype(np.float32)
     for budget, low, high in [(1_234_567, 1, 20), (77, 0, 5)]:
