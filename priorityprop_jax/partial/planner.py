@@ -113,9 +113,9 @@ class Planner:
         # As many find their prefix in the cache as did in the cycle before.
         cached, self._cached = self._cached, self._account.total.cached_steps
         self.costs = self._of_hits((self._cached - cached) / steps)
-        allowed = self._allowed * (done + steps) - self._account.charged
+        allowed = max(self._allowed * (done + steps) - self._account.charged, 0.0)
         situation = Situation(
-            self.slots, self.costs, max(allowed, 0.0) / steps, self._full or self._account.full_flops,
+            self.slots, self.costs, allowed / steps, self._full or self._account.full_flops,
             done // steps, steps, values, counts, self._options.seed,
         )  # fmt: skip
         wanted = [frozenset(names) for names in self._policy(situation)]
