@@ -50,8 +50,8 @@ def parts_of(node: Any) -> list[tuple[Any, Any]]:
 
 def trainable(path: Any, variable: Any) -> bool:
     """A filter of `flax.nnx`: parameters that can be differentiated, as whole numbers cannot."""
-    inexact = jnp.issubdtype(getattr(variable, "dtype", jnp.int8), jnp.inexact)
-    return isinstance(variable, nnx.Param) and inexact
+    dtypes = (getattr(leaf, "dtype", jnp.float32) for leaf in jax.tree.leaves(variable))
+    return isinstance(variable, nnx.Param) and all(jnp.issubdtype(d, jnp.inexact) for d in dtypes)
 
 
 class Modes(NamedTuple):
