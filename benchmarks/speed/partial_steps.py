@@ -113,14 +113,14 @@ def plain(model: Any, batch: Any) -> tuple[Any, float]:
     return run, seconds
 
 
-def steps(model: Any, batch: Any, policies: dict[str, Any]) -> dict[str, Any]:
+def steps(model: Any, batch: Any, policies: dict[str, Any], every: int = 10) -> dict[str, Any]:
     """For each policy a function that runs one step of the trainer's, and its FLOPs' share."""
     found = {}
     for name, policy in policies.items():
-        make = pp.partial.step(policy, recalc_every=1, max_variants=16)
+        make = pp.partial.step(policy, recalc_every=every, max_variants=16)
         trainer = pp.Trainer(nnx.clone(model), optax.adamw(1e-4), loss_fn, make, progress=False)
         trainer.train([batch])
-        step, (params, rest, state) = trainer.step, trainer._arrays
+        step, (params, rest, state) = trainer.step, trainer._arrays()
         carry = [*jax.tree.map(jnp.copy, (params, rest, state))]
         placed = jax.tree.map(jnp.asarray, batch)
 
@@ -177,7 +177,7 @@ def overhead(repeats: int) -> dict[str, float]:
     net = nnx.Sequential(*(nnx.Linear(16, 16, rngs=nnx.Rngs(i)) for i in range(6)))
     batch = {"x": jnp.ones((4, 16)), "y": jnp.zeros(4, int)}
     by_hand, _ = plain(net, batch)
-    (run, *_), (short, *_) = steps(net, batch, {"f": "full", "s": "suffix(1)"}).values()
+    (run, *_), (short, *_) = steps(net, batch, {"f": "full", "s": "suffix(1)"}, 100).values()
     found: dict[str, list[float]] = {"by hand": [], "full": [], "suffix(1)": []}
     for _ in range(repeats):
         for name, one in zip(found, (by_hand, run, short), strict=True):

@@ -91,16 +91,17 @@ class ActiveLeaves:
 
         return self.map(marked, tree, part)
 
-    def split(self, tree: Any) -> tuple[Any, Any]:
-        """The leaves of a tree with anything active, and the others; None for absent."""
-        return (
-            self.map(lambda rows, x: None if rows is None else x, tree),
-            self.map(lambda rows, x: x if rows is None else None, tree),
-        )
+    def split(self, tree: Any) -> tuple[list[Any], list[Any]]:
+        """The leaves of a tree with anything active, and the others."""
+        pairs = list(zip(self.rows, jax.tree.leaves(tree), strict=True))
+        return [x for rows, x in pairs if rows is not None], [
+            x for rows, x in pairs if rows is None
+        ]
 
-    def join(self, active: Any, other: Any) -> Any:
+    def join(self, active: list[Any], other: list[Any]) -> Any:
         """The inverse of `split`."""
-        return self.map(lambda rows, a, b: b if rows is None else a, active, other)
+        mine, theirs = iter(active), iter(other)
+        return self.treedef.unflatten(next(theirs if r is None else mine) for r in self.rows)
 
     def taps(self, tree: Any, part: Any, mixed: Any) -> dict[int, Tap]:
         """For a `stack`: the leaves of ``mixed`` of which some layers are active, by their id."""
