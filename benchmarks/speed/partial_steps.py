@@ -78,7 +78,7 @@ def setting(model: str) -> tuple[Any, Any]:
     labels = np.arange(32 if model == "minilm" else 8) % 2
     if model == "minilm":
         tokens = np.random.default_rng(0).integers(1, 30522, (32, 24)).astype(np.int32)
-        return BertClassifier(MINILM, 2, rngs=nnx.Rngs(0)), {"x": tokens, "y": labels}
+        return BertClassifier(MINILM, rngs=nnx.Rngs(0)), {"x": tokens, "y": labels}
     x = np.random.default_rng(0).normal(size=(8, 64, WIDTH)).astype(np.float32)
     return Tower(nnx.Rngs(0)), {"x": x, "y": labels}
 
