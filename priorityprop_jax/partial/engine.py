@@ -234,7 +234,7 @@ class PartialStep:
         """What was spent, in all and by layer, against a training of everything, ready for JSON.
 
         ``seconds`` of wall time are shared among layers as FLOPs are. ``flops`` are of every
-        program run, see `program_flops`, and ``full_flops`` what as many full steps cost;
+        program run, see `program_flops`, and ``full_flops`` what as many full steps cost.
         """
         state = next(s for s in jax.tree.leaves(opt_state, is_leaf=_is_ours) if _is_ours(s))
         resident = frozenset(self.slots.names) if self._states is None else self._states.resident

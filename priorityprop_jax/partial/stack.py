@@ -71,10 +71,9 @@ def _seen(loss: Callable[..., Any], params: Any, *args: Any) -> frozenset[int]:
     found: list[int] = []
 
     def traced(params: Any, *args: Any) -> None:
-        with _mode(given=set()):
+        with _mode(given=(given := set())):
             loss(params, *args)
-            given = _MODE.get().given or ()
-            found.extend(i for i, leaf in enumerate(jax.tree.leaves(params)) if id(leaf) in given)
+        found.extend(i for i, leaf in enumerate(jax.tree.leaves(params)) if id(leaf) in given)
 
     jax.eval_shape(traced, params, *args)
     return frozenset(found)
@@ -142,15 +141,15 @@ def stack(
     .. math:: x_{l+1} = \operatorname{block}(\theta_l, x_l)
 
     It is a `jax.lax.scan` over the layers, and where every layer is active, that is what runs.
-    Otherwise the gradient's loop runs from the top down to the deepest
-    active layer (to the bottom where ``x`` needs a gradient), computes weight gradients of active
-    layers only, and keeps nothing of those below. Which layers are active may be traced: one
-    program serves all sets.
+    Otherwise the gradient's loop runs from the top down to the deepest active layer (to the bottom
+    where ``x`` needs a gradient), computes weight gradients of active layers only, and keeps
+    nothing of those below. Which layers are active may be traced: one program serves all sets.
 
-    Gradients are those of the scan where a layer is active, and zero elsewhere. From
-    `jax.grad` they come as arrays of all layers; `value_and_grad` of this package, and so `step`,
-    tells the stack itself which layers are active, and has rows of these alone. For that the loss
-    must give the stack the leaves of its parameters as they are.
+    Gradients are those of the scan where a layer is active, and zero elsewhere. From `jax.grad`
+    they come as arrays of all layers; `value_and_grad` of this package, and so `step`, tells the
+    stack itself which layers are active, and has rows of these alone. For that the loss must give
+    the stack the leaves of its parameters as they are; behind others, such as copies in
+    another dtype, the backward pass goes through all layers.
 
     Args:
       block: one layer, ``(layer_params, x) -> x``. May be a `jax.checkpoint` of one, and close over
@@ -269,11 +268,9 @@ class Stack(nnx.Module):
 
 def stacked_by(module: Any, group: Callable[[str], str | None]) -> dict[str, Any]:
     """``stacked_axis`` and ``group`` that make each layer of each `Stack` in a module a slot."""
-    roots = {}
-    for path, node in nnx.iter_modules(module) if isinstance(module, nnx.Module) else ():
-        if isinstance(node, Stack):
-            roots["/".join(map(str, path))] = node
-    roots = tuple(sorted(roots, key=len))  # of one in another, the outer
+    found = nnx.iter_modules(module) if isinstance(module, nnx.Module) else ()
+    roots = ["/".join(map(str, path)) for path, node in found if isinstance(node, Stack)]
+    roots.sort(key=len)  # of one in another, the outer
 
     def root(path: str) -> str | None:
         return next((r for r in roots if path.startswith(f"{r}/" if r else "")), None)
