@@ -10,6 +10,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 def pytest_configure(config):
     """What has been compiled is kept in pytest's cache: most of a first run is compiling."""
+    if not hasattr(config, "cache"):  # pytest -p no:cacheprovider
+        return
     kept = {
         "jax_compilation_cache_dir": str(config.cache.mkdir("programs")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,

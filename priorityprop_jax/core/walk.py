@@ -118,9 +118,9 @@ class Walk:
 
         Backward all count as that one, since all run one program.
         """
-        left, carried = eqn.params["length"], eqn.params["num_carry"]
-        back = self.inputs is None
-        fixed, first = (0, eqn.params["num_consts"])[:: 1 if back else -1]
+        left, back = eqn.params["length"], self.inputs is None
+        constants, carried = _carries(eqn, body)
+        fixed, first = (0, constants)[:: 1 if back else -1]
         given, carry = marks[:fixed], list(map(_whole, marks[fixed : fixed + carried]))
         each = marks[fixed + carried :]
         by_row = any(isinstance(mark, tuple) for mark in each)
@@ -164,6 +164,19 @@ class Walk:
         behind = bits & every | bits >> self.inputs & every | self.data
         blocked = name == "stop_gradient"
         return 0 if name in _PASSES_BACK else bits & every, self.data if blocked else behind
+
+
+def _carries(eqn: Any, body: Any) -> tuple[int, int]:
+    """How many constants a scan has, and how many carries; how JAX says so differs by release.
+
+    What is handed out row by row has an axis that its body does not see.
+    """
+    body = getattr(body, "jaxpr", body)
+    takes, gives = (
+        [whole.aval.ndim == part.aval.ndim for whole, part in zip(*pair, strict=True)]
+        for pair in ((eqn.invars, body.invars), (eqn.outvars, body.outvars))
+    )
+    return sum(takes) - sum(gives), sum(gives)
 
 
 def _rows(eqn: Any, name: str, marks: Sequence[Mark]) -> tuple[int, ...]:
