@@ -15,6 +15,7 @@ from priorityprop_jax.core.tables import aligned, markdown
 
 _VECTORS = ("update_counts", "priorities", "allocation")  # what makes a state one that counts
 _NONFINITE = "nonfinite_counts"  # where the state has it
+_MOST = 1000  # records kept
 
 
 def find_state(opt_state: Any) -> Any:
@@ -34,6 +35,8 @@ def find_state(opt_state: Any) -> Any:
 
 class Ledger:
     """The account of a run: for every slot what it got, its share of the whole, its priority.
+
+    Of a long run it keeps up to 1,000 records of what had been spent by when, evenly spread.
 
     Args:
       slots: the slots of the trained parameters, see `find_slots`.
@@ -92,6 +95,8 @@ class Ledger:
             del self.steps[-1], self.history[-1]
         self.steps.append(step)
         self.history.append(counts.tolist())
+        if len(self.steps) > _MOST:  # every other one: stretches become twice as long
+            del self.steps[-2::-2], self.history[-2::-2]
         clamped = "clamped_cycles"
         self.clamped_cycles = int(read(clamped)) if clamped in state._fields else None
         self.vectors = {name: vector.tolist() for name, vector in vectors.items()}

@@ -1,20 +1,33 @@
-"""Checkpoints of a run: a folder that holds the latest two, written and read with Orbax."""
+"""Checkpoints of a run: a folder that holds the latest two, written and read with Orbax.
+
+Records of steps are appended to one file beside them, so that a save takes as long at the end of a
+long run as at its start; a checkpoint says how much of the file is its own.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import itertools
+import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from priorityprop_jax.core.paths import path_name
 
-_FORMAT = "priorityprop_jax-2"
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_FORMAT = "priorityprop_jax-3"
 
 Path = str | os.PathLike[str]
 
@@ -32,23 +45,120 @@ def open_folder(folder: Path | None, known: Sequence[Path | None]) -> Iterator[A
                 f"{path} holds the checkpoints of another run; continue that with resume_from, "
                 "choose another checkpoint_dir, or remove the folder"
             )
-        yield manager
+        with _locked(path):
+            yield manager
 
 
-def save(manager: ocp.CheckpointManager, arrays: Any, about: Mapping[str, Any]) -> None:
-    """Writes arrays, and what else belongs to a run, ready for JSON."""
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    """Lets no other run write here; the system takes the lock back however this one ends."""
+    if fcntl is None or "://" in folder or jax.process_index():
+        yield
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(
+            f"another run is writing checkpoints to {folder}: choose another checkpoint_dir, or "
+            "wait for it to end"
+        ) from None
+    finally:
+        os.close(opened)
+
+
+def check_folder(folder: Any) -> None:
+    """Raises a TypeError unless this is a path or none."""
+    if folder is not None and not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"checkpoint_dir must be a path or None, got {folder!r}")
+
+
+def schedule(every: int | datetime.timedelta | None) -> Callable[[int], bool] | None:
+    """Tells after so many steps whether a checkpoint is due; none where that is at ends of epochs.
+
+    Raises a TypeError or ValueError unless this is a number of steps or a time from above zero.
+    """
+    if every is None:
+        return None
+    if isinstance(every, bool) or not isinstance(every, int | np.integer | datetime.timedelta):
+        raise TypeError(
+            f"checkpoint_every must be a number of steps or a datetime.timedelta, got {every!r}"
+        )
+    if not isinstance(every, datetime.timedelta):
+        if every < 1:
+            raise ValueError(f"checkpoint_every must be at least 1 step, got {every}")
+        return lambda steps: steps % every == 0
+    seconds, last = every.total_seconds(), time.monotonic()
+    if seconds <= 0:
+        raise ValueError(f"checkpoint_every must be a time above zero, got {every}")
+    if jax.process_count() > 1:
+        raise ValueError("clocks of several processes differ: give checkpoint_every in steps")
+
+    def due(steps: int) -> bool:
+        nonlocal last
+        late = time.monotonic() - last >= seconds
+        last += late * (time.monotonic() - last)
+        return late
+
+    return due
+
+
+class Written(NamedTuple):
+    """The file of a run's records of steps, and how much of it a checkpoint has."""
+
+    folder: str = ""
+    name: str = ""
+    records: int = 0
+    size: int = 0  # bytes
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    arrays: Any,
+    about: Mapping[str, Any],
+    steps: Sequence[Any],
+    written: Written,
+) -> Written:
+    """Writes arrays, what else belongs to a run, ready for JSON, and the records of its steps.
+
+    Of these only what is new since ``written``, what this returned or `load` did before.
+    """
     present = {
         key: jax.random.key_data(leaf) if _is_key(leaf) else leaf for key, leaf in _numbered(arrays)
     }
-    about = {**about, "format": _FORMAT, "leaves": _describe(arrays)}
-    items = {"arrays": ocp.args.StandardSave(present), "about": ocp.args.JsonSave(about)}
-    latest = manager.latest_step()
+    latest, folder = manager.latest_step(), os.fspath(manager.directory)
     # Not the training step: an interruption can end two runs at the same one.
-    manager.save(0 if latest is None else latest + 1, args=ocp.args.Composite(**items))
+    number = 0 if latest is None else latest + 1
+    # A bucket can't append to a file.
+    if written.folder != folder or "://" in folder:
+        written = Written(folder, f"steps-{number}.jsonl")
+    written = _append(manager.directory / written.name, written, steps)
+    about = {**about, "format": _FORMAT, "leaves": _describe(arrays), "steps_in": written[1:]}
+    items = {"arrays": ocp.args.StandardSave(present), "about": ocp.args.JsonSave(about)}
+    manager.save(number, args=ocp.args.Composite(**items))
+    return written
 
 
-def load(source: Path, like: Any, made_by: str) -> tuple[Any, dict[str, Any]]:
-    """Reads the latest checkpoint: arrays, laid out as in ``like``, and what belongs to them."""
+def _append(path: Any, written: Written, steps: Sequence[Any]) -> Written:
+    """Writes the new records over what an interrupted save may have left behind the old ones."""
+    new = "".join(json.dumps(record) + "\n" for record in steps[written.records :]).encode()
+    if jax.process_index() == 0:
+        if not written.size:
+            path.write_bytes(new)
+        else:
+            with open(path, "r+b") as file:
+                file.truncate(written.size)
+                file.seek(written.size)
+                file.write(new)
+    return written._replace(records=len(steps), size=written.size + len(new))
+
+
+def load(source: Path, like: Any, made_by: str) -> tuple[Any, dict[str, Any], list[Any], Written]:
+    """Reads the latest checkpoint.
+
+    Arrays, laid out as in ``like``, what belongs to them, records of steps, and where these are.
+    """
     folder = _absolute(source)
     if "://" not in folder and not os.path.isdir(folder):
         raise FileNotFoundError(f"there is no folder {folder} to resume from")
@@ -79,13 +189,29 @@ def load(source: Path, like: Any, made_by: str) -> tuple[Any, dict[str, Any]]:
                 )
         wanted = {key: _abstract(leaf) for key, leaf in _numbered(like)}
         found = _read(manager, latest, where, arrays=ocp.args.StandardRestore(wanted))
+        written = Written(folder, *about["steps_in"])
+        steps = _records(manager.directory / written.name, written, where)
     leaves, treedef = jax.tree.flatten(like)
     for key, leaf in _numbered(like):
         array = found[key]
         if _is_key(leaf):
             array = jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
         leaves[int(key)] = array
-    return treedef.unflatten(leaves), about
+    return treedef.unflatten(leaves), about, steps, written
+
+
+def _records(path: Any, written: Written, where: str) -> list[Any]:
+    try:
+        content = path.read_bytes()[: written.size]
+        records = [json.loads(line) for line in content.splitlines()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{written.name} of {where} cannot be read: {error}") from error
+    if len(records) != written.records:
+        raise ValueError(
+            f"{written.name} of {where} is cut off: it has {len(records)} of {written.records} "
+            "records of steps"
+        )
+    return records
 
 
 def _absolute(path: Path) -> str:

@@ -6,10 +6,13 @@ import dataclasses
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import optax
 
 from priorityprop_jax.priority.ledger import Ledger
 from priorityprop_jax.training.processes import wait_and_get
@@ -43,6 +46,8 @@ class History:
         compilation left out, averaged over the steps fetched together); where the step counts them
         also `flops` (of the programs run) and `cached` (1 if a frozen prefix came from a cache).
       evals: one record an evaluation: `epoch`, `step` and the averages over the data.
+      nonfinite: how many of the steps had a loss that was NaN or infinite, and were skipped by
+        `optax.apply_if_finite` around the optimizer; without it such a loss ends the training.
       interrupted: whether Ctrl-C was pressed during the last call of `train`.
       compile_seconds: wall time spent on tracing and compiling the training step, in all.
 
@@ -55,6 +60,7 @@ class History:
 
     steps: list[Record] = dataclasses.field(default_factory=list)
     evals: list[Record] = dataclasses.field(default_factory=list)
+    nonfinite: int = 0
     interrupted: bool = False
     compile_seconds: float = 0.0
 
@@ -110,8 +116,11 @@ class Books:
         self.steps, self.batch = self.steps + 1, self.batch + 1
         self.pending.append(({"step": self.steps, "epoch": self.epoch + 1}, values))
 
-    def fetch(self) -> int:
-        """Waits for the steps that are still on their way, and tells how many these were."""
+    def fetch(self, params: Any, opt_state: Any) -> int:
+        """Waits for the steps that are still on their way, and tells how many these were.
+
+        A loss that is not finite is an error, unless the optimizer has left the step out.
+        """
         if not self.pending:
             return 0
         fetched = wait_and_get([values for _, values in self.pending])
@@ -127,6 +136,16 @@ class Books:
                 record[name] = (int if name in ("updates", "cached") else float)(value)
             records.append(record | {"seconds": seconds})
         good = list(itertools.takewhile(lambda record: math.isfinite(record["loss"]), records))
+        if len(good) < len(records) and _skips(opt_state) and not any_nan(params):
+            bad = [record["step"] for record in records if not math.isfinite(record["loss"])]
+            if not self.history.nonfinite:
+                warnings.warn(
+                    f"the loss of step {bad[0]} is NaN or infinite, and apply_if_finite went on "
+                    "without it; history.nonfinite counts such steps",
+                    stacklevel=2,
+                )
+            self.history.nonfinite += len(bad)
+            good = records
         self.history.steps += good  # all of them, before a `log` can fail
         for record in good:
             self._tell("step", record)
@@ -151,18 +170,35 @@ class Books:
             self.ledger.record(opt_state)
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, ready for JSON."""
+        """All of it but the records of steps, ready for JSON."""
+        history = dataclasses.replace(self.history, steps=[]).as_dict()
         ledger = None if self.ledger is None else self.ledger.as_dict()
         place = {"steps": self.steps, "epoch": self.epoch, "batch": self.batch}
-        return {**place, "history": self.history.as_dict(), "ledger": ledger}
+        return {**place, "history": history, "ledger": ledger}
 
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        """The inverse of `as_dict`."""
+    def restore(self, saved: Mapping[str, Any], steps: list[Record]) -> None:
+        """The inverse of `as_dict`, given the records of steps."""
         if self.ledger is not None:
             self.ledger = Ledger.from_dict(saved["ledger"])
-        self.history = History.from_dict(saved["history"])
+        self.history = History.from_dict({**saved["history"], "steps": steps})
         self.steps, self.epoch, self.batch = saved["steps"], saved["epoch"], saved["batch"]
         self.pending = []
+
+
+def _skips(opt_state: Any) -> bool:
+    """Whether the optimizer leaves out updates that are not finite."""
+    found = lambda x: isinstance(x, optax.ApplyIfFiniteState)  # noqa: E731
+    return any(map(found, jax.tree.leaves(opt_state, is_leaf=found)))
+
+
+def any_nan(tree: Any) -> bool:
+    """Whether there is a NaN in any array. Waits for them."""
+    return any(jax.device_get(_nans(tree)))
+
+
+@jax.jit
+def _nans(tree: Any) -> list[jax.Array]:
+    return [jnp.any(jnp.isnan(leaf)) for leaf in jax.tree.leaves(tree)]
 
 
 def check_metrics(what: str, metrics: Any, *, of_step: bool = False) -> dict[str, Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 
@@ -113,10 +115,32 @@ def skip(batches: Iterator[Any], count: int, stop: Any) -> None:
         )
 
 
+def length(loader: Any) -> int:
+    """How many batches a loader says that it has; 0 where it cannot tell, whatever it raises."""
+    try:
+        return operator.length_hint(loader)
+    except Exception:
+        return 0
+
+
+def check_rows(batch: Any) -> None:
+    """Raises a ValueError for a batch without rows, whose mean loss would be NaN."""
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batch)]
+    if shapes and shapes[0][:1] == (0,):
+        raise ValueError(
+            "a batch has no rows: its first array has the shape "
+            f"{list(shapes[0])}; leave such batches out of the loader"
+        )
+
+
 def check_iterable(name: str, batches: Any, epochs: int) -> None:
     """Raises unless batches can be got from this for so many epochs."""
-    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
-        raise TypeError(f"{name} must be an iterable of batches, got {batches!r}")
+    single = isinstance(batches, str | bytes | Mapping) or hasattr(batches, "dtype")
+    if single or not (isinstance(batches, Iterable) or hasattr(batches, "__getitem__")):
+        what = f"a single {type(batches).__name__}" if single else repr(batches)
+        raise TypeError(
+            f"{name} must be an iterable of batches, got {what}; ArrayLoader makes them of arrays"
+        )
     if epochs > 1 and isinstance(batches, Iterator):
         raise ValueError(
             f"{name} is an iterator, which can be gone through once, but {epochs} epochs need it "

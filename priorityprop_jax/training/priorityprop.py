@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import math
 from typing import Any
 
 import jax
@@ -50,6 +52,7 @@ class PriorityPropTrainer(Trainer):
         step: MakeStep | None = None,
         metric_fn: MetricFn | None = None,
         checkpoint_dir: Path | None = None,
+        checkpoint_every: int | datetime.timedelta | None = None,
         progress: bool = True,
         **options: Any,
     ):
@@ -67,7 +70,8 @@ class PriorityPropTrainer(Trainer):
         slots = find_slots(params, **where) if jax.tree.leaves(params) else None
         super().__init__(
             model, wrapped, loss_fn, step, metric_fn=metric_fn, checkpoint_dir=checkpoint_dir,
-            progress=progress, slots=slots,
+            checkpoint_every=checkpoint_every, progress=progress, slots=slots,
         )  # fmt: skip
         if isinstance(recalc_every, int | np.integer):
-            self._fetch_every = int(recalc_every)
+            # Each cycle is in the ledger; where cycles are short, some at a time.
+            self._fetch_every = int(recalc_every) * math.ceil(5 / int(recalc_every))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import math
-import operator
 import os
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from tqdm import tqdm
 
@@ -22,9 +21,9 @@ from priorityprop_jax.core.slots import Slots
 from priorityprop_jax.priority.ledger import Ledger
 from priorityprop_jax.training import checkpoints
 from priorityprop_jax.training.checkpoints import Path
-from priorityprop_jax.training.history import Books, History, NonFiniteLossError, Record
+from priorityprop_jax.training.history import Books, History, NonFiniteLossError, Record, any_nan
 from priorityprop_jax.training.interrupts import Stop
-from priorityprop_jax.training.loader import check_epochs, check_iterable, skip
+from priorityprop_jax.training.loader import check_epochs, check_iterable, check_rows, length, skip
 from priorityprop_jax.training.model import Evaluation, MetricFn, as_model, copy, fragile, loss_of
 from priorityprop_jax.training.processes import check_batch, check_params, raise_if_lost
 from priorityprop_jax.training.step import LossFn, MakeStep, PlainStep, Setup, Step, StepResult
@@ -47,6 +46,9 @@ class Trainer:
       metric_fn: `(model or params, batch) -> dict` of scalars, to evaluate with; by default the
         loss and the metrics of `loss_fn`.
       checkpoint_dir: a folder for the latest two checkpoints: of ends of epochs, or interruptions.
+      checkpoint_every: a number of steps, or a `datetime.timedelta`, between two checkpoints,
+        instead of the end of each epoch; the last step and an interruption are always saved. One
+        within an epoch is resumed there, and the batches before it are passed over.
       progress: whether to show a progress bar, which stays quiet if the output is no terminal.
       slots: what the optimizer counts updates of, where it was given ``group`` or
         ``stacked_axis``: `find_slots` with the same. Other steps than the plain one know theirs.
@@ -82,21 +84,16 @@ class Trainer:
         *,
         metric_fn: MetricFn | None = None,
         checkpoint_dir: Path | None = None,
+        checkpoint_every: int | datetime.timedelta | None = None,
         progress: bool = True,
         slots: Slots | None = None,
     ):
         for name, function in {"loss_fn": loss_fn, "step": step, "metric_fn": metric_fn}.items():
             if not callable(function) and (name == "loss_fn" or function is not None):
                 raise TypeError(f"{name} must be a function, got {function!r}")
-        if checkpoint_dir is not None and not isinstance(checkpoint_dir, str | os.PathLike):
-            raise TypeError(f"checkpoint_dir must be a path or None, got {checkpoint_dir!r}")
-        if isinstance(optimizer, optax.MultiSteps):
-            optimizer = optimizer.gradient_transformation()
-        if not callable(getattr(optimizer, "init", None)):
-            raise TypeError(
-                f"optimizer must be an optax.GradientTransformation, got {optimizer!r}; of a "
-                "flax.nnx.Optimizer give its .tx"
-            )
+        checkpoints.check_folder(checkpoint_dir)
+        self._due = checkpoints.schedule(checkpoint_every)
+        tx = _transformation(optimizer)
         self.checkpoint_dir, self._progress = checkpoint_dir, progress
         self._model = as_model(model)
         self._evaluate = Evaluation(self._model, loss_fn, metric_fn)
@@ -106,7 +103,6 @@ class Trainer:
             raise ValueError("the model has no parameters to train")
         check_params(params)
         self._loss = loss = loss_of(self._model, loss_fn)
-        tx = optax.with_extra_args_support(optimizer)
         shapes = jax.tree.map(abstract, params)  # A step may keep them, but not the arrays.
         plain = functools.partial(PlainStep, loss, shapes, tx, slots)
         setup = Setup(loss, loss_fn, self._model, shapes, tx, plain)
@@ -120,6 +116,7 @@ class Trainer:
         self._fetch_every = 10  # steps
         self._layout: Any = None  # of parameters, rest and optimizer state
         self._saved_to: str | None = None  # The folder that holds checkpoints of this run.
+        self._written = checkpoints.Written()
         self._stop = Stop()
         self._careful: bool | None = None  # Whether steps are run on copies; None before the first.
 
@@ -227,7 +224,7 @@ class Trainer:
             self.history.interrupted = False
             if not books.steps:
                 books.record(self._opt_state)
-            total = operator.length_hint(loader) * (last - books.epoch) or None
+            total = length(loader) * (last - books.epoch) or None
             quiet = None if self._progress and jax.process_index() == 0 else True
             bar = tqdm(None, "training", total, unit="step", initial=books.batch, disable=quiet)
             stack.enter_context(bar)
@@ -249,13 +246,14 @@ class Trainer:
     def restore(self, source: Path) -> None:
         """Loads the latest checkpoint as `train` with `resume_from` does, and trains nothing."""
         like, made_by = self._arrays(), type(self.step).__name__
-        (params, rest, opt_state), about = checkpoints.load(source, like, made_by)
+        (params, rest, opt_state), about, steps, written = checkpoints.load(source, like, made_by)
         self._opt_state = self.step.restore(about["step"], opt_state)  # first, as it may refuse
         if self._held is None:
             self._model.join(params, rest)
         else:
             self._held = params, rest
-        self._books.restore(about)
+        self._written = written
+        self._books.restore(about, steps)
 
     def evaluate(self, data: Iterable[Any]) -> dict[str, float]:
         """Averages metrics over all rows (axis 0 of a batch's first array), in evaluation mode."""
@@ -273,6 +271,7 @@ class Trainer:
         skip(batches, books.batch, stop)
         books.reset_clock()
         for batch in batches:
+            check_rows(batch)
             check_batch(batch)
             with stop.shielded():
                 *self._held, self._opt_state, values = self._run_step(batch)
@@ -281,6 +280,9 @@ class Trainer:
                 self._fetch(bar)
                 books.record(self._opt_state)
                 stop.share()
+            if self._due is not None and self._due(books.steps):
+                self._fetch(bar)
+                self._save(manager)
         self._fetch(bar)
         stop.share()
         # The epoch is open until it has been evaluated, so that a resumed run makes up for it.
@@ -296,7 +298,8 @@ class Trainer:
         books.epoch, books.batch = books.epoch + 1, 0
         if books.epoch == last:
             books.record(self._opt_state)
-        self._save(manager)
+        if self._due is None or books.epoch == last:
+            self._save(manager)
 
     def _run_step(self, batch: Any) -> StepResult:
         params, rest = self._held
@@ -310,9 +313,9 @@ class Trainer:
         return jax.block_until_ready(self.step(params, rest, opt_state, batch))
 
     def _fetch(self, bar: tqdm) -> None:
-        fetched = self._books.fetch()
+        fetched = self._books.fetch(self._current()[0], self._opt_state)
         if fetched:
-            shown = {"loss": f"{self.history.loss[-1]:.4g}"}
+            shown = {"loss": f"{self.history.steps[-1]['loss']:.4g}"}
             if self.step.saved is not None:
                 shown["saved"] = f"{self.step.saved:.0%}"
             bar.set_postfix(shown, refresh=False)
@@ -321,7 +324,7 @@ class Trainer:
     def _recover(self, error: BaseException) -> None:
         """Brings the books up to date after an error, whatever it was."""
         with contextlib.suppress(Exception):  # The first error is the one that is raised.
-            self._books.fetch()
+            self._books.fetch(self._current()[0], self._opt_state)
         self._books.pending = []
         if _are_usable((self._held, self._opt_state)):
             self._books.record(self._opt_state)
@@ -370,12 +373,26 @@ class Trainer:
     def _save(self, manager: Any) -> None:
         if manager is None:
             return
-        if any(jax.device_get(_any_nan(self._current()[0]))):
+        if any_nan(self._current()[0]):
             raise NonFiniteLossError("the parameters became NaN", self._books.steps)
         about = {"made_by": type(self.step).__name__, "step": self.step.record()}
-        checkpoints.save(manager, self._arrays(), {**about, **self._books.as_dict()})
+        about |= self._books.as_dict()
+        self._written = checkpoints.save(
+            manager, self._arrays(), about, self.history.steps, self._written
+        )
         self._saved_to = os.fspath(manager.directory)
         self._books.reset_clock()
+
+
+def _transformation(optimizer: Any) -> optax.GradientTransformationExtraArgs:
+    if isinstance(optimizer, optax.MultiSteps):
+        optimizer = optimizer.gradient_transformation()
+    if not callable(getattr(optimizer, "init", None)):
+        raise TypeError(
+            f"optimizer must be an optax.GradientTransformation, got {optimizer!r}; of a "
+            "flax.nnx.Optimizer give its .tx"
+        )
+    return optax.with_extra_args_support(optimizer)
 
 
 def _are_usable(tree: Any) -> bool:
@@ -386,8 +403,3 @@ def _are_usable(tree: Any) -> bool:
         return False
     arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
     return not any(array.is_deleted() for array in arrays)
-
-
-@jax.jit
-def _any_nan(tree: Any) -> list[jax.Array]:
-    return [jnp.any(jnp.isnan(leaf)) for leaf in jax.tree.leaves(tree)]
