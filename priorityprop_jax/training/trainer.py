@@ -88,9 +88,7 @@ class Trainer:
         progress: bool = True,
         slots: Slots | None = None,
     ):
-        for name, function in {"loss_fn": loss_fn, "step": step, "metric_fn": metric_fn}.items():
-            if not callable(function) and (name == "loss_fn" or function is not None):
-                raise TypeError(f"{name} must be a function, got {function!r}")
+        _check_functions(loss_fn=loss_fn, step=step, metric_fn=metric_fn)
         checkpoints.check_folder(checkpoint_dir)
         self._due = checkpoints.schedule(checkpoint_every)
         tx = _transformation(optimizer)
@@ -328,17 +326,16 @@ class Trainer:
         self._books.pending = []
         if _are_usable((self._held, self._opt_state)):
             self._books.record(self._opt_state)
-        elif self._saved_to is not None and jax.process_count() == 1:
+            return
+        if self._saved_to is not None and jax.process_count() == 1:
             self.restore(self._saved_to)
-            error.add_note(
-                "the step had the only arrays, and the trainer is back at the latest checkpoint, "
-                f"of step {self._books.steps}"
-            )
+            now = f"the trainer is back at the latest checkpoint, of step {self._books.steps}"
         else:
-            error.add_note(
-                "the step had the only arrays, and the model's are deleted: make model and trainer "
-                "anew; with a checkpoint_dir the trainer goes back to the latest checkpoint"
+            now = (
+                "the model's are deleted: make model and trainer anew; with a checkpoint_dir the "
+                "trainer goes back to the latest checkpoint"
             )
+        error.add_note(f"the step had the only arrays, and {now}")
 
     # Who holds the arrays: the model outside of `train`, the trainer within.
 
@@ -382,6 +379,12 @@ class Trainer:
         )
         self._saved_to = os.fspath(manager.directory)
         self._books.reset_clock()
+
+
+def _check_functions(**functions: Any) -> None:
+    for name, function in functions.items():
+        if not callable(function) and (name == "loss_fn" or function is not None):
+            raise TypeError(f"{name} must be a function, got {function!r}")
 
 
 def _transformation(optimizer: Any) -> optax.GradientTransformationExtraArgs:
