@@ -11,15 +11,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
+from priorityprop_jax.core.fragile import laid_out, spec_of
 from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.core.rows import (
     SCATTER,
     Frozen,
+    Held,
     RowSparse,
-    check_rows,
     check_transformation,
     is_row_sparse,
     on_values,
@@ -58,8 +60,7 @@ def row_sparse(inner: optax.GradientTransformation) -> optax.GradientTransformat
       is `RowSparse`, so is the update, of the same rows, which `optax.apply_updates` adds.
 
     Raises:
-      TypeError: if ``inner`` is no transformation; when called, if the row numbers of a gradient
-        are no longer integers, because a transformation in front has changed them.
+      TypeError: if ``inner`` is no transformation.
       ValueError: when called, if gradients do not fit the state or the parameters.
 
     Example:
@@ -146,8 +147,8 @@ def _update_leaf(update: Any, grad: Any, counts: Any, state: Any, param: Any) ->
         return None if param is None else Frozen(), counts, state
     whole = isinstance(counts, tuple)  # a leaf of fewer than two dimensions
     if is_row_sparse(grad):
-        check_rows(grad)
-        grad = RowSparse(jnp.asarray(grad.rows), grad.values, grad.shape)
+        if isinstance(grad.sealed, tuple | Held):
+            grad = RowSparse(jnp.asarray(grad.index, jnp.int32), grad.values, grad.shape)
         shape = grad.shape if param is None else jnp.shape(param)
         found, k = jnp.shape(grad.values), len(grad.rows)
         fits = whole or counts.shape == shape[:1]
@@ -159,26 +160,38 @@ def _update_leaf(update: Any, grad: Any, counts: Any, state: Any, param: Any) ->
         if whole:
             grad = grad.densify()
     if not is_row_sparse(grad):
-        updates, new = (update if whole else jax.vmap(update))(grad, state, param)
-        new = jax.tree.map(lambda x, y: y.astype(x.dtype), state, new)
+
+        def move(grad, state, param):
+            updates, new = (update if whole else jax.vmap(update))(grad, state, param)
+            return updates, jax.tree.map(lambda x, y: y.astype(x.dtype), state, new)
+
+        specs = lambda grad, state, _: jax.tree.map(spec_of, (grad, state))  # noqa: E731
+        updates, new = laid_out(move, specs)(grad, state, param)
         return updates, counts if whole else optax.safe_increment(counts), new
     if 0 in grad.shape or not len(grad.rows):
         return grad, counts, state
 
-    rows = grad.rows
-    own_state, own_param, own_counts = jax.tree.map(
-        lambda x: x.at[rows].get(mode="clip"), (state, param, counts)
-    )
-    updates, new = jax.vmap(update)(grad.values, own_state, own_param)
-    own_counts = optax.safe_increment(own_counts)
-    # Every read of the old state comes before the first write to it.
-    updates, new, own_counts, rows = jax.lax.optimization_barrier((updates, new, own_counts, rows))
-    counts, state = jax.tree.map(
-        lambda x, y: x.at[rows].set(y.astype(x.dtype), **SCATTER),
-        (counts, state),
-        (own_counts, new),
-    )
-    return RowSparse(grad.rows, updates, grad.shape), counts, state
+    def touch(rows, values, counts, state, param):
+        own_state, own_param, own_counts = jax.tree.map(
+            lambda x: x.at[rows].get(mode="clip"), (state, param, counts)
+        )
+        updates, new = jax.vmap(update)(values, own_state, own_param)
+        own_counts = optax.safe_increment(own_counts)
+        # Every read of the old state comes before the first write to it.
+        updates, new, own_counts, rows = lax.optimization_barrier((updates, new, own_counts, rows))
+        counts, state = jax.tree.map(
+            lambda x, y: x.at[rows].set(y.astype(x.dtype), **SCATTER),
+            (counts, state),
+            (own_counts, new),
+        )
+        return updates, counts, state
+
+    def results(rows, values, counts, state, param):
+        return spec_of(values), *jax.tree.map(spec_of, (counts, state))
+
+    arrays = grad.rows, grad.values, counts, state, param
+    updates, counts, state = laid_out(touch, results)(*arrays)
+    return grad.with_values(updates), counts, state
 
 
 def row_sparse_adam(
@@ -239,7 +252,7 @@ def _all_first(updates: list[Any]) -> list[Any]:
     """
     if not any(map(is_row_sparse, updates)):
         return updates
-    updates = jax.lax.optimization_barrier(updates)
+    updates = lax.optimization_barrier(updates)
     never = jnp.array(False)
     for x in jax.tree.leaves([u.values if is_row_sparse(u) else u for u in updates]):
         if x.size:

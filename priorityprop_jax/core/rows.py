@@ -12,8 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
+from jax.core import Tracer
+
+from priorityprop_jax.core.fragile import laid_out, seal, spec_of, unseal
 
 # What every scatter of rows may rely on; padding is out of bounds, and dropped.
 SCATTER: dict[str, Any] = {"mode": "drop", "unique_indices": True, "indices_are_sorted": True}
@@ -30,19 +34,18 @@ class Held:
 
 
 @jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, init=False)
 class RowSparse:
     """An array that is zero except for some rows: ``zeros(shape).at[rows].set(values)``.
 
     A pytree node. Where its rows are known at compile time or `Held`, ``values`` are its only
-    child, and functions that map over arrays, such as `optax.scale`, see these alone. Where they
-    are an array, it is a child too, and `optax.scale` would multiply the row numbers: `on_values`
-    keeps them out of it.
+    child. Where they are an array, they are a child too, of a dtype of their own that knows no
+    arithmetic: what maps over arrays, such as `optax.scale`, raises a TypeError of JAX for the
+    dtype ``key<RowSparse rows>`` there, and `on_values` keeps the rows out of it.
 
     ``array + row_sparse`` adds the rows, as `optax.apply_updates` does: the sum has the array's
     dtype, all other rows are the very same, and compiled with the array donated they are not even
-    read. It raises a TypeError if arithmetic was done on row numbers, and a ValueError if shapes
-    differ.
+    read. It raises a ValueError if shapes differ.
 
     Attributes:
       rows: ascending and distinct, none negative: a tuple of whole numbers (static), `Held`, or
@@ -50,6 +53,10 @@ class RowSparse:
         values, even NaN, are ignored.
       values: ``[k, *shape[1:]]``, of any float dtype.
       shape: the shape of the whole, a tuple. Static.
+
+    Raises:
+      TypeError: if row numbers are not whole.
+      ValueError: if they are known, and are negative, out of order or not distinct.
 
     Example:
       >>> import jax.numpy as jnp
@@ -61,32 +68,43 @@ class RowSparse:
       [[2.0, 2.0], [1.0, 1.0], [1.0, 1.0]]
     """
 
-    rows: Any
+    sealed: Any  # the rows, an array of them out of reach of arithmetic
     values: jax.Array
     shape: tuple[int, ...]
 
     # NumPy would take this for a number, and add it to each of its elements.
     __array_ufunc__ = None
 
+    def __init__(self, rows: Any, values: Any, shape: tuple[int, ...]) -> None:
+        if not isinstance(rows, Held):
+            _check_order(rows, shape)
+        self._set(rows if isinstance(rows, tuple | Held) else seal(rows), values, shape)
+
+    def _set(self, *fields: Any) -> None:
+        for name, field in zip(("sealed", "values", "shape"), fields, strict=True):
+            object.__setattr__(self, name, field)
+
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         """For JAX: the children with their keys, and what is static."""
         values = (jax.tree_util.GetAttrKey("values"), self.values)
-        if isinstance(self.rows, tuple | Held):
-            return (values,), (self.rows, self.shape)
-        return ((jax.tree_util.GetAttrKey("rows"), self.rows), values), (None, self.shape)
+        if isinstance(self.sealed, tuple | Held):
+            return (values,), (self.sealed, self.shape)
+        return ((jax.tree_util.GetAttrKey("rows"), self.sealed), values), (None, self.shape)
 
     @classmethod
     def tree_unflatten(cls, static: Any, children: Any) -> RowSparse:
         """For JAX: the inverse of `tree_flatten_with_keys`."""
-        rows, shape = static
-        if rows is None:
-            rows, values = children
-        else:
-            (values,) = children
-        return cls(rows, values, shape)
+        sealed, shape = static
+        one = object.__new__(cls)
+        one._set(*((sealed, *children) if sealed is not None else children), shape)
+        return one
+
+    @property
+    def rows(self) -> Any:
+        """The row numbers: a tuple, `Held` or ``int32[k]``."""
+        return self.sealed if isinstance(self.sealed, tuple | Held) else unseal(self.sealed)
 
     def __radd__(self, whole: Any) -> jax.Array:
-        check_rows(self)
         whole = jnp.asarray(whole)
         if self.shape != whole.shape:
             raise ValueError(f"rows of a shape {self.shape} do not fit an array of {whole.shape}")
@@ -95,22 +113,20 @@ class RowSparse:
         if isinstance(self.rows, tuple):
             moved = (take(whole, self.rows) + self.values).astype(whole.dtype)
             return put(whole, self.rows, moved)
-        at = whole.at[self.index]
-        if self.values.dtype == whole.dtype:
-            return at.add(self.values, **SCATTER)
-        # As optax has it: the sum is rounded to the parameter's dtype, not the update.
-        moved = (at.get(mode="clip") + self.values).astype(whole.dtype)
-        return at.set(lax.optimization_barrier(moved), **SCATTER)
+        return laid_out(_add, lambda whole, *_: spec_of(whole))(whole, self.index, self.values)
 
     @property
     def index(self) -> Any:
         """The row numbers as what indexes an array."""
-        return self.rows.array if isinstance(self.rows, Held) else self.rows
+        return self.sealed.array if isinstance(self.sealed, Held) else self.rows
+
+    def with_values(self, values: Any) -> RowSparse:
+        """The same rows with other values."""
+        return self.tree_unflatten((self.sealed, self.shape), (values,))
 
     def densify(self) -> jax.Array:
         """The whole array, ``[*shape]``."""
-        check_rows(self)
-        rows = jnp.asarray(self.index, None if len(self.rows) else jnp.int32)
+        rows = jnp.asarray(self.index, jnp.int32)
         return jnp.zeros(self.shape, self.values.dtype).at[rows].set(self.values, **SCATTER)
 
 
@@ -128,6 +144,15 @@ class Frozen:
 
     def __radd__(self, whole: Any) -> Any:
         return whole
+
+
+def _add(whole: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
+    at = whole.at[rows]
+    if values.dtype == whole.dtype:
+        return at.add(values, **SCATTER)
+    # As optax has it: the sum is rounded to the parameter's dtype, not the update.
+    moved = (at.get(mode="clip") + values).astype(whole.dtype)
+    return at.set(lax.optimization_barrier(moved), **SCATTER)
 
 
 def take(x: Any, rows: tuple[int, ...] | Held) -> Any:
@@ -162,16 +187,18 @@ def is_row_sparse(x: Any) -> bool:
     return isinstance(x, RowSparse)
 
 
-def check_rows(x: RowSparse) -> None:
-    """Raises a TypeError for row numbers that arithmetic has been done on."""
-    if isinstance(x.rows, tuple):
+def _check_order(rows: Any, shape: tuple[int, ...]) -> None:
+    """Refuses row numbers that are known, and of which one would be lost or counted twice."""
+    if isinstance(rows, Tracer | jax.ShapeDtypeStruct) or np.ndim(rows) != 1:
         return
-    if not jnp.issubdtype(x.index.dtype, jnp.integer):
-        raise TypeError(
-            f"the row numbers of a RowSparse of {x.shape} are {x.index.dtype}: something that "
-            "maps over arrays, such as optax.clip_by_global_norm or optax.scale, has changed them. "
-            "Use clip_by_global_norm or on_values from priorityprop_jax.core.rows in its place, or "
-            "densify the tree first"
+    known = np.asarray(rows)
+    if known.size and not np.issubdtype(known.dtype, np.integer):
+        raise TypeError(f"the row numbers of a RowSparse must be whole numbers, got {known.dtype}")
+    real = known[known < shape[0]] if shape else known
+    if np.any(real < 0) or np.any(np.diff(known[: len(real)]) <= 0):
+        raise ValueError(
+            f"the rows of a RowSparse must be ascending and distinct, none negative; got {rows}: "
+            "sum the values of equal rows first, as jax.ops.segment_sum does"
         )
 
 
@@ -183,9 +210,6 @@ def densify(tree: Any) -> Any:
 
     Returns:
       The tree with arrays in their place; every other leaf is the very same.
-
-    Raises:
-      TypeError: if row numbers are no longer integers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -211,8 +235,7 @@ def on_values(inner: optax.GradientTransformation) -> optax.GradientTransformati
       An `optax.GradientTransformationExtraArgs` with the state of ``inner``.
 
     Raises:
-      TypeError: if ``inner`` is no transformation; when called, if row numbers are no longer
-        integers.
+      TypeError: if ``inner`` is no transformation.
 
     Example:
       >>> import jax.numpy as jnp
@@ -232,7 +255,7 @@ def on_values(inner: optax.GradientTransformation) -> optax.GradientTransformati
         values, state = inner.update(_map(_real_values, updates), state, None, **extra_args)
 
         def put_back(old, new):
-            return RowSparse(old.rows, new, old.shape) if is_row_sparse(old) else new
+            return old.with_values(new) if is_row_sparse(old) else new
 
         return jax.tree.map(put_back, updates, values, is_leaf=is_row_sparse), state
 
@@ -249,7 +272,6 @@ def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformationExtraArgs:
       An `optax.GradientTransformationExtraArgs` without state.
 
     Raises:
-      TypeError: when called, if row numbers are no longer integers.
       ValueError: if ``max_norm`` is not above 0.
 
     Example:
@@ -280,8 +302,7 @@ def _map(function: Callable[[RowSparse], Any], tree: Any) -> Any:
 
 def _real_values(x: RowSparse) -> jax.Array:
     """The values, zero where they are padding."""
-    check_rows(x)
-    if isinstance(x.rows, tuple | Held):
+    if isinstance(x.sealed, tuple | Held):
         return x.values
     real = (x.rows < x.shape[0]).reshape(-1, *[1] * (x.values.ndim - 1))
     return jnp.where(real, x.values, 0)

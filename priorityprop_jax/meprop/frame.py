@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-from flax.core import tracers
+
+from priorityprop_jax.core.fragile import current_trace
 
 
 class Tap(NamedTuple):
@@ -19,6 +20,9 @@ class Tap(NamedTuple):
     # [k] float32, exact for whole numbers up to 2**24; from 1 on, so that a cotangent that never
     # came, of zeros, names no row.
     rows: jax.Array
+
+
+Call = tuple[str, int]  # of a layer by its name, and which of its calls
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +44,14 @@ class LayerUse:
 
 
 class Frame:
-    """What a loss is traced with: taps and sizes for layers by name; records who is called."""
+    """What a loss is traced with: taps by call, sizes by layer; records who is called."""
 
     def __init__(
-        self, taps: Mapping[str, Any] | None = None, sizes: Mapping[str, Any] | None = None
+        self, taps: Mapping[Call, Any] | None = None, sizes: Mapping[str, Any] | None = None
     ) -> None:
         self.taps, self.sizes = dict(taps or {}), dict(sizes or {})
         self.uses: dict[str, LayerUse] = {}
+        self.calls: dict[str, int] = {}  # outside of functions that trace
         self.level: Any = None
 
     @contextlib.contextmanager
@@ -54,7 +59,7 @@ class Frame:
         """Makes this the frame of what is traced inside."""
         # A layer inside a scan or a jitted function is traced once and run often, or traced never
         # as its program is cached: what belongs to this pass must not be handed to it.
-        self.level = tracers.current_trace()
+        self.level = current_trace()
         token = _frame.set(self)
         try:
             yield
@@ -63,16 +68,23 @@ class Frame:
 
     def enter(self, name: str, use: LayerUse) -> tuple[Tap | None, Any]:
         """Records a call; its tap and its size."""
-        direct = tracers.current_trace() == self.level
-        if name in self.uses:
-            last = self.uses[name]
-            use = dataclasses.replace(
-                last, calls=last.calls + 1, by_rows=False, direct=last.direct and direct
-            )
-        else:
-            use = dataclasses.replace(use, direct=direct)
-        self.uses[name] = use
-        return (self.taps.get(name), self.sizes.get(name)) if direct else (None, None)
+        direct = current_trace() == self.level
+        last = self.uses.get(name)
+        self.uses[name] = dataclasses.replace(
+            use,
+            calls=last.calls + 1 if last else 1,
+            direct=direct and (last is None or last.direct),
+        )
+        if not direct:
+            return None, None
+        # Two models that were prepared apart may both have a layer of this name.
+        call = name, self.calls.get(name, 0)
+        self.calls[name] = call[1] + 1
+        return self.tap(call, use), self.sizes.get(name)
+
+    def tap(self, call: Call, use: LayerUse) -> Tap | None:
+        """What a call is to put its gradient into, if anything."""
+        return self.taps.get(call)
 
 
 _frame: contextvars.ContextVar[Frame | None] = contextvars.ContextVar("meprop", default=None)

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from priorityprop_jax.core.paths import path_name
+from priorityprop_jax.core.fragile import is_cast, is_stop, name_of, vary, varying
 from priorityprop_jax.core.rows import RowSparse
-from priorityprop_jax.core.varying import vary, varying
-from priorityprop_jax.meprop.frame import Frame, LayerUse, Tap
+from priorityprop_jax.core.walk import is_var
+from priorityprop_jax.meprop.frame import Call, Frame, LayerUse, Tap
 
 _MARK = "meprop tap of "
 
@@ -43,8 +43,8 @@ def value_and_grad(
 
     Returns:
       A function ``(model, *args, **kwargs) -> (value, grads)``. The model is an `nnx` module, or a
-      pytree of parameters in which a layer's kernel is found by the ``name`` of its
-      `meprop_dot_general`, as ``name/kernel``. For a module all is as with `nnx.value_and_grad`.
+      pytree of parameters, whose `meprop_dot_general` needs a ``name`` for this. For a module all
+      is as with `nnx.value_and_grad`.
 
     Raises:
       TypeError: if ``loss_fn`` is no function.
@@ -128,7 +128,7 @@ def row_value_and_grad(
     leaves, treedef = jax.tree.flatten(params)
     # A tap takes the gradient of a leaf that nothing else depends on.
     tapped = _tappable(loss, params)
-    taps = {name: _tap(k, leaves[i]) for i, (name, k) in tapped.items()}
+    taps = {call: _tap(k, leaves[i]) for i, (call, k) in tapped.items()}
 
     def of_parts(parts, taps):
         parts = iter(parts)
@@ -163,17 +163,21 @@ def find_uses(loss_fn: Callable[..., Any], params: Any, *args: Any) -> dict[str,
 class _Probe(Frame):
     """Gives taps that can be found again in the program that is traced."""
 
-    def enter(self, name: str, use: LayerUse) -> tuple[Tap | None, Any]:
-        super().enter(name, use)
-        use = self.uses[name]
-        if not (use.by_rows and use.direct):
-            return None, None
-        values = jnp.zeros((use.sizes[-1], use.inputs))
-        return Tap(checkpoint_name(values, _MARK + name), jnp.zeros(use.sizes[-1])), None
+    def __init__(self) -> None:
+        super().__init__()
+        self.tapped: list[tuple[Call, int]] = []  # the call and its largest size, by mark
+
+    def tap(self, call: Call, use: LayerUse) -> Tap | None:
+        """See `Frame`."""
+        if not use.by_rows:
+            return None
+        k, mark = use.sizes[-1], f"{_MARK}{len(self.tapped)}"
+        self.tapped.append((call, k))
+        return Tap(checkpoint_name(jnp.zeros((k, use.inputs)), mark), jnp.zeros(k))
 
 
-def _tappable(loss: Callable[..., Any], params: Any) -> dict[int, tuple[str, int]]:
-    """Kernels that their layer alone depends on: place -> name, largest size of the layer.
+def _tappable(loss: Callable[..., Any], params: Any) -> dict[int, tuple[Call, int]]:
+    """Kernels that one call of a layer alone depends on: place -> the call, its largest size.
 
     What the layer multiplies by must be the leaf itself, at most in another precision: what is
     computed from it, or stopped on the way, has another gradient than the tap brings.
@@ -185,57 +189,41 @@ def _tappable(loss: Callable[..., Any], params: Any) -> dict[int, tuple[str, int
             return loss(params)
 
     jaxpr = jax.make_jaxpr(traced)(params).jaxpr
-    layers: dict[Any, str] = {}  # by variable of the tap
+    marks: dict[Any, int] = {}  # by variable of the tap
     leaf = {var: i for i, var in enumerate(jaxpr.invars)}  # that a variable is, but for precision
-    stopped: dict[Any, int] = {}
-    found: dict[str, int] = {}
+    found: list[tuple[int, int]] = []  # place of the kernel, mark of its tap
     others: set[int] = set()  # that something else depends on
     floating = lambda x: jnp.issubdtype(x.aval.dtype, jnp.floating)  # noqa: E731
     for eqn in _live(jaxpr):
-        operands = [None if hasattr(x, "val") else x for x in eqn.invars]
-        kind, first, out = eqn.primitive.name, next(iter(operands), None), eqn.outvars[:1]
-        if kind == "name" and eqn.params["name"].startswith(_MARK):
-            layers[out[0]] = eqn.params["name"].removeprefix(_MARK)
-        elif kind == "stop_gradient":
-            if first in leaf:
-                stopped[out[0]] = leaf[first]
-        elif kind == "convert_element_type" and first in leaf and floating(out[0]):
-            leaf[out[0]] = leaf[first]
-        else:
-            others.update(leaf[x] for x in operands if x in leaf)
+        operands = [x if is_var(x) else None for x in eqn.invars]
+        out = eqn.outvars[0]
+        if (mark := name_of(eqn)) is not None and mark.startswith(_MARK):
+            marks[out] = int(mark.removeprefix(_MARK))
+        elif is_cast(eqn) and operands[0] in leaf and floating(out):
+            leaf[out] = leaf[operands[0]]
+        elif not is_stop(eqn):
             for at, x in enumerate(operands):
-                if x in layers and operands[at - 1] in stopped:  # the kernel, then its tap
-                    found[layers[x]] = stopped[operands[at - 1]]
+                if x in marks and operands[at - 1] in leaf:  # the kernel, then its tap
+                    found.append((leaf[operands[at - 1]], marks[x]))
+                    operands[at - 1] = None
+            others.update(leaf[x] for x in operands if x in leaf)
     others.update(leaf[x] for x in jaxpr.outvars[:1] if x in leaf)
-    index, places = _kernels(params), list(found.values())
+    places = [place for place, _ in found]
     return {
-        place: (name, probe.uses[name].sizes[-1])
-        for name, place in found.items()
-        if index.get(name) == place
-        and place not in others
-        and places.count(place) == 1
-        and probe.uses[name].by_rows
-        and probe.uses[name].direct
+        place: probe.tapped[mark]
+        for place, mark in found
+        if place not in others and places.count(place) == 1
     }
 
 
 def _live(jaxpr: Any) -> list[Any]:
     """The equations that the first output, the loss, depends on."""
-    needed, live = {x for x in jaxpr.outvars[:1] if not hasattr(x, "val")}, []
+    needed, live = set(filter(is_var, jaxpr.outvars[:1])), []
     for eqn in reversed(jaxpr.eqns):
         if needed.intersection(eqn.outvars):
-            needed.update(x for x in eqn.invars if not hasattr(x, "val"))
+            needed.update(filter(is_var, eqn.invars))
             live.append(eqn)
     return live[::-1]
-
-
-def _kernels(params: Any) -> dict[str, int]:
-    """Layer name -> place of its kernel among the leaves."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(params)
-    names = [path_name(path) for path, _ in paths]
-    return {
-        name.removesuffix("/kernel"): i for i, name in enumerate(names) if name.endswith("/kernel")
-    }
 
 
 def _tap(k: int, kernel: jax.Array) -> Tap:

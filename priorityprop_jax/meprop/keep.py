@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from priorityprop_jax.core.fragile import vary, varying
 from priorityprop_jax.core.selection import (
     PATTERNS,
     Pattern,
@@ -23,7 +24,6 @@ from priorityprop_jax.core.selection import (
     resolve_k,
     seed_of,
 )
-from priorityprop_jax.core.varying import vary, varying
 from priorityprop_jax.meprop.frame import Tap
 
 K = int | float | tuple[int | float, ...]
@@ -52,8 +52,9 @@ def kept_columns(rule: Rule, dy: jax.Array) -> jax.Array:
     tile = rule.tile if rule.pattern == "tile" else 1
     scores = magnitudes(dy).reshape(rule.groups, -1, tile).sum(-1)
     tiles = jax.vmap(lambda s: largest(s, rule.k // tile))(scores)  # [groups, tiles]
-    kept = (tiles[..., None] * tile + jnp.arange(tile)).reshape(rule.groups, -1)
-    return (kept + jnp.arange(rule.groups)[:, None] * width).reshape(-1)
+    within = lax.broadcasted_iota(tiles.dtype, (*tiles.shape, tile), 2)
+    first = lax.broadcasted_iota(tiles.dtype, within.shape, 0) * width  # of each group
+    return (tiles[..., None] * tile + within + first).reshape(-1)
 
 
 def pull_kept(

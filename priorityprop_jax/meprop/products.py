@@ -18,8 +18,8 @@ import numpy as np
 from jax import lax
 from opt_einsum import parser
 
+from priorityprop_jax.core.fragile import varying
 from priorityprop_jax.core.selection import Pattern
-from priorityprop_jax.core.varying import varying
 from priorityprop_jax.meprop.frame import LayerUse, enter
 from priorityprop_jax.meprop.keep import Compute, K, MeProp, Rule, apply, at_size, pull_kept
 
@@ -130,8 +130,6 @@ class MePropDot(MeProp):
         by_rows = by_rows and varying(x) <= varying(kernel)
         use = LayerUse(rows, contracted, features, tuple(rule.k for rule in rules), by_rows)
         tap, size = enter(self.name, use)
-        if tap is not None:
-            kernel = lax.stop_gradient(kernel)  # its gradient is the tap's
         return apply(_Product(compute, x_axes, kernel_axes, y_axes, rules), x, kernel, tap, size)
 
 

@@ -253,7 +253,7 @@ class FeaturesStep:
             values = [g.values if isinstance(g, RowSparse) else g for g in leaves]
             total = sum(jnp.sum(jnp.abs(x).astype(jnp.float32)) for x in values)
             elements = sum(math.prod(g.shape) for g in leaves)
-            means.append(total * layer.outputs / (elements * k))
+            means.append(total * layer.outputs / elements / k.astype(jnp.float32))
         return jnp.stack(means)
 
     def _look(self, rest: Any, batch: Any) -> None:
@@ -276,6 +276,12 @@ class FeaturesStep:
             raise ValueError(
                 "a share chooses among sizes: give meprop several, as in k=(0.02, 0.05, 0.1), and "
                 "step(...) a share; or one k, and share=None"
+            )
+        known = [f"{leaf}/" for leaf in self.slots.leaves(self.slots.names)]
+        if lost := [name for name in uses if not any(x.startswith(f"{name}/") for x in known)]:
+            raise ValueError(
+                f"the meProp layers {lost} are none of the model's {list(self.slots.names)}: they "
+                "were prepared as a part of it; call meprop on the whole model"
             )
         self._uses = uses
         self._layers = [

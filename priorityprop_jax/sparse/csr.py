@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from priorityprop_jax.core.varying import vary, varying
+from priorityprop_jax.core.fragile import zeros
 from priorityprop_jax.sparse.pattern import SparsePattern
 
 # Rows of a slice, and places of each row in one fused step.
@@ -157,14 +157,6 @@ def sampled_product(indices: jax.Array, lines: Lines, x: jax.Array, dy: jax.Arra
 
     tiles = _tiles(x.astype(wide)), _tiles(dy.astype(wide))
     return lax.scan(of_tile, total, tiles)[0].astype(dtype)
-
-
-def zeros(shape: tuple[int, ...], dtype: Any, *like: jax.Array) -> jax.Array:
-    """Zeros for a loop to start from that adds up what comes of other arrays.
-
-    Inside of `jax.shard_map` they must be of a type that differs between shards as those do.
-    """
-    return vary(jnp.zeros(shape, dtype), frozenset().union(*map(varying, like)))
 
 
 def _row_lines(pattern: SparsePattern) -> Lines:

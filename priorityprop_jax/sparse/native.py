@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from priorityprop_jax.core.varying import vary, varying
+from priorityprop_jax.core.fragile import vary, varying, varying_type
 from priorityprop_jax.core.walk import register_flops
 from priorityprop_jax.sparse.pattern import ConvGeometry, SparsePattern
 
@@ -125,12 +125,8 @@ def _call(
     # Within `jax.shard_map` operands must vary along the same axes, and results are told to.
     axes = frozenset[str]().union(*map(varying, operands))
     operands = tuple(vary(x, axes) for x in operands)
-    varies = {}
-    if axes:
-        mesh = jax.sharding.get_abstract_mesh()
-        varies["sharding"] = jax.sharding.NamedSharding(mesh, jax.P())
-        varies["manual_axis_type"] = jax.sharding.ManualAxisType(varying=axes)
-    results = [jax.ShapeDtypeStruct(shape, jnp.float32, **varies) for shape in shapes]
+    kind = varying_type(axes)
+    results = [jax.ShapeDtypeStruct(shape, jnp.float32, **kind) for shape in shapes]
     call = jax.ffi.ffi_call(_target(name, library.name), results, vmap_method="sequential")
     return call(*operands, **attributes)
 

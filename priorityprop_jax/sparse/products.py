@@ -8,11 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_batching import custom_vmap
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding
 
-from priorityprop_jax.core.varying import vary, varying
+from priorityprop_jax.core.fragile import custom_partitioning, custom_vmap, vary_alike, varying
 from priorityprop_jax.sparse.backends import KERNELS
 from priorityprop_jax.sparse.pattern import ConvGeometry
 
@@ -42,9 +40,7 @@ def multiply(product: Product, values: jax.Array, pattern: Any, x: jax.Array) ->
     """
     # Kernels see one set of axes; that the values' gradient is summed over those that they lacked
     # follows from this line.
-    axes = frozenset().union(*map(varying, jax.tree.leaves((values, pattern, x))))
-    values, pattern, x = jax.tree.map(lambda leaf: vary(leaf, axes), (values, pattern, x))
-    return _multiply(product, values, pattern, x)
+    return _multiply(product, *vary_alike((values, pattern, x)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -61,8 +61,7 @@ def test_is_a_pytree_with_paths():
     x = make([1, 4])
     paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path({"w": x})]
     assert paths == ["['w'].rows", "['w'].values"]
-    doubled = jax.tree.map(lambda leaf: 2 * leaf, x)
-    assert doubled.rows.tolist() == [2, 8] and doubled.shape == SHAPE
+    assert jax.tree.map(lambda leaf: leaf, x).rows.tolist() == [1, 4]
     assert jax.tree.map(lambda _: None, x).values is None
     assert jax.tree.structure(x) == jax.tree.structure(make([2, 3]))
     assert jax.tree.structure(x) != jax.tree.structure(make([2, 3], (7, 3)))
@@ -150,12 +149,48 @@ def test_on_values_forwards_state_and_extra_arguments():
     np.testing.assert_array_equal(found["w"].rows, [1, 7])
 
 
-def test_row_numbers_that_were_multiplied():
-    tree, _ = optax.scale(0.5).update({"w": make([1, 4])}, optax.EmptyState())
-    clip = clip_by_global_norm(1.0)
-    for call in (densify, lambda tree: clip.update(tree, optax.EmptyState())):
-        with pytest.raises(TypeError, match="Use clip_by_global_norm.*densify the tree first"):
-            call(tree)
+# Each of these changed the numbers of an int32 array, and no error came of it.
+REACH_FOR_ROWS = {
+    "scale": optax.scale(2),
+    "negated": optax.scale(-1),
+    "sign": optax.scale_by_sign(),
+    "clip": optax.clip(1),
+    "schedule": optax.scale_by_schedule(lambda step: 2),
+    "momentum": optax.trace(0.5),
+    "decay": optax.add_decayed_weights(1),
+    "norm": optax.clip_by_global_norm(1.0),
+    "float": optax.scale(0.5),
+}
+
+
+@pytest.mark.parametrize("tx", REACH_FOR_ROWS.values(), ids=REACH_FOR_ROWS.keys())
+def test_no_arithmetic_reaches_row_numbers(tx):
+    x = make([1, 4])
+    with pytest.raises((TypeError, NotImplementedError)):
+        tx.update(x, tx.init(x), jax.tree.map(lambda leaf: leaf, x))
+    with pytest.raises(TypeError, match="RowSparse rows: use on_values"):
+        jax.jit(lambda x: jax.tree.map(lambda leaf: leaf * 2, x))(x)
+
+
+def test_what_only_looks_at_rows_or_empties_them():
+    x = make([1, 4])
+    tx = optax.apply_if_finite(optax.identity(), 3)
+    kept, state = jax.jit(tx.update)(x, tx.init(x))
+    assert kept.rows.tolist() == [1, 4] and state.total_notfinite == 0
+    none = jax.tree.map(jnp.zeros_like, x)  # zeros name no row
+    np.testing.assert_array_equal(jnp.ones(SHAPE) + none, np.ones(SHAPE))
+    assert min(none.rows) >= SHAPE[0]
+    with pytest.raises(TypeError, match="have become True.*use on_values"):
+        _ = jax.tree.map(lambda leaf: True, x).rows
+
+
+@pytest.mark.parametrize("rows", [[1, 1], [4, 1], [-1, 2], (0, 0), np.array([2, 2, 9])], ids=str)
+def test_rows_that_would_be_lost_or_counted_twice(rows):
+    rows = rows if isinstance(rows, tuple | np.ndarray) else jnp.array(rows)
+    with pytest.raises(ValueError, match="ascending and distinct.*segment_sum"):
+        RowSparse(rows, jnp.ones((len(rows), 3)), SHAPE)
+    with pytest.raises(TypeError, match="must be whole numbers, got float32"):
+        RowSparse(jnp.ones(2), jnp.ones((2, 3)), SHAPE)
 
 
 def test_wrong_arguments():

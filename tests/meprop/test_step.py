@@ -267,6 +267,14 @@ def test_all_features_train_as_ever(k, budget, optimizer):
         assert_close(kernel if i == 2 else kernel.T, layer["kernel"], atol=1e-3)
 
 
+def test_a_part_of_the_model_that_was_prepared_apart():
+    model = nnx.Dict(net=nnx.Sequential(nnx.Linear(6, 16, rngs=nnx.Rngs(0))))
+    meprop(model.net, 4, layers=nnx.Linear)
+    ours = Trainer(model, optax.sgd(0.1), lambda m, x: m.net(x).sum(), step=step(), progress=False)
+    with pytest.raises(ValueError, match=r"\['layers/0'\] are none of.*on the whole model"):
+        ours.train([X])
+
+
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):
     whole = trainer(every=4)
     whole.train(Loader(), 3)
