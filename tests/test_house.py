@@ -30,7 +30,7 @@ BELOW = {
 EXCEPTIONS: dict[str, set[str]] = {}
 
 # It may shrink: towards 15,000.
-MOST_LINES = 16_960
+MOST_LINES = 17_100
 
 
 def module_name(path: pathlib.Path) -> str:
