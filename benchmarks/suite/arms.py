@@ -124,8 +124,7 @@ def ablated(text: str, family: str = "ours", **options: Any) -> Arm:
 # What PriorityProp's factors are worth: half of the updates, the same number for all.
 ABLATIONS: dict[str, Arm] = {
     "uniform": ablated(
-        "the same updates for every leaf", "baseline",
-        magnitude="constant", count_discount=False, depth_base=1.0,
+        "the same updates for every leaf", "baseline", score="uniform"
     ),
     "random": ablated(
         "scores drawn anew each cycle", "random",
@@ -143,8 +142,7 @@ ABLATIONS: dict[str, Arm] = {
     "spread nested": ablated("updates packed to the front of a cycle", spread="nested"),
     "budget 0.25": ablated("the default with a quarter of the updates", total_budget=0.25),
     "uniform, budget 0.25": ablated(
-        "uniform with a quarter of the updates", "baseline",
-        magnitude="constant", count_discount=False, depth_base=1.0, total_budget=0.25,
+        "uniform with a quarter of the updates", "baseline", score="uniform", total_budget=0.25
     ),
 }  # fmt: skip
 

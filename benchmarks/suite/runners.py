@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +29,7 @@ from priorityprop_jax import (
 )
 from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.core.program import program_flops
-from priorityprop_jax.priority import transform
-from priorityprop_jax.priority.scores import priority
+from priorityprop_jax.priority.scores import Look, priority
 from priorityprop_jax.priority.transform import PriorityPropState
 from priorityprop_jax.training import Trainer
 
@@ -150,15 +148,14 @@ def transformation(arm: Arm, rate: Any, steps: int) -> optax.GradientTransformat
         )
     if arm.optimizer == "priorityprop":
         options = {"total_budget": None, "recalc_every": CYCLE, **options}
-        discount = options.pop("count_discount", True)
+        if not options.pop("count_discount", True):
+            options["score"] = _without_counts
         options["magnitude"] = MAGNITUDES.get(
             options.get("magnitude"), options.get("magnitude", "mean")
         )
         chosen = priorityprop(optax.adamw(rate, weight_decay=WEIGHT_DECAY), **options)
         # The schedule is on the clock of steps, the optimizer on that of each slot.
-        return optax.chain(
-            chosen if discount else _without_counts(chosen), optax.scale_by_schedule(factor)
-        )
+        return optax.chain(chosen, optax.scale_by_schedule(factor))
     return optax.adamw(scheduled, weight_decay=WEIGHT_DECAY)
 
 
@@ -172,16 +169,9 @@ def _from_gradient(grads: Any) -> jax.Array:
 MAGNITUDES: dict[Any, Any] = {"constant": lambda grads: jnp.ones(()), "random": _from_gradient}
 
 
-def _without_counts(tx: optax.GradientTransformationExtraArgs) -> Any:
-    """PriorityProp without its count discount, which the library always applies."""
-
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        with mock.patch.object(
-            transform, "priority", lambda m, c, *rest: priority(m, jnp.ones_like(c), *rest)
-        ):
-            return tx.update(updates, state, params, **extra)
-
-    return optax.GradientTransformationExtraArgs(tx.init, update)
+def _without_counts(look: Look) -> jax.Array:
+    """PriorityProp's score without its count discount."""
+    return priority(look.magnitudes, 0, look.depth_factors, look.costs)
 
 
 def muon(rate: Any) -> optax.GradientTransformation:

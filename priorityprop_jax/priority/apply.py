@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,6 @@ from jax import lax
 
 from priorityprop_jax.core.slots import Bundle
 from priorityprop_jax.priority.per_slot import PerSlot, layer_of, like
-from priorityprop_jax.priority.scores import gain
 
 
 @dataclasses.dataclass
@@ -42,24 +41,24 @@ class Work:
         }
         return updates, {i: new[i] for i in own}, shared
 
-    def gains(self) -> jax.Array:
-        """``float32[slots]``: ``|<g, u>|`` of one inner update that is then forgotten."""
+    def measure(self, fn: Callable[..., Any]) -> jax.Array:
+        """See `Look.measure`; the inner updates are then forgotten."""
         values = [jnp.zeros(0, jnp.float32)]
         shared = {i: self.state[i] for i in self.per_slot.shared}
         for bundle in self.per_slot.slots.bundles:
 
-            def gain_of(layer, bundle=bundle):
+            def of_layer(layer, bundle=bundle):
                 grads, params, own = self._of_layer(bundle, layer, self.grads, self.state)
                 slot = bundle.start + jnp.asarray(layer, jnp.int32)
                 updates, *_ = self._update_one(bundle, slot, grads, params, own, shared)
-                return gain(grads, updates)
+                return jnp.asarray(fn(grads, params, updates), jnp.float32).reshape(())
 
             if self.grads[bundle.leaves[0]] is None:
                 values.append(jnp.zeros(bundle.slots, jnp.float32))
             elif bundle.layers is None:
-                values.append(gain_of(0)[None])
+                values.append(of_layer(0)[None])
             else:
-                values.append(lax.map(gain_of, jnp.arange(bundle.layers, dtype=jnp.int32)))
+                values.append(lax.map(of_layer, jnp.arange(bundle.layers, dtype=jnp.int32)))
         return jnp.concatenate(values)
 
     def _of_layer(self, bundle: Bundle, layer: Any, grads: Any, state: Any) -> tuple[Any, Any, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from priorityprop_jax.core.slots import Slots, find_slots
 from priorityprop_jax.priority.allocation import check_spread
-from priorityprop_jax.priority.scores import Magnitude, check_magnitude
+from priorityprop_jax.priority.scores import Magnitude, Score, check_magnitude, check_score
 
 Budget = int | float | jax.Array | Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike] | None
 
@@ -40,11 +40,16 @@ class Options:
     costs: Mapping[str, float] | None
     stacked_axis: Callable[[str], int | None] | None
     group: Callable[[str], str | None] | None
+    score: Score
 
-    def check(self, extra_magnitudes: Sequence[str] = ()) -> None:
-        """Raises for what is wrong whatever the parameters are."""
+    def check(self, extra: Sequence[str] = ()) -> None:
+        """Raises for what is wrong whatever the parameters are.
+
+        ``extra`` are magnitudes and scores that need an inner optimizer, where there is one.
+        """
         check_spread(self.spread)
-        check_magnitude(self.magnitude, extra_magnitudes)
+        check_magnitude(self.magnitude, extra)
+        check_score(self.score, extra)
         bounds = {"min_updates": (0, 2**31 - 1), "max_updates": (1, 2**31 - 1)}
         bounds["recalc_every"] = (1, 46_340)
         for name, (least, most) in bounds.items():

@@ -1,7 +1,9 @@
-"""Who deserves the budget: magnitude x count discount x depth factor."""
+"""Who deserves the budget: magnitude x count discount x depth factor, or a score of one's own."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -122,6 +124,113 @@ def priority(
     return usable * (1.0 / counts) * factors
 
 
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What a score may look at. Vectors are over slots, ``[slots]``; all but `slots` is traced.
+
+    Attributes:
+      slots: names, shapes, sizes and depths. Static.
+      step: ``int32[]``, steps taken so far.
+      counts: ``int32``, updates that each slot has had.
+      depth_factors: ``float32``.
+      costs: ``float32``, the relative price of one update.
+      last: ``float32``, magnitudes of the last cycle; in `budgeted`, of each slot's last update.
+      measure: ``measure(fn)`` gives ``float32``: the number ``fn(grads, params, updates)`` of every
+        slot, each a list of the slot's leaves, one layer's where they are stacked; 0 where there is
+        no gradient. ``params`` is None where ``update`` was given none; ``updates`` are those that
+        the inner optimizer would make, None where there is no inner optimizer.
+      weigh: makes `magnitudes`.
+    """
+
+    slots: Slots
+    step: jax.Array
+    counts: jax.Array
+    depth_factors: jax.typing.ArrayLike
+    costs: jax.typing.ArrayLike
+    last: jax.Array
+    measure: Callable[[Callable[..., Any]], jax.Array]
+    weigh: Callable[[], jax.Array]
+
+    @functools.cached_property
+    def magnitudes(self) -> jax.Array:
+        """``float32[slots]``, of the gradients; computed where a score asks for them."""
+        return self.weigh()
+
+
+Score = str | Callable[[Look], jax.typing.ArrayLike]
+
+
+def _priorityprop(look: Look) -> jax.Array:
+    return priority(look.magnitudes, look.counts, look.depth_factors, look.costs)
+
+
+def _gain(look: Look) -> jax.Array:
+    """What the loss should fall by, per cost."""
+    return look.measure(lambda grads, params, updates: gain(grads, updates)) / look.costs
+
+
+def _change(look: Look) -> jax.Array:
+    """How far the magnitude is from the last one."""
+    return jnp.abs(look.magnitudes - look.last)
+
+
+def _random(look: Look) -> jax.Array:
+    return jax.random.uniform(jax.random.fold_in(jax.random.key(0), look.step), look.counts.shape)
+
+
+def _robin(look: Look) -> jax.Array:
+    """In turn: how many updates a slot is behind."""
+    return jnp.max(look.counts, initial=0) - look.counts
+
+
+def _uniform(look: Look) -> jax.Array:
+    return jnp.ones(look.counts.shape)
+
+
+SCORES: Mapping[str, Callable[[Look], jax.Array]] = {
+    "priorityprop": _priorityprop,
+    "gain": _gain,
+    "change": _change,
+    "random": _random,
+    "robin": _robin,
+    "uniform": _uniform,
+}
+
+
+def score(look: Look, kind: Score) -> jax.Array:
+    """``[slots]``: the score of every slot by name or function; 0 where it is not finite."""
+    values = jnp.asarray(SCORES[kind](look) if isinstance(kind, str) else kind(look))
+    if values.shape != look.counts.shape:
+        raise ValueError(
+            f"a score must return a vector of one number a slot, [{look.counts.size}], "
+            f"got shape {values.shape}"
+        )
+    return jnp.where(jnp.isfinite(values), values, 0)
+
+
+def measure(
+    slots: Slots, fn: Callable[..., Any], grads: Sequence[Any], params: Sequence[Any] | None = None
+) -> jax.Array:
+    """`Look.measure` where there is no inner optimizer; ``grads`` and ``params`` are flat."""
+    values = [jnp.zeros(0, jnp.float32)]
+    for bundle in slots.bundles:
+        own = [grads[leaf] for leaf in bundle.leaves]
+        beside = None if params is None else [params[leaf] for leaf in bundle.leaves]
+
+        def of_layer(own, beside):
+            return jnp.asarray(fn(own, beside, None), jnp.float32).reshape(())
+
+        axes = list(bundle.axes)
+        if own[0] is None:
+            values.append(jnp.zeros(bundle.slots, jnp.float32))
+        elif bundle.layers is None:
+            values.append(of_layer(own, beside)[None])
+        else:
+            over = (axes, None if beside is None else axes)
+            values.append(jax.vmap(of_layer, over)(own, beside))
+    return jnp.concatenate(values)
+
+
 def depth_factors(
     slots: Slots,
     depth_base: float | jax.Array = 1.1,
@@ -167,3 +276,10 @@ def check_magnitude(kind: Magnitude, extra: Sequence[str] = ()) -> None:
         raise ValueError(
             f"magnitude must be one of {(*MAGNITUDES, *extra)} or a function, got {kind!r}"
         )
+
+
+def check_score(kind: Score, extra: Sequence[str] = ()) -> None:
+    """Raises a ValueError if ``kind`` is neither a known score nor a function."""
+    names = [name for name in SCORES if name != "gain" or name in extra]
+    if not callable(kind) and kind not in names:
+        raise ValueError(f"score must be one of {(*names,)} or a function, got {kind!r}")

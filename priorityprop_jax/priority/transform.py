@@ -17,11 +17,15 @@ from priorityprop_jax.priority.apply import Work
 from priorityprop_jax.priority.options import DEFAULT_BUDGET, Budget, Options
 from priorityprop_jax.priority.per_slot import PerSlot
 from priorityprop_jax.priority.scores import (
+    Look,
     Magnitude,
+    Score,
     cost_vector,
     depth_factors,
+    gain,
     magnitude,
-    priority,
+    measure,
+    score,
 )  # fmt: skip
 
 
@@ -59,6 +63,7 @@ def priorityprop(
     costs: Mapping[str, float] | None = None,
     stacked_axis: Callable[[str], int | None] | None = None,
     group: Callable[[str], str | None] | None = None,
+    score: Score = "priorityprop",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Wraps an optimizer so that each slot gets updates in proportion to its priority.
 
@@ -106,6 +111,10 @@ def priorityprop(
       costs: relative price of one update by slot name; turns priority into priority per cost.
       stacked_axis: see `find_slots`.
       group: see `find_slots`.
+      score: what is shared in proportion to: ``"priorityprop"``, the formula above; ``"gain"`` (see
+        ``magnitude``); ``"change"`` of the magnitude since the last cycle; ``"random"``;
+        ``"robin"``, in turn; ``"uniform"``; or a function of a `Look` that returns a number that is
+        not negative for every slot.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with the state `PriorityPropState`. Extra
@@ -136,9 +145,9 @@ def priorityprop(
     inner = optax.with_extra_args_support(inner)
     options = Options(
         total_budget, min_updates, max_updates, recalc_every, spread, magnitude, magnitude_decay,
-        depth_base, depth_factor, costs, stacked_axis, group,
+        depth_base, depth_factor, costs, stacked_axis, group, score,
     )  # fmt: skip
-    options.check(extra_magnitudes=("gain",))
+    options.check(extra=("gain",))
 
     def spend(slots, tree, updates, state, params, extra_args):
         per_slot = PerSlot(inner, tree, slots)
@@ -146,7 +155,7 @@ def priorityprop(
         parameters = None if params is None else per_slot.flatten(params)
         inner_state = per_slot.state_leaves(state.inner_state)
         work = Work(per_slot, grads, inner_state, parameters, extra_args)
-        state, counts = _plan(options, slots, grads, state, work.gains)
+        state, counts = _plan(options, slots, grads, state, work.measure)
         if options.is_full() and len(slots) and not per_slot.stack_axis:
             new_updates, inner_state = work.apply_plain(updates, counts)
         else:
@@ -171,6 +180,7 @@ def scale_by_priority(
     costs: Mapping[str, float] | None = None,
     stacked_axis: Callable[[str], int | None] | None = None,
     group: Callable[[str], str | None] | None = None,
+    score: Score = "priorityprop",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies each slot's update by the number of updates that its priority earns at this step.
 
@@ -182,8 +192,8 @@ def scale_by_priority(
     cancels. Either way an optimizer in the chain goes on updating its own state for every slot at
     every step; `priorityprop` does not.
 
-    The options are those of `priorityprop`, but for the magnitude ``"gain"``, which needs an inner
-    optimizer and is refused. Magnitudes are those of the incoming updates.
+    The options are those of `priorityprop`, but for the magnitude and the score ``"gain"``, which
+    need an inner optimizer and are refused. Magnitudes are those of the incoming updates.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with the state `PriorityPropState`.
@@ -205,14 +215,16 @@ def scale_by_priority(
     """
     options = Options(
         total_budget, min_updates, max_updates, recalc_every, spread, magnitude, magnitude_decay,
-        depth_base, depth_factor, costs, stacked_axis, group,
+        depth_base, depth_factor, costs, stacked_axis, group, score,
     )  # fmt: skip
     options.check()
 
     def spend(slots, tree, updates, state, params, extra_args):
         treedef = jax.tree.structure(tree)
         leaves = treedef.flatten_up_to(updates)
-        state, counts = _plan(options, slots, leaves, state)
+        plain = lambda fn: measure(slots, fn, leaves, parameters)  # noqa: E731
+        parameters = None if params is None else treedef.flatten_up_to(params)
+        state, counts = _plan(options, slots, leaves, state, plain)
         if options.is_full():
             return updates, state
         scaled = list(leaves)
@@ -283,23 +295,12 @@ def _present(slots: Slots, leaves: Sequence[Any]) -> np.ndarray:
     return present
 
 
-def _magnitudes(slots: Slots, leaves: Sequence[Any], kind: Magnitude) -> jax.Array:
-    """``float32[slots]``; 0 where gradients are absent."""
-    values = [jnp.zeros(0, jnp.float32)]
-    for bundle in slots.bundles:
-        grads = [leaves[leaf] for leaf in bundle.leaves]
-        if grads[0] is None:
-            values.append(jnp.zeros(bundle.slots, jnp.float32))
-        elif bundle.layers is None:
-            values.append(magnitude(grads, kind)[None])
-        else:
-            of_layer = jax.vmap(lambda *layer: magnitude(layer, kind), bundle.axes)
-            values.append(of_layer(*grads))
-    return jnp.concatenate(values)
-
-
 def _plan(
-    options: Options, slots: Slots, grads: list[Any], state: PriorityPropState, gains: Any = None
+    options: Options,
+    slots: Slots,
+    grads: list[Any],
+    state: PriorityPropState,
+    measured: Callable[[Callable[..., Any]], jax.Array],
 ) -> tuple[PriorityPropState, jax.Array]:
     """Scores and allocates where a cycle starts.
 
@@ -313,14 +314,21 @@ def _plan(
 
     def recalculate(state):
         kind = options.magnitude
-        fresh = gains() if kind == "gain" else _magnitudes(slots, grads, kind)
+        if kind == "gain":
+            fresh = measured(lambda grads, params, updates: gain(grads, updates))
+        else:
+            fresh = measure(slots, lambda grads, *_: magnitude(grads, kind), grads)
         finite = jnp.isfinite(fresh)
         mean = decay * state.magnitudes + (1 - decay) * jnp.where(finite, fresh, 0.0)
         mean = jnp.where(present, mean, state.magnitudes)
         score_counts = state.score_counts + present.astype(np.int32)
         weight = 1 - decay ** score_counts.astype(jnp.float32)
         unbiased = jnp.where(score_counts > 0, mean / jnp.where(weight > 0, weight, 1), 0.0)
-        priorities = priority(unbiased, state.update_counts, factors, costs)
+        look = Look(
+            slots, state.step, state.update_counts, factors, costs, state.magnitudes,
+            measured, weigh=lambda: unbiased,
+        )  # fmt: skip
+        priorities = score(look, options.score).astype(jnp.float32)
 
         budget = options.total_budget
         budget = jnp.asarray(budget(state.step)) if callable(budget) else budget
