@@ -30,7 +30,7 @@ BELOW = {
 EXCEPTIONS: dict[str, set[str]] = {}
 
 # It may shrink: towards 15,000.
-MOST_LINES = 17_100
+MOST_LINES = 17_750
 
 
 def module_name(path: pathlib.Path) -> str:

@@ -322,3 +322,45 @@ def test_costs_must_be_above_zero_in_float32(value):
         ValueError, match=r"costs\['layer_001'\] is .*, but must be a finite float32"
     ):
         scores.cost_vector(chain(2), {"layer_000": 1.0, "layer_001": value})
+
+
+# Scores by name, and of one's own.
+
+
+def look(**changes):
+    slots, ones = chain(3), jnp.ones(3)
+    grads = [jnp.array([1.0, 3.0]), None, jnp.array([-5.0])]
+    given = dict(
+        slots=slots, step=jnp.int32(7), counts=jnp.array([4, 1, 2]), depth_factors=2 * ones,
+        costs=jnp.array([1.0, 1.0, 4.0]), last=ones,
+        measure=lambda fn: scores.measure(slots, fn, grads), weigh=lambda: jnp.array([2.0, 0, 5]),
+    )  # fmt: skip
+    return scores.Look(**(given | changes))
+
+
+def test_scores_by_name():
+    expected = {
+        "priorityprop": [2 * 2 / 5, 0, 5 * 2 / 3 / 4],
+        "gain": [10 / 1, 0, 25 / 4],
+        "change": [1, 1, 4],
+        "robin": [0, 3, 2],
+        "uniform": [1, 1, 1],
+    }
+    with_updates = lambda fn: jnp.array([fn([g], None, [g]) for g in at], jnp.float32)  # noqa: E731
+    at = [jnp.array([1.0, 3.0]), jnp.zeros(1), jnp.array([-5.0])]
+    for name, wanted in expected.items():
+        np.testing.assert_allclose(scores.score(look(measure=with_updates), name), wanted)
+    draws = [scores.score(look(step=jnp.int32(i)), "random") for i in (1, 1, 2)]
+    assert jnp.all((draws[0] >= 0) & (draws[0] < 1)) and not jnp.array_equal(draws[0], draws[2])
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert set(scores.SCORES) == {*expected, "random"}
+
+
+def test_a_score_of_ones_own_is_a_vector_and_counts_as_zero_where_it_is_not_finite():
+    own = lambda look: look.measure(lambda grads, params, updates: grads[0].sum())  # noqa: E731
+    assert scores.score(look(), own).tolist() == [4, 0, -5]
+    assert scores.score(look(), lambda _: jnp.array([jnp.nan, jnp.inf, 2])).tolist() == [0, 0, 2]
+    with pytest.raises(ValueError, match=r"a vector of one number a slot, \[3\], got shape \(1,\)"):
+        scores.score(look(), lambda _: jnp.ones(1))
+    with pytest.raises(ValueError, match="score must be one of .*'robin'.* got 'gian'"):
+        scores.check_score("gian", ("gain",))

@@ -359,6 +359,24 @@ def test_gain_is_the_decrease_that_the_inner_update_promises():
             np.testing.assert_allclose(state.magnitudes, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("layers", [None, 2])
+def test_a_score_of_ones_own_sees_gradients_parameters_and_updates(layers):
+    shape = (2,) if layers is None else (layers, 2)
+    params = {"a": jnp.full(shape, 2.0), "b": jnp.full(shape, 3.0)}
+    grads = {"a": jnp.full(shape, 5.0), "b": jnp.full(shape, 7.0)}
+    own = lambda grads, params, updates: jnp.sum(grads[0] * params[0] - 10 * updates[0])  # noqa: E731
+    tx = priorityprop(
+        optax.sgd(0.1), 0.5, 0, 4, 4, score=lambda look: look.measure(own) * (look.counts + 1),
+        stacked_axis=None if layers is None else lambda name: 0,
+    )  # fmt: skip
+    _, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    np.testing.assert_allclose(state.priorities, np.repeat([30, 56], layers or 1))
+    beside = lambda grads, params, updates: jnp.sum(grads[0] * params[0])  # noqa: E731
+    tx = scale_by_priority(4, score=lambda look: look.measure(beside))
+    _, state = jax.jit(tx.update)(grads["a"], tx.init(params["a"]), params["a"])
+    np.testing.assert_allclose(state.priorities, [20 * (layers or 1)])
+
+
 def test_moving_average_of_the_magnitude_is_unbiased():
     params = {"a": jnp.ones(4), "b": jnp.ones(4)}
     tx = scale_by_priority(4, 0, 4, 1, magnitude_decay=0.9, depth_base=1.0)
@@ -435,6 +453,7 @@ def test_scale_by_priority_multiplies_after_an_optimizer():
     [
         (dict(spread="odd"), ValueError, "spread"),
         (dict(magnitude="max"), ValueError, "magnitude"),
+        (dict(score="max"), ValueError, "score"),
         (dict(min_updates=-1), ValueError, "min_updates"),
         (dict(max_updates=0), ValueError, "max_updates"),
         (dict(min_updates=5, max_updates=4), ValueError, "more than max_updates"),
