@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from priorityprop_jax import core as core
+    from priorityprop_jax import exact as exact
     from priorityprop_jax import highway as highway
     from priorityprop_jax import meprop as meprop
     from priorityprop_jax import models as models
@@ -51,7 +52,18 @@ __all__ = [
 ]
 
 _ROOMS = frozenset(
-    {"core", "highway", "meprop", "models", "partial", "priority", "rnn", "sparse", "training"}
+    {
+        "core",
+        "exact",
+        "highway",
+        "meprop",
+        "models",
+        "partial",
+        "priority",
+        "rnn",
+        "sparse",
+        "training",
+    }
 )
 _ROOM_OF = {
     "Slots": "core",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -52,6 +52,31 @@ def trainable(path: Any, variable: Any) -> bool:
     """A filter of `flax.nnx`: parameters that can be differentiated, as whole numbers cannot."""
     dtypes = (getattr(leaf, "dtype", jnp.float32) for leaf in jax.tree.leaves(variable))
     return isinstance(variable, nnx.Param) and all(jnp.issubdtype(d, jnp.inexact) for d in dtypes)
+
+
+def pure_loss(
+    module: nnx.Module, loss_fn: Callable[..., Any]
+) -> tuple[Callable[..., tuple[Any, Any]], Any, Any]:
+    """A pure ``(params, rest, batch) -> (loss, new rest)``, the parameters and the rest.
+
+    ``loss_fn`` is ``(module, batch) -> loss`` or ``(loss, aux)``; the module is left alone.
+    """
+    graph = modes(module).given
+    _, params, _, rest = nnx.split(module, trainable, nnx.Intermediate, ...)
+
+    def loss(params, rest, batch):
+        # A fresh tree: variables may only change at the trace level that made them.
+        merged = nnx.merge(graph, params, jax.tree.map(lambda leaf: leaf, rest))
+        value = first(loss_fn(merged, batch))
+        nnx.pop(merged, nnx.Intermediate)
+        return value, nnx.state(merged, nnx.Not(trainable))
+
+    return loss, params, rest
+
+
+def first(result: Any) -> Any:
+    """The loss, without what may come along with it."""
+    return result[0] if isinstance(result, tuple) else result
 
 
 class Modes(NamedTuple):

@@ -19,7 +19,7 @@ import optax
 from flax import nnx
 
 from priorityprop_jax.core.layout import layout_of
-from priorityprop_jax.core.modules import modes, trainable
+from priorityprop_jax.core.modules import first, pure_loss
 from priorityprop_jax.core.program import program_flops
 from priorityprop_jax.core.rows import is_row_sparse
 from priorityprop_jax.core.slots import Slots, by_layer, find_slots
@@ -224,11 +224,8 @@ def _pure(model: Any, loss_fn: Any) -> tuple[Callable[..., Any], Any, Any]:
     Stage ``start`` is given ``x``, where that is not None.
     """
 
-    def scalar(result: Any) -> Any:
-        return result[0] if isinstance(result, tuple) else result
-
     def of_tree(params, rest, batch, x, start):
-        return scalar(loss_fn(params, batch)), rest
+        return first(loss_fn(params, batch)), rest
 
     def of_stages(params, rest, batch, x, start):
         states = []
@@ -239,23 +236,14 @@ def _pure(model: Any, loss_fn: Any) -> tuple[Callable[..., Any], Any, Any]:
             states.append(state)
             return y
 
-        return scalar(loss_fn(forward, batch)), states[-1]
+        return first(loss_fn(forward, batch)), states[-1]
 
     if isinstance(model, Stages):
         return of_stages, model.params, model.state
     if not isinstance(model, nnx.Module):
         return of_tree, model, {}
-    graph = modes(model).given
-    _, params, _, rest = nnx.split(model, trainable, nnx.Intermediate, ...)
-
-    def of_module(params, rest, batch, x, start):
-        # A fresh tree: variables may only change at the trace level that made them.
-        module = nnx.merge(graph, params, jax.tree.map(lambda leaf: leaf, rest))
-        value = scalar(loss_fn(module, batch))
-        nnx.pop(module, nnx.Intermediate)
-        return value, nnx.state(module, nnx.Not(trainable))
-
-    return of_module, params, rest
+    loss, params, rest = pure_loss(model, loss_fn)
+    return lambda params, rest, batch, x, start: loss(params, rest, batch), params, rest
 
 
 def _choices(slots: Slots) -> dict[str, frozenset[str]]:

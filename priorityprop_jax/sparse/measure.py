@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +13,7 @@ from flax import nnx
 
 from priorityprop_jax.core.modules import check_module, walk
 from priorityprop_jax.core.tables import aligned
+from priorityprop_jax.core.timing import medians
 from priorityprop_jax.sparse.backends import sparse_backend
 from priorityprop_jax.sparse.layers import SparseConv, SparseLayer
 from priorityprop_jax.sparse.masks import check_sparsity
@@ -165,7 +164,7 @@ def _milliseconds(
     totals = np.zeros(2)
     for shape in set(inputs):
         runs = [_both_passes(layer, shape) for layer in (dense, sparse)]
-        totals += inputs.count(shape) * np.array(_medians(runs))
+        totals += inputs.count(shape) * np.array(medians(runs, SECONDS))
     return 1e3 * float(totals[0]), 1e3 * float(totals[1])
 
 
@@ -185,20 +184,3 @@ def _both_passes(layer: Any, shape: jax.ShapeDtypeStruct) -> Callable[[], Any]:
     dy = jax.random.normal(jax.random.key(1), y.shape).astype(y.dtype)
     compiled = jax.jit(program)
     return lambda: jax.block_until_ready(compiled(params, rest, x, dy))
-
-
-def _medians(runs: list[Callable[[], Any]]) -> list[float]:
-    """Median seconds of each, all in turn."""
-    for run in runs:
-        run()  # compiles
-    start = time.perf_counter()
-    for run in runs:
-        run()
-    rounds = int(np.clip(SECONDS / (time.perf_counter() - start), 3, 100))
-    seconds: list[list[float]] = [[] for _ in runs]
-    for _ in range(rounds):
-        for run, spent in zip(runs, seconds, strict=True):
-            start = time.perf_counter()
-            run()
-            spent.append(time.perf_counter() - start)
-    return [statistics.median(spent) for spent in seconds]
