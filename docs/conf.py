@@ -53,7 +53,10 @@ html_math_renderer = "mathml"
 html_copy_source = False
 html_theme_options = {"use_download_button": False, "show_toc_level": 2}
 
-ROOMS = ("core", "priority", "partial", "rnn", "highway", "meprop", "sparse", "training", "models")
+ROOMS = (
+    "core", "priority", "partial", "exact", "rnn", "highway", "meprop", "sparse", "training",
+    "models",
+)  # fmt: skip
 NAMES = re.compile(r"^:::\{names\} (\w+)\n(.*?)^:::$", re.MULTILINE | re.DOTALL)
 log = logging.getLogger(__name__)
 
