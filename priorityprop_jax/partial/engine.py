@@ -17,7 +17,7 @@ import optax
 
 from priorityprop_jax.core.layout import layout_of, put_beside
 from priorityprop_jax.core.program import Program, abstract, build, program_flops
-from priorityprop_jax.core.slots import Bundle, Slots, by_layer, find_slots
+from priorityprop_jax.core.slots import Bundle, Slots, find_slots
 from priorityprop_jax.partial.account import Account, state_bytes
 from priorityprop_jax.partial.costs import StepCosts, costs_of, measure_costs
 from priorityprop_jax.partial.grad import active_rows, find_active, value_and_grad_of
@@ -26,7 +26,7 @@ from priorityprop_jax.partial.planner import Options, Planner
 from priorityprop_jax.partial.policies import SPENDING, Policy, make_policy
 from priorityprop_jax.partial.prefix import Prefix, arguments_key
 from priorityprop_jax.partial.prefix_cache import PrefixCache
-from priorityprop_jax.partial.stack import read, stacked_by
+from priorityprop_jax.partial.stack import read, slots_of
 from priorityprop_jax.partial.stages import Stages
 from priorityprop_jax.partial.update import (
     ActiveUpdatesState,
@@ -168,10 +168,9 @@ class PartialStep:
         self._uniform = options.policy == "full" and options.state == "keep"
         self._shapes = shapes = jax.tree.map(abstract, setup.params)
         where = dict(options.where)
-        if where == {"stacked_axis": None, "group": None}:
-            by_stage = lambda path: path.split("/")[0]  # noqa: E731
-            where["group"] = by_layer(shapes) if stages is None else by_stage
-            where |= stacked_by(getattr(setup.model, "module", None), where["group"])
+        self._by_stacks = where == {"stacked_axis": None, "group": None}
+        if self._by_stacks:
+            where = slots_of(getattr(setup.model, "module", None), shapes, stages is not None)
         self._optimizer, self._state, found = _initialized(setup.optimizer, shapes, where)
         if not found:
             wrapped = update_active(setup.optimizer, gain_decay=options.gain_decay, **where)
@@ -350,6 +349,14 @@ class PartialStep:
         loss = lambda params, arguments: self._loss(params, *arguments)  # noqa: E731
         example = self._shapes, self._arguments
         work, self._traced = read(loss, *example, slots=self.slots)
+        hidden = {b.name for b in self.slots.bundles if b.layers} - {b.name for b in self._traced}
+        if self._by_stacks and hidden:
+            warnings.warn(
+                f"something stands between the parameters of {min(hidden)} and its partial.Stack, "
+                "such as a cast: each active set compiles a program of its own, whose backward "
+                "pass is that of the whole stack",
+                stacklevel=2,
+            )
         if self._prefix is None:  # else the stages tell
             self.slots = dataclasses.replace(self.slots, depths=work.depths)
             self._planner.slots = self._account.slots = self.slots

@@ -22,12 +22,12 @@ from priorityprop_jax.core.layout import layout_of
 from priorityprop_jax.core.modules import first, pure_loss
 from priorityprop_jax.core.program import program_flops
 from priorityprop_jax.core.rows import is_row_sparse
-from priorityprop_jax.core.slots import Slots, by_layer, find_slots
+from priorityprop_jax.core.slots import Slots, find_slots
 from priorityprop_jax.core.tables import aligned, short
 from priorityprop_jax.partial.engine import in_order
 from priorityprop_jax.partial.grad import ActiveLeaves, find_active, value_and_grad_of
 from priorityprop_jax.partial.policies import Situation, make_policy
-from priorityprop_jax.partial.stack import read, stacked_by, unrolled
+from priorityprop_jax.partial.stack import read, slots_of, unrolled
 from priorityprop_jax.partial.stages import Stages
 
 _PATIENCE = 10.0  # seconds after which no turn of measuring is begun
@@ -177,8 +177,7 @@ def plan(
     stages = model if isinstance(model, Stages) else None
     where = {"stacked_axis": stacked_axis, "group": group}
     if stacked_axis is group is None:
-        where["group"] = by_layer(params) if stages is None else lambda path: path.split("/")[0]
-        where |= stacked_by(model, where["group"])
+        where = slots_of(model, params, stages is not None)
     slots = find_slots(params, **where)
     if stages is not None:
         slots = in_order(slots, stages.names, params)

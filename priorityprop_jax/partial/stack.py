@@ -20,7 +20,8 @@ from flax import nnx
 from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-from priorityprop_jax.core.slots import Bundle, Slots
+from priorityprop_jax.core.modules import trainable
+from priorityprop_jax.core.slots import Bundle, Slots, by_layer
 from priorityprop_jax.core.work import Work, read_loss
 
 
@@ -219,8 +220,8 @@ def stack(
 class Stack(nnx.Module):
     """Like modules in a row, run by `stack`; their variables are stacked, ``[layers, ...]``.
 
-    Called as each of them is: ``stack(x, *args)``. Variables that are no `nnx.Param`, such as
-    statistics and random streams, are those of each layer too.
+    Called as each of them is: ``stack(x, *args)``. Variables that are not trained, such as
+    statistics, random streams and weights of whole numbers, are those of each layer too.
 
     Args:
       modules: of one type and structure, at least one, which are copied; or one whose variables are
@@ -254,20 +255,24 @@ class Stack(nnx.Module):
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """What the last of them returns."""
-        graph, params, rest = nnx.split(self.block, nnx.Param, ...)
+        graph, params, rest = nnx.split(self.block, trainable, ...)
 
         def block(params: Any, x: Any, rest: Any) -> Any:
             module = nnx.merge(graph, params, rest)
             x = module(x, *args, **kwargs)
-            return x, nnx.state(module, nnx.Not(nnx.Param))
+            return x, nnx.state(module, nnx.Not(trainable))
 
         x, rest = stack(block, params, x, per_layer=rest, has_aux=True)
         nnx.update(self.block, rest)
         return x
 
 
-def stacked_by(module: Any, group: Callable[[str], str | None]) -> dict[str, Any]:
-    """``stacked_axis`` and ``group`` that make each layer of each `Stack` in a module a slot."""
+def slots_of(module: Any, params: Any, staged: bool) -> dict[str, Any]:
+    """``stacked_axis`` and ``group`` where nobody gave any.
+
+    A slot is a layer of a `Stack` in the module, or else a layer, of a chain of stages a stage.
+    """
+    group = (lambda path: path.split("/")[0]) if staged else by_layer(params)
     found = nnx.iter_modules(module) if isinstance(module, nnx.Module) else ()
     roots = ["/".join(map(str, path)) for path, node in found if isinstance(node, Stack)]
     roots.sort(key=len)  # of one in another, the outer

@@ -307,3 +307,44 @@ class TestModule:
             assert kernel[layer] and not kernel[other]
             assert kernel.sum() == {3: 1, 1: 2}[layer]
             assert not moved["head"]["kernel"].any() and not moved["embed"]["kernel"].any()
+
+    def test_weights_of_whole_numbers_rest(self):
+        class Scaled(nnx.Module):
+            def __init__(self, rngs):
+                self.linear = nnx.Linear(4, 4, rngs=rngs)
+                self.code = nnx.Param(jnp.full(4, rngs.params() is not None, jnp.int8))
+
+            def __call__(self, x):
+                return x + self.linear(x) * self.code[...]
+
+        class Coded(nnx.Module):
+            def __init__(self, rngs):
+                self.blocks = partial.Stack([Scaled(rngs) for _ in range(2)])
+
+            def __call__(self, x):
+                return self.blocks(x)
+
+        model, loss = Coded(nnx.Rngs(0)), lambda model, x: jnp.mean(model(x) ** 2)
+        step = partial.step("lisa(1)", recalc_every=2)
+        trainer = Trainer(model, optax.sgd(0.1), loss, step, progress=False)
+        history = trainer.train([jnp.ones((2, 4))] * 4)
+        assert history.loss[-1] < history.loss[0]
+        assert model.blocks.block.code[...].dtype == jnp.int8
+
+    def test_something_between_parameters_and_stack_is_told(self):
+        def cast(model, x):
+            graph, state = nnx.split(model)
+            twice = jax.tree.map(lambda leaf: leaf * 1.0, state)
+            return jnp.mean(nnx.merge(graph, twice)(x) ** 2)
+
+        class Plain(nnx.Module):
+            def __init__(self, rngs):
+                self.blocks = partial.Stack([nnx.Linear(4, 4, rngs=rngs) for _ in range(2)])
+
+            def __call__(self, x):
+                return self.blocks(x)
+
+        step = partial.step("lisa(1)", recalc_every=2)
+        trainer = Trainer(Plain(nnx.Rngs(0)), optax.sgd(0.1), cast, step, progress=False)
+        with pytest.warns(UserWarning, match="between the parameters of blocks and its"):
+            trainer.train([jnp.ones((2, 4))])
