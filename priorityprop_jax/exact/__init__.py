@@ -1,6 +1,7 @@
 """The same gradients, sooner: what a backward pass did not have to do, or can do better."""
 
+from priorityprop_jax.exact.answers import cross_entropy
 from priorityprop_jax.exact.choose import Saving, apply, restore
 from priorityprop_jax.exact.products import dot_general
 
-__all__ = ["Saving", "apply", "dot_general", "restore"]
+__all__ = ["Saving", "apply", "cross_entropy", "dot_general", "restore"]
