@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.speed import meprop_lstm, meprop_speed, sparse_layers, transform_overhead
+from benchmarks.speed import meprop_lstm, meprop_speed, muon, sparse_layers, transform_overhead
 from priorityprop_jax.sparse import sparse_backend
 
 pytestmark = pytest.mark.once
@@ -52,6 +52,19 @@ def test_transform_overhead_runs_on_tiny_shapes(tmp_path, monkeypatch):
     record = json.loads(path.read_text())
     for results in record["results"].values():
         assert all(r["ratio"] > 0 and len(r["seconds"]) == 1 for r in results.values())
+
+
+def test_muon_runs_on_a_tiny_model(tmp_path, monkeypatch, capsys):
+    chosen = {name: tx for name, tx in muon.arms().items() if name in ("nadam", "budget 1/4")}
+    monkeypatch.setattr(muon, "arms", lambda: chosen)
+    options = ["--repeats", "1", "--small", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["muon", *options])
+    muon.main()
+    (path,) = tmp_path.glob("muon-*-small.json")
+    (result,) = json.loads(path.read_text())["results"]
+    assert [*result["arms"]] == ["nadam", "budget 1/4"]
+    assert all(arm["ratio"] > 0 and len(arm["seconds"]) == 1 for arm in result["arms"].values())
+    assert "| width | nadam | budget 1/4 |" in capsys.readouterr().out
 
 
 def test_its_options_are_explained(monkeypatch, capsys):
