@@ -134,6 +134,15 @@ def test_random_draws_every_step_anew():
     assert len(set(seen)) > 35 and min(state.update_counts) > 1
 
 
+def test_equal_scores_go_to_who_has_had_the_fewest():
+    tree = {"a": jnp.ones((5, 1, 1))}
+    tx = budgeted(lambda x: x, 2 / 5, score="uniform")
+    state, step = tx.init(tree), jax.jit(tx.update)
+    for expected in ([1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [1, 0, 0, 0, 1]):
+        _, state = step(tree, state)
+        assert state.allocation.tolist() == expected
+
+
 def test_what_makes_no_sense_is_refused():
     for budget in (0, -0.1, 1.5, True):
         with pytest.raises(ValueError, match="a share above 0 and at most 1"):
