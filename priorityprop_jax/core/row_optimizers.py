@@ -100,7 +100,8 @@ def row_sparse(inner: optax.GradientTransformation) -> optax.GradientTransformat
             )
 
         def update(grad, state, param):
-            return inner.update(grad, state, param, **extra_args)
+            with jax.numpy_dtype_promotion("standard"):  # the optimizer's own affair
+                return inner.update(grad, state, param, **extra_args)
 
         new = [
             _update_leaf(update, *leaf)
@@ -256,7 +257,7 @@ def _all_first(updates: list[Any]) -> list[Any]:
     never = jnp.array(False)
     for x in jax.tree.leaves([u.values if is_row_sparse(u) else u for u in updates]):
         if x.size:
-            corner = x[(0,) * x.ndim]
+            corner = laid_out(lambda x: x[(0,) * x.ndim], lambda _: PartitionSpec())(x)
             never |= (corner != corner) & (corner == 0)  # false, which XLA does not find out
     return [
         RowSparse(u.rows + never.astype(u.rows.dtype), u.values, u.shape) if is_row_sparse(u) else u

@@ -18,6 +18,7 @@ from jax import lax
 from jax.core import Tracer
 
 from priorityprop_jax.core.fragile import laid_out, seal, spec_of, unseal
+from priorityprop_jax.core.paths import path_name
 
 # What every scatter of rows may rely on; padding is out of bounds, and dropped.
 SCATTER: dict[str, Any] = {"mode": "drop", "unique_indices": True, "indices_are_sorted": True}
@@ -200,6 +201,32 @@ def _check_order(rows: Any, shape: tuple[int, ...]) -> None:
             f"the rows of a RowSparse must be ascending and distinct, none negative; got {rows}: "
             "sum the values of equal rows first, as jax.ops.segment_sum does"
         )
+
+
+def beside(grads: Any, params: Any) -> list[Any]:
+    """The gradient of every leaf of ``params``; None where it is None, `Frozen` or left out.
+
+    A ValueError for one of another shape, or of no parameter.
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(grads, is_leaf=is_row_sparse)
+    by_name = {path_name(path): grad for path, grad in flat}
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    found = []
+    for path, leaf in leaves:
+        name = path_name(path)
+        grad = by_name.pop(name, None)
+        if is_row_sparse(grad) and not isinstance(grad.rows, tuple | Held):
+            grad = grad.densify()  # which rows it has is not known
+        if grad is not None and np.shape(grad) != np.shape(leaf):
+            raise ValueError(
+                f"the gradient of {name!r} has the shape {np.shape(grad)}, but the parameter has "
+                f"{np.shape(leaf)}; of some layers of a stack it is a RowSparse, as "
+                "partial.value_and_grad returns it"
+            )
+        found.append(grad)
+    if by_name:
+        raise ValueError(f"there is a gradient {min(by_name)!r}, but no parameter of that name")
+    return found
 
 
 def densify(tree: Any) -> Any:

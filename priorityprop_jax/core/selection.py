@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from fractions import Fraction
 from typing import Literal, get_args
 
 import jax
@@ -31,6 +32,11 @@ def check_k(k: int | float) -> None:
         raise ValueError(f"k is {k}: at least 1 must be kept")
 
 
+def decimal(fraction: float) -> Fraction:
+    """A fraction as it is written: .07 of 100 is 7, where the nearest float's product is above."""
+    return Fraction(str(fraction))
+
+
 def resolve_k(k: int | float, width: int, name: str = "", *, multiple: int = 1) -> int:
     """The number of output features, from 1 to ``width``, that ``k`` means for a layer.
 
@@ -47,7 +53,7 @@ def resolve_k(k: int | float, width: int, name: str = "", *, multiple: int = 1) 
             )
         number = int(k)
     else:
-        number = max(1, round(float(k) * width))
+        number = max(1, round(decimal(k) * width))
     if width % multiple:
         raise ValueError(
             f"the {width} output features of {layer} are no multiple of tile={multiple}: choose a "

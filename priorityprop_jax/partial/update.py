@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.core.rows import (
     Frozen,
     Held,
     RowSparse,
+    beside,
     check_transformation,
     is_row_sparse,
     take,
@@ -184,29 +184,6 @@ def new_state(slots: Slots, inner_state: optax.OptState) -> ActiveUpdatesState:
     dtypes = (jnp.int32, jnp.float32, jnp.int32, jnp.float32, jnp.int32)
     vectors = (jnp.zeros(len(slots), dtype) for dtype in dtypes)
     return ActiveUpdatesState(jnp.zeros((), jnp.int32), inner_state, *vectors)
-
-
-def beside(grads: Any, params: Any) -> list[Any]:
-    """The gradient of every leaf of ``params``; None for those that are None or left out."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(grads, is_leaf=is_row_sparse)
-    by_name = {path_name(path): grad for path, grad in flat}
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    found = []
-    for path, leaf in leaves:
-        name = path_name(path)
-        grad = by_name.pop(name, None)
-        if is_row_sparse(grad) and not isinstance(grad.rows, tuple | Held):
-            grad = grad.densify()  # which rows it has is not known
-        if grad is not None and np.shape(grad) != np.shape(leaf):
-            raise ValueError(
-                f"the gradient of {name!r} has the shape {np.shape(grad)}, but the parameter has "
-                f"{np.shape(leaf)}; of some layers of a stack it is a RowSparse, as "
-                "partial.value_and_grad returns it"
-            )
-        found.append(grad)
-    if by_name:
-        raise ValueError(f"there is a gradient {min(by_name)!r}, but no parameter of that name")
-    return found
 
 
 def _update_all(

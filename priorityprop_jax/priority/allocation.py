@@ -102,8 +102,8 @@ def allocate(
     largest one's leading bit; smaller priorities rank by size but weigh nothing.
 
     Args:
-      priorities: ``[slots]``, floating point, read as float32. NaN, infinite, negative and
-        subnormal ones count as 0.
+      priorities: ``[slots]``, floating point, read as float32; of float64 as shares of the largest.
+        NaN, infinite, negative and subnormal ones count as 0.
       budget: updates to hand out, a whole number below ``2**31``. Traceable: one compiled program
         serves every budget. Where it is infeasible it is clamped to
         ``[slots * min_updates, slots * max_updates]``.
@@ -126,7 +126,12 @@ def allocate(
       The quota is PriorityProp 0.1.0's; the rounding is Hamilton's method, see M. L. Balinski and
       H. P. Young, *Fair Representation*, 1982.
     """
-    priorities = jnp.asarray(priorities, jnp.float32)
+    priorities = jnp.asarray(priorities)
+    if priorities.dtype == jnp.float64:  # of which float32 may hold none
+        priorities = jnp.where(jnp.isfinite(priorities), priorities, 0.0)
+        largest = jnp.max(priorities, initial=0.0)
+        priorities = priorities / jnp.where(largest > 0, largest, 1.0)
+    priorities = priorities.astype(jnp.float32)
     if priorities.ndim != 1:
         raise ValueError(f"priorities must be a vector [slots], got shape {priorities.shape}")
     if priorities.shape[0] > _MAX_SLOTS:
@@ -140,6 +145,7 @@ def allocate(
 @jax.jit
 def _allocate(priorities, budget, min_updates, max_updates):
     slots = priorities.shape[0]
+    min_updates = jnp.minimum(min_updates, (2**31 - 1) // slots)  # what an int32 can count
     index = jnp.arange(slots, dtype=jnp.int32)
     tiny = jnp.finfo(jnp.float32).tiny
     priorities = jnp.where(jnp.isfinite(priorities) & (priorities >= tiny), priorities, 0.0)

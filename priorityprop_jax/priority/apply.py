@@ -14,6 +14,7 @@ from jax import lax
 
 from priorityprop_jax.core.slots import Bundle
 from priorityprop_jax.priority.per_slot import PerSlot, layer_of, like
+from priorityprop_jax.priority.scores import precision
 
 
 @dataclasses.dataclass
@@ -43,7 +44,8 @@ class Work:
 
     def measure(self, fn: Callable[..., Any]) -> jax.Array:
         """See `Look.measure`; the inner updates are then forgotten."""
-        values = [jnp.zeros(0, jnp.float32)]
+        wide = precision(jax.tree.leaves(self.grads))
+        values = [jnp.zeros(0, wide)]
         shared = {i: self.state[i] for i in self.per_slot.shared}
         for bundle in self.per_slot.slots.bundles:
 
@@ -51,10 +53,10 @@ class Work:
                 grads, params, own = self._of_layer(bundle, layer, self.grads, self.state)
                 slot = bundle.start + jnp.asarray(layer, jnp.int32)
                 updates, *_ = self._update_one(bundle, slot, grads, params, own, shared)
-                return jnp.asarray(fn(grads, params, updates), jnp.float32).reshape(())
+                return jnp.asarray(fn(grads, params, updates), wide).reshape(())
 
             if self.grads[bundle.leaves[0]] is None:
-                values.append(jnp.zeros(bundle.slots, jnp.float32))
+                values.append(jnp.zeros(bundle.slots, wide))
             elif bundle.layers is None:
                 values.append(of_layer(0)[None])
             else:
@@ -71,7 +73,7 @@ class Work:
             {i: layer_of(state[i], axis, layer) for i, axis in axes.items()},
         )
 
-    def apply_plain(self, updates: Any, counts: jax.Array) -> tuple[Any, optax.OptState]:
+    def apply_plain(self, counts: jax.Array) -> tuple[list[Any], optax.OptState]:
         """One inner update of all slots at once, where their shared state is known to be equal."""
         per_slot, state = self.per_slot, list(self.state)
         first = jnp.minimum(counts[0], 0)
@@ -81,13 +83,14 @@ class Work:
             state[i] = lax.dynamic_index_in_dim(state[i], first, keepdims=False)
         state = per_slot.state_treedef.unflatten(state)
         params = None if self.params is None else per_slot.treedef.unflatten(self.params)
-        new, inner = per_slot.inner.update(updates, state, params, **self.extra_args)
+        grads = per_slot.treedef.unflatten(self.grads)
+        new, inner = per_slot.inner.update(grads, state, params, **self.extra_args)
         flat = jax.tree.leaves(inner)
         for i in self.per_slot.shared:
             flat[i] = jnp.broadcast_to(flat[i], (len(per_slot.slots), *flat[i].shape))
-        return new, per_slot.state_treedef.unflatten(map(like, flat, self.state))
+        return per_slot.flatten(new), per_slot.state_treedef.unflatten(map(like, flat, self.state))
 
-    def apply(self, counts: jax.Array, *, at_most_one: bool) -> tuple[Any, optax.OptState]:
+    def apply(self, counts: jax.Array, *, at_most_one: bool) -> tuple[list[Any], optax.OptState]:
         """Runs the inner optimizer ``counts[slot]`` times on every slot.
 
         Slots run one after another, each in a loop that is not entered where its count is 0. The
@@ -116,7 +119,7 @@ class Work:
             state |= own
             updates |= new
         inner_state = per_slot.state_treedef.unflatten((state | shared).values())
-        return per_slot.treedef.unflatten(updates.values()), inner_state
+        return list(updates.values()), inner_state
 
     def _run(self, bundle, counts, at_most_one, layer, carry):
         """Runs one slot. ``carry`` holds its number, the state, and gradients to be replaced."""

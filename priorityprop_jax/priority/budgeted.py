@@ -21,6 +21,7 @@ from priorityprop_jax.priority.scores import (
     depth_factors,
     magnitude,
     measure,
+    precision,
     score,
 )  # fmt: skip
 
@@ -30,9 +31,9 @@ class BudgetedState(NamedTuple):
 
     step: jax.Array  # int32[], steps taken.
     update_counts: jax.Array  # int32[slots], updates that each slot has had.
-    priorities: jax.Array  # float32[slots], the scores of this step.
+    priorities: jax.Array  # float[slots], the scores of this step.
     allocation: jax.Array  # int32[slots], 1 for those updated at this step.
-    magnitudes: jax.Array  # float32[slots], at the last update; 0 where the score asks for none.
+    magnitudes: jax.Array  # float[slots], at the last update; 0 where the score asks for none.
 
 
 def matrix_slots(tree: Any) -> Slots:
@@ -123,7 +124,7 @@ def budgeted(
     def init_fn(params):
         slots = len(matrix_slots(params))
         whole = lambda: jnp.zeros(slots, jnp.int32)  # noqa: E731
-        real = lambda: jnp.zeros(slots, jnp.float32)  # noqa: E731
+        real = lambda: jnp.zeros(slots, precision(jax.tree.leaves(params)))  # noqa: E731
         return BudgetedState(jnp.zeros((), jnp.int32), whole(), real(), whole(), real())
 
     def update_fn(updates, state, params=None):
@@ -148,7 +149,7 @@ def budgeted(
         new, chosen, scores = _choose_and_apply(fn, budget, kind, look, grads)
         last = state.magnitudes
         if "magnitudes" in vars(look):  # the score has asked for them
-            last = jnp.where(chosen == 1, look.magnitudes, last)
+            last = jnp.where(chosen == 1, look.magnitudes.astype(last.dtype), last)
         new = [y if y is None else y.reshape(jnp.shape(x)) for x, y in zip(flat, new, strict=True)]
         step = jnp.asarray(optax.safe_increment(state.step))
         state = BudgetedState(step, state.update_counts + chosen, scores, chosen, last)
@@ -194,4 +195,4 @@ def _choose_and_apply(
             new[leaf] = part
             start += bundle.slots
         chosen = chosen.at[places].set((rank < k).astype(jnp.int32))
-    return new, chosen, values.astype(jnp.float32)
+    return new, chosen, values.astype(look.last.dtype)

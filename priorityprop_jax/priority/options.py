@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from priorityprop_jax.core.selection import decimal
 from priorityprop_jax.core.slots import Slots, find_slots
 from priorityprop_jax.priority.allocation import check_spread
 from priorityprop_jax.priority.scores import Magnitude, Score, check_magnitude, check_score
@@ -103,6 +106,11 @@ class Options:
 
     def check_feasible(self, slots: Slots) -> None:
         """Raises a ValueError where the number of slots makes a static budget infeasible."""
+        if _is_static(self.min_updates) and len(slots) * int(self.min_updates) >= 2**31:
+            raise ValueError(
+                f"min_updates={self.min_updates} for each of {len(slots)} slots are "
+                "2**31 updates a cycle or more: lower min_updates"
+            )
         known = self.total_budget is None or _is_static(self.total_budget)
         known = known and _is_static(self.min_updates, self.max_updates, self.recalc_every)
         if not (known and len(slots)):
@@ -130,20 +138,27 @@ class Options:
             return self.recalc_every * slots
         if isinstance(budget, _ForTenSlots):
             wanted = int(budget) * slots // 10
-            least, most = self.min_updates * slots, self.max_updates * slots
+            least, most = times(self.min_updates, slots), times(self.max_updates, slots)
             if _is_static(least, most):
                 return int(min(max(wanted, least), most))
             return jnp.clip(jnp.int32(wanted), least, most).astype(jnp.int32)
         if _is_static(budget, self.recalc_every):
             if isinstance(budget, int | np.integer):
                 return int(budget)
-            return int(np.floor(budget * self.recalc_every * slots + 0.5))
+            return math.floor(decimal(budget) * int(self.recalc_every) * slots + Fraction(1, 2))
         budget = jnp.asarray(budget)
         if jnp.issubdtype(budget.dtype, jnp.floating):
             full = jnp.asarray(self.recalc_every * slots, budget.dtype)
             budget = jnp.floor(budget * full + 0.5)
             budget = jnp.where(jnp.isnan(budget), 0, jnp.clip(budget, 0, 2**30))
         return budget.astype(jnp.int32)
+
+
+def times(updates: Any, slots: int) -> Any:
+    """``updates * slots``; of traced ones as much of it as an int32 holds."""
+    if _is_static(updates):
+        return int(updates) * slots
+    return jnp.minimum(updates, (2**31 - 1) // max(slots, 1)) * slots
 
 
 def _is_static(*values: Any) -> bool:

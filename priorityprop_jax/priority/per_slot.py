@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import PartitionSpec
 
+from priorityprop_jax.core.fragile import laid_out, spec_of
 from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.core.slots import Bundle, Slots
 
@@ -235,7 +237,10 @@ def _is_key(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> bool:
 
 def layer_of(x: Any, axis: int | None, layer: Any) -> Any:
     """One layer of an array that is stacked on an axis; all of one that is not."""
-    return x if axis is None else lax.dynamic_index_in_dim(x, layer, axis, keepdims=False)
+    if axis is None:
+        return x
+    without = lambda x: PartitionSpec(*[s for i, s in enumerate(spec_of(x)) if i != axis])  # noqa: E731
+    return laid_out(lambda x: lax.dynamic_index_in_dim(x, layer, axis, keepdims=False), without)(x)
 
 
 def like(x: jax.Array, reference: jax.Array) -> jax.Array:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,26 +17,48 @@ from priorityprop_jax.core.slots import Slots
 Magnitude = str | Callable[[Any], jax.typing.ArrayLike]
 
 
-def _sum(grads: Sequence[jax.Array], power: int = 1) -> jax.Array:
-    sizes = (jnp.abs(g).astype(jnp.float32) for g in grads)
-    return sum((jnp.sum(x**power) for x in sizes), start=jnp.float32(0))
+def precision(leaves: Iterable[Any]) -> Any:
+    """What scores are computed in: float64 where a leaf is of double precision, else float32."""
+    doubles = (jnp.float64, jnp.complex128)
+    return jnp.float64 if any(jnp.result_type(x) in doubles for x in leaves) else jnp.float32
 
 
-def _mean(grads: Sequence[jax.Array], power: int = 1) -> jax.Array:
+def _sizes(grads: Sequence[jax.Array]) -> list[jax.Array]:
+    wide = precision(grads)
+    return [jnp.abs(g).astype(wide) for g in grads] or [jnp.zeros(0, wide)]
+
+
+def _sum(grads: Sequence[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, map(jnp.sum, _sizes(grads)))
+
+
+def _mean(grads: Sequence[jax.Array]) -> jax.Array:
+    return _sum(grads) / _number(grads)
+
+
+def _number(grads: Sequence[jax.Array]) -> float:
     # An empty slot has the magnitude 0, not 0 / 0.
-    return _sum(grads, power) / max(sum(g.size for g in grads), 1)
+    return float(max(sum(g.size for g in grads), 1))
+
+
+def _norm(grads: Sequence[jax.Array]) -> jax.Array:
+    """Scaled by the largest: squares of what is above 1e19 or below 1e-19 are no float32."""
+    sizes = _sizes(grads)
+    largest = functools.reduce(jnp.maximum, (jnp.max(x, initial=0) for x in sizes))
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, jnp.ones_like(largest))
+    return unit * jnp.sqrt(functools.reduce(jnp.add, (jnp.sum((x / unit) ** 2) for x in sizes)))
 
 
 MAGNITUDES: Mapping[str, Callable[[Sequence[jax.Array]], jax.Array]] = {
     "mean": _mean,
     "sum": _sum,
-    "rms": lambda grads: jnp.sqrt(_mean(grads, 2)),
-    "norm": lambda grads: jnp.sqrt(_sum(grads, 2)),
+    "rms": lambda grads: _norm(grads) / math.sqrt(_number(grads)),
+    "norm": _norm,
 }
 
 
 def magnitude(grads: Any, kind: Magnitude = "mean") -> jax.Array:
-    r"""The magnitude of one slot's gradient, accumulated in float32.
+    r"""The magnitude of one slot's gradient, accumulated in float32, of doubles in float64.
 
     Args:
       grads: pytree of the slot's gradients, real or complex.
@@ -43,7 +66,7 @@ def magnitude(grads: Any, kind: Magnitude = "mean") -> jax.Array:
         or a function of the list of the slot's gradients, such as `optax.tree.norm`.
 
     Returns:
-      ``float32[]``, not negative. NaN and infinite values are passed on.
+      A scalar, not negative. NaN and infinite values are passed on.
 
     Raises:
       ValueError: if ``kind`` is an unknown name.
@@ -60,7 +83,7 @@ def magnitude(grads: Any, kind: Magnitude = "mean") -> jax.Array:
     if isinstance(kind, str):
         check_magnitude(kind)
         return MAGNITUDES[kind](leaves)
-    return jnp.abs(jnp.asarray(kind(leaves), jnp.float32)).reshape(())
+    return jnp.abs(jnp.asarray(kind(leaves), precision(leaves))).reshape(())
 
 
 def gain(grads: Any, updates: Any) -> jax.Array:
@@ -71,7 +94,7 @@ def gain(grads: Any, updates: Any) -> jax.Array:
       updates: pytree of the inner optimizer's updates for them.
 
     Returns:
-      ``float32[]``. For complex leaves the real part of the inner product counts.
+      A scalar, in the precision of `magnitude`. For complex leaves the real part counts.
 
     Example:
       >>> import jax.numpy as jnp
@@ -79,13 +102,15 @@ def gain(grads: Any, updates: Any) -> jax.Array:
       >>> float(gain(jnp.array([1.0, 2.0]), jnp.array([-0.1, -0.2])))
       0.5
     """
+    real = precision(jax.tree.leaves((grads, updates)))
 
     def product(g, u):
-        wide = jnp.complex64 if jnp.iscomplexobj(g) or jnp.iscomplexobj(u) else jnp.float32
+        some = jnp.iscomplexobj(g) or jnp.iscomplexobj(u)
+        wide = jnp.result_type(real, jnp.complex64) if some else real
         return jnp.sum(jnp.real(jnp.conj(g.astype(wide)) * u.astype(wide)))
 
-    products = jax.tree.map(product, grads, updates)
-    return jnp.abs(sum(jax.tree.leaves(products), start=jnp.float32(0)))
+    products = jax.tree.leaves(jax.tree.map(product, grads, updates))
+    return jnp.abs(functools.reduce(jnp.add, products, jnp.zeros((), real)))
 
 
 def priority(
@@ -99,14 +124,14 @@ def priority(
     .. math:: s_i = m_i \cdot \frac{1}{c_i} \cdot d_i \,/\, \text{cost}_i
 
     Args:
-      magnitudes: ``float32[slots]``; NaN and infinite ones count as 0.
+      magnitudes: ``[slots]``, float32 or float64; NaN and infinite ones count as 0.
       update_counts: ``int32[slots]``, updates that each slot has had so far. The count ``c_i`` is
         from 1: a slot without an update has ``c_i = 1``.
       depth_factors: ``float32[slots]``.
       costs: ``float32[slots]`` or a scalar, the relative price of one update.
 
     Returns:
-      ``float32[slots]``.
+      ``[slots]``, of the magnitudes' dtype.
 
     Example:
       >>> import jax.numpy as jnp
@@ -117,10 +142,12 @@ def priority(
     References:
       PriorityProp 0.1.0 (Omur Bera Isik): ``|gradient| x (1 / update_count) x depth_factor``.
     """
-    magnitudes = jnp.asarray(magnitudes, jnp.float32)
+    magnitudes = jnp.asarray(magnitudes)
+    wide = precision([magnitudes])
+    magnitudes = magnitudes.astype(wide)
     usable = jnp.where(jnp.isfinite(magnitudes), magnitudes, 0.0)
-    counts = jnp.maximum(jnp.asarray(update_counts).astype(jnp.float32) + 1.0, 1.0)
-    factors = jnp.asarray(depth_factors, jnp.float32) / jnp.asarray(costs, jnp.float32)
+    counts = jnp.maximum(jnp.asarray(update_counts).astype(wide) + 1.0, 1.0)
+    factors = jnp.asarray(depth_factors, wide) / jnp.asarray(costs, wide)
     return usable * (1.0 / counts) * factors
 
 
@@ -212,17 +239,18 @@ def measure(
     slots: Slots, fn: Callable[..., Any], grads: Sequence[Any], params: Sequence[Any] | None = None
 ) -> jax.Array:
     """`Look.measure` where there is no inner optimizer; ``grads`` and ``params`` are flat."""
-    values = [jnp.zeros(0, jnp.float32)]
+    wide = precision(jax.tree.leaves(grads))
+    values = [jnp.zeros(0, wide)]
     for bundle in slots.bundles:
         own = [grads[leaf] for leaf in bundle.leaves]
         beside = None if params is None else [params[leaf] for leaf in bundle.leaves]
 
         def of_layer(own, beside):
-            return jnp.asarray(fn(own, beside, None), jnp.float32).reshape(())
+            return jnp.asarray(fn(own, beside, None), wide).reshape(())
 
         axes = list(bundle.axes)
         if own[0] is None:
-            values.append(jnp.zeros(bundle.slots, jnp.float32))
+            values.append(jnp.zeros(bundle.slots, wide))
         elif bundle.layers is None:
             values.append(of_layer(own, beside)[None])
         else:

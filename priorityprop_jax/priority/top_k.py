@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from priorityprop_jax.core.fragile import laid_out, spec_of
+from priorityprop_jax.core.rows import beside
 from priorityprop_jax.core.selection import check_k, is_fraction, resolve_k
 
 
@@ -66,18 +68,21 @@ def top_k_updates(k: int | float, *, error_feedback: bool = False) -> optax.Grad
             return None, residual
         if residual is not None:
             update = update + residual.astype(update.dtype)
-        mask, zeros = _top_k_mask(update, k), jnp.zeros_like(update)
+        # Placed by the compiler on an explicit mesh too: counts of equals run over all axes.
+        mask = laid_out(lambda u: _top_k_mask(u, k), spec_of)(update)
+        zeros = jnp.zeros_like(update)
         held = None if residual is None else jnp.where(mask, zeros, update).astype(residual.dtype)
         return jnp.where(mask, update, zeros), held
 
     def update_fn(updates, state, params=None):
         del params
-        leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
-        held = treedef.flatten_up_to(state.residual) if error_feedback else [None] * len(leaves)
-        pairs = [of_leaf(*pair) for pair in zip(leaves, held, strict=True)]
-        if error_feedback:
-            state = TopKUpdatesState(treedef.unflatten([held for _, held in pairs]))
-        return treedef.unflatten([kept for kept, _ in pairs]), state
+        if not error_feedback:
+            return jax.tree.map(lambda update: of_leaf(update, None)[0], updates), state
+        held, structure = jax.tree.flatten(state.residual)
+        pairs = [*map(of_leaf, beside(updates, state.residual), held)]
+        state = TopKUpdatesState(structure.unflatten([held for _, held in pairs]))
+        kept = [kept for kept, _ in pairs if kept is not None]
+        return jax.tree.unflatten(jax.tree.structure(updates), kept), state
 
     return optax.GradientTransformation(init_fn, update_fn)
 

@@ -11,10 +11,12 @@ import numpy as np
 import optax
 from jax import lax
 
+from priorityprop_jax.core.fragile import laid_out, spec_of
+from priorityprop_jax.core.rows import Frozen, beside, densify
 from priorityprop_jax.core.slots import Slots
 from priorityprop_jax.priority.allocation import allocate, repeats
 from priorityprop_jax.priority.apply import Work
-from priorityprop_jax.priority.options import DEFAULT_BUDGET, Budget, Options
+from priorityprop_jax.priority.options import DEFAULT_BUDGET, Budget, Options, times
 from priorityprop_jax.priority.per_slot import PerSlot
 from priorityprop_jax.priority.scores import (
     Look,
@@ -25,6 +27,7 @@ from priorityprop_jax.priority.scores import (
     gain,
     magnitude,
     measure,
+    precision,
     score,
 )  # fmt: skip
 
@@ -40,9 +43,9 @@ class PriorityPropState(NamedTuple):
     cycle_step: jax.Array  # int32[], the place in the cycle; 0 scores and allocates.
     inner_state: optax.OptState  # as the inner optimizer's, its counts one a slot.
     update_counts: jax.Array  # int32[slots], updates that each slot has had.
-    magnitudes: jax.Array  # float32[slots], average before bias correction.
+    magnitudes: jax.Array  # float[slots], average before bias correction; float64 if a leaf is.
     score_counts: jax.Array  # int32[slots], how often each slot has been scored.
-    priorities: jax.Array  # float32[slots], of this cycle.
+    priorities: jax.Array  # float[slots], of this cycle.
     allocation: jax.Array  # int32[slots], updates granted for this cycle.
     nonfinite_counts: jax.Array  # int32[slots], NaN or infinite magnitudes seen.
     clamped_cycles: jax.Array  # int32[], cycles whose budget was infeasible and was clamped.
@@ -86,8 +89,10 @@ def priorityprop(
 
     With ``min_updates = max_updates = recalc_every`` and the full budget it is the inner optimizer.
 
-    Gradients may be absent: ``update`` takes ``None`` for a leaf, returns ``None`` in its place,
-    keeps the slot's last magnitude and touches neither its state nor its count.
+    Gradients may be absent: a leaf that is ``None`` or left out keeps its slot's last magnitude,
+    state and count. Its update is a `Frozen`, which `optax.apply_updates` leaves in place. (What
+    demands updates of the gradients' structure, as `optax.apply_if_finite` around this does, must
+    be given a `Frozen` instead.)
 
     Args:
       inner: any Optax optimizer.
@@ -149,15 +154,14 @@ def priorityprop(
     )  # fmt: skip
     options.check(extra=("gain",))
 
-    def spend(slots, tree, updates, state, params, extra_args):
+    def spend(options, slots, tree, grads, state, params, extra_args):
         per_slot = PerSlot(inner, tree, slots)
-        grads = per_slot.flatten(updates)
         parameters = None if params is None else per_slot.flatten(params)
         inner_state = per_slot.state_leaves(state.inner_state)
         work = Work(per_slot, grads, inner_state, parameters, extra_args)
         state, counts = _plan(options, slots, grads, state, work.measure)
         if options.is_full() and len(slots) and not per_slot.stack_axis:
-            new_updates, inner_state = work.apply_plain(updates, counts)
+            new_updates, inner_state = work.apply_plain(counts)
         else:
             new_updates, inner_state = work.apply(counts, at_most_one=options.at_most_one())
         return new_updates, state._replace(inner_state=inner_state)
@@ -219,21 +223,19 @@ def scale_by_priority(
     )  # fmt: skip
     options.check()
 
-    def spend(slots, tree, updates, state, params, extra_args):
-        treedef = jax.tree.structure(tree)
-        leaves = treedef.flatten_up_to(updates)
+    def spend(options, slots, tree, leaves, state, params, extra_args):
         plain = lambda fn: measure(slots, fn, leaves, parameters)  # noqa: E731
-        parameters = None if params is None else treedef.flatten_up_to(params)
+        parameters = None if params is None else jax.tree.leaves(params)
         state, counts = _plan(options, slots, leaves, state, plain)
         if options.is_full():
-            return updates, state
+            return leaves, state
         scaled = list(leaves)
         for bundle in slots.bundles:
             times = counts[bundle.start : bundle.start + bundle.slots]
             for leaf, axis in zip(bundle.leaves, bundle.axes, strict=True):
                 if leaves[leaf] is not None:
                     scaled[leaf] = _times(leaves[leaf], times, axis)
-        return treedef.unflatten(scaled), state
+        return scaled, state
 
     return _transformation(options, lambda slots, params: optax.EmptyState(), spend)
 
@@ -246,7 +248,8 @@ def _transformation(
     def init_fn(params):
         slots = options.slots(params)
         options.check_feasible(slots)
-        return _new_state(slots, first_state(slots, params))
+        wide = precision(jax.tree.leaves(params))
+        return _new_state(slots, wide, first_state(slots, params))
 
     def update_fn(updates, state, params=None, **extra_args):
         tree = updates if params is None else params
@@ -256,7 +259,21 @@ def _transformation(
                 f"the state was made for {state.update_counts.shape[0]} slots, the parameters have "
                 f"{len(slots)}; gradients that are absent need params to be given to update"
             )
-        return spend(slots, tree, updates, state, params, extra_args)
+        grads = densify(beside(updates, tree))
+        # What is an array, and may lie on a mesh, goes in as an argument.
+        given, structure = jax.tree.flatten((vars(options), extra_args))
+        arrays = {i: x for i, x in enumerate(given) if isinstance(x, jax.Array)}
+
+        def run(arrays, grads, state, params):
+            given_now = [arrays.get(i, x) for i, x in enumerate(given)]
+            known, extra = structure.unflatten(given_now)
+            return spend(Options(**known), slots, tree, grads, state, params, extra)
+
+        specs = lambda arrays, *like: jax.tree.map(spec_of, like[:2])  # noqa: E731
+        new, state = laid_out(run, specs)(arrays, grads, state, params)
+        absent = None if params is None else Frozen()
+        new = [absent if grad is None else u for u, grad in zip(new, grads, strict=True)]
+        return jax.tree.unflatten(jax.tree.structure(tree), new), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -268,12 +285,12 @@ def _times(update: jax.Array, times: jax.Array, axis: int | None) -> jax.Array:
     return jnp.where(times == 0, jnp.zeros_like(update), update * times.astype(update.dtype))
 
 
-def _new_state(slots: Slots, inner_state: Any) -> PriorityPropState:
+def _new_state(slots: Slots, wide: Any, inner_state: Any) -> PriorityPropState:
     """The state before the first step."""
     # Arrays of their own: a step that is compiled in place donates each of them.
     number = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
     whole = lambda: jnp.zeros(len(slots), jnp.int32)  # noqa: E731
-    real = lambda: jnp.zeros(len(slots), jnp.float32)  # noqa: E731
+    real = lambda: jnp.zeros(len(slots), wide)  # noqa: E731
     return PriorityPropState(
         step=number(), cycle_step=number(), inner_state=inner_state, update_counts=whole(),
         magnitudes=real(), score_counts=whole(), priorities=real(), allocation=whole(),
@@ -310,7 +327,8 @@ def _plan(
     options.check_present(slots, present)
     factors = depth_factors(slots, options.depth_base, options.depth_factor)
     costs = 1.0 if options.costs is None else cost_vector(slots, options.costs)
-    decay = jnp.asarray(options.magnitude_decay, jnp.float32)
+    wide = state.magnitudes.dtype
+    decay = jnp.asarray(options.magnitude_decay, wide)
 
     def recalculate(state):
         kind = options.magnitude
@@ -318,22 +336,23 @@ def _plan(
             fresh = measured(lambda grads, params, updates: gain(grads, updates))
         else:
             fresh = measure(slots, lambda grads, *_: magnitude(grads, kind), grads)
+        fresh = fresh.astype(wide)
         finite = jnp.isfinite(fresh)
         mean = decay * state.magnitudes + (1 - decay) * jnp.where(finite, fresh, 0.0)
         mean = jnp.where(present, mean, state.magnitudes)
         score_counts = state.score_counts + present.astype(np.int32)
-        weight = 1 - decay ** score_counts.astype(jnp.float32)
+        weight = 1 - decay ** score_counts.astype(wide)
         unbiased = jnp.where(score_counts > 0, mean / jnp.where(weight > 0, weight, 1), 0.0)
         look = Look(
             slots, state.step, state.update_counts, factors, costs, state.magnitudes,
             measured, weigh=lambda: unbiased,
         )  # fmt: skip
-        priorities = score(look, options.score).astype(jnp.float32)
+        priorities = score(look, options.score).astype(wide)
 
         budget = options.total_budget
         budget = jnp.asarray(budget(state.step)) if callable(budget) else budget
         budget = jnp.asarray(options.budget(budget, len(slots)), jnp.int32)
-        least = jnp.asarray(len(slots) * options.min_updates, jnp.int32)
+        least = jnp.asarray(times(options.min_updates, len(slots)), jnp.int32)
         allocation = allocate(priorities, budget, options.min_updates, options.max_updates)
         clamped = (budget < least) | (jnp.sum(allocation) < budget)
         nonfinite = state.nonfinite_counts + (present & ~finite).astype(jnp.int32)
