@@ -172,7 +172,8 @@ def update_active(
         if updated:
             static = all(isinstance(at, np.ndarray) for at in updated)
             places = (np if static else jnp).concatenate(updated)
-            state = _account(state, places, jnp.concatenate(gains), gain_decay)
+            gained = jnp.concatenate([x.astype(jnp.float32) for x in gains])
+            state = _account(state, places, gained, gain_decay)
         return per_slot.treedef.unflatten(new_updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

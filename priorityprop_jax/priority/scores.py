@@ -105,8 +105,9 @@ def gain(grads: Any, updates: Any) -> jax.Array:
     real = precision(jax.tree.leaves((grads, updates)))
 
     def product(g, u):
-        some = jnp.iscomplexobj(g) or jnp.iscomplexobj(u)
-        wide = jnp.result_type(real, jnp.complex64) if some else real
+        wide = real
+        if jnp.iscomplexobj(g) or jnp.iscomplexobj(u):
+            wide = jnp.complex128 if real == jnp.float64 else jnp.complex64
         return jnp.sum(jnp.real(jnp.conj(g.astype(wide)) * u.astype(wide)))
 
     products = jax.tree.leaves(jax.tree.map(product, grads, updates))

@@ -1,6 +1,8 @@
 """Budgets for any number of slots: the default fits, what was asked for is checked."""
 
 import inspect
+import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,10 @@ import optax
 import pytest
 
 from priorityprop_jax import PriorityPropTrainer, priorityprop, scale_by_priority
-from priorityprop_jax.priority.options import DEFAULT_BUDGET
+from priorityprop_jax.core.selection import resolve_k
+from priorityprop_jax.priority.options import DEFAULT_BUDGET, Options
 
+REST = ("even", "mean", 0.0, 1.1, None, None, None, None, "priorityprop")  # as they are by default
 FACES = {
     "wrap": lambda **options: priorityprop(optax.sgd(0.1), **options),
     "scale": scale_by_priority,
@@ -61,3 +65,22 @@ def test_a_trainer_takes_a_model_of_any_size(layers):
     trainer.train([np.float32(1.0)], epochs=1)
     ledger = trainer.get_priority_report()
     assert sum(ledger.vectors["allocation"]) == 20 * layers
+
+
+def test_fractions_are_meant_as_they_are_written():
+    for percent in range(1, 101):
+        for slots in (1, 7, 15, 25, 29, 50, 100):
+            exact = Fraction(percent, 100) * slots
+            assert resolve_k(percent / 100, slots) == max(1, round(exact))
+            budget = Options(percent / 100, 0, 10, 10, *REST).budget(percent / 100, slots)
+            assert budget == math.floor(10 * exact + Fraction(1, 2))
+
+
+def test_what_an_int32_cannot_count_is_refused_or_clamped():
+    params = {name: jnp.ones(2) for name in "abc"}
+    for budget in (jnp.int32(5), DEFAULT_BUDGET):
+        with pytest.raises(ValueError, match="lower min_updates"):
+            scale_by_priority(budget, 2**30, 2**31 - 1).init(params)
+    tx = scale_by_priority(jnp.int32(5), jnp.int32(2**30), 2**31 - 1)
+    _, state = jax.jit(tx.update)(params, tx.init(params))
+    assert state.allocation.tolist() == [(2**31 - 1) // 3] * 3 and int(state.clamped_cycles) == 1

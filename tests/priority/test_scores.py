@@ -212,7 +212,7 @@ def test_costs_default_to_one_and_may_be_a_scalar():
 
 
 @pytest.mark.parametrize("x64", [False, True])
-def test_priority_traces_and_stays_float32(x64):
+def test_priority_traces_and_keeps_its_precision(x64):
     with jax.enable_x64(x64), jax.numpy_dtype_promotion("strict"):
         arguments = (
             np.array([4.0, 6.0]),
@@ -222,19 +222,30 @@ def test_priority_traces_and_stays_float32(x64):
         )
         for call in (scores.priority, jax.jit(scores.priority)):
             got = call(*arguments)
-            assert got.dtype == jnp.float32
+            assert got.dtype == (jnp.float64 if x64 else jnp.float32)
             np.testing.assert_allclose(got, [2, 1], rtol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e25])
+def test_squares_neither_overflow_nor_vanish(scale):
+    x = normal((5,)) * np.float32(scale)
+    wide = np.linalg.norm(x.astype(np.float64))
+    np.testing.assert_allclose(scores.magnitude(x, "norm"), wide, rtol=1e-6)
+    np.testing.assert_allclose(scores.magnitude([x, x[:0]], "rms"), wide / 5**0.5, rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_magnitude_and_gain_stay_float32_in_x64_mode(kind):
+def test_magnitude_and_gain_have_the_precision_of_their_leaves(kind):
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         x = jnp.asarray(normal((5,), np.float64))
         assert x.dtype == jnp.float64
-        assert scores.magnitude(x, kind).dtype == jnp.float32
-        assert scores.magnitude([x, x.astype(jnp.bfloat16)], kind).dtype == jnp.float32
+        assert scores.magnitude(x.astype(jnp.float32), kind).dtype == jnp.float32
+        for scale in (1e-200, 1e200):
+            got = scores.magnitude([x * scale, x.astype(jnp.bfloat16)[:0]], kind)
+            assert got.dtype == jnp.float64
+            np.testing.assert_allclose(got, scores.magnitude(x, kind) * scale, rtol=1e-12)
         for y in (x, x.astype(jnp.float32), x.astype(jnp.bfloat16), x.astype(jnp.complex64)):
-            assert scores.gain(x, y).dtype == jnp.float32
+            assert scores.gain(x, y).dtype == jnp.float64
 
 
 # Depth factors and costs.

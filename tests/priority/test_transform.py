@@ -16,6 +16,7 @@ from priorityprop_jax import (
     priorityprop,
     scale_by_priority,
 )
+from priorityprop_jax.core.rows import Frozen
 from priorityprop_jax.priority.allocation import repeats
 from priorityprop_jax.priority.scores import depth_factors
 
@@ -272,7 +273,14 @@ def test_absent_gradients_touch_nothing_and_keep_their_magnitude():
     grads = gradients(params, 1)
     grads["Dense_1"] = {"kernel": None, "bias": None}
     updates, new = jax.jit(tx.update)(grads, state, params)
-    assert updates["Dense_1"] == {"kernel": None, "bias": None}
+    assert updates["Dense_1"] == {"kernel": Frozen(), "bias": Frozen()}
+    assert_same(optax.apply_updates(params, updates)["Dense_1"], params["Dense_1"])
+    left_out = {name: layer for name, layer in grads.items() if name != "Dense_1"}
+    assert_same(jax.jit(tx.update)(left_out, state, params), (updates, new))
+    there = {**grads, "Dense_1": {"kernel": Frozen(), "bias": Frozen()}}
+    around = optax.apply_if_finite(tx, 3)
+    kept, _ = jax.jit(around.update)(there, around.init(params), params)
+    assert jax.tree.structure(kept) == jax.tree.structure(updates)
     slots = find_slots(params).names
     for i, name in enumerate(slots):
         absent = name.startswith("Dense_1")
