@@ -42,7 +42,7 @@ BELOW = {
 EXCEPTIONS: dict[str, set[str]] = {}
 
 # It may shrink: towards 15,000.
-MOST_LINES = 18292
+MOST_LINES = 18377
 
 
 def module_name(path: pathlib.Path) -> str:
