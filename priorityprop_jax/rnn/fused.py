@@ -16,6 +16,7 @@ from flax import nnx
 from flax.nnx.nn.recurrent import flip_sequences
 from jax import lax
 
+from priorityprop_jax.core.fragile import laid_out, spec_of
 from priorityprop_jax.core.modules import check_module, walk
 from priorityprop_jax.rnn.recurrent import GRUParams, LSTMParams
 
@@ -64,8 +65,11 @@ def over_sequence(
     their dtype, and kernels ``(out, in)`` and biases side by side.
     """
 
-    def flipped(x):
+    def flip(x, seq_lengths):
         return flip_sequences(x, seq_lengths, num_batch_dims=x.ndim - 2, time_major=time_major)
+
+    def flipped(x):
+        return laid_out(flip, lambda x, _: spec_of(x))(x, seq_lengths)
 
     xs = flipped(inputs) if reverse else inputs
     xs = xs if time_major else jnp.moveaxis(xs, -2, 0)
@@ -79,8 +83,9 @@ def over_sequence(
     slice_carry = seq_lengths is not None and return_carry
     final, outputs, *carries = run(params, carry, xs, slice_carry)
     if seq_lengths is not None and return_carry:
-        last = seq_lengths - 1
-        final = jax.tree.map(lambda x: x[last, jnp.arange(x.shape[1])], carries[0])
+        pick = lambda x, lengths: x[lengths - 1, jnp.arange(x.shape[1])]  # noqa: E731
+        pick = laid_out(pick, lambda x, _: jax.P(*spec_of(x)[1:]))
+        final = jax.tree.map(lambda x: pick(x, seq_lengths), carries[0])
     if not time_major:
         outputs = jnp.moveaxis(outputs, 0, -2)
     if reverse and keep_order:
@@ -150,8 +155,10 @@ class FusedRNN(nnx.RNN):
 
     own: tuple[str, ...] = ()  # attributes that `restore_rnn` takes away
 
-    def left_alone(self, rows):
-        """Whether the module runs as it was where a step has so many rows."""
+    def left_alone(self, rows, **more):
+        """Whether the module runs as it was where a step has so many rows; checks what is more."""
+        if more:
+            raise TypeError(f"{type(self).__name__} takes no argument {', '.join(more)}")
         return False
 
     def run(self, params, carry, xs, all_carries, per_gate):
@@ -181,7 +188,7 @@ class FusedRNN(nnx.RNN):
         )
         options["seq_lengths"] = seq_lengths
         shape = shape_of_step(inputs, options["time_major"])
-        if not _runs(self) or self.left_alone(math.prod(shape[:-1])):
+        if self.left_alone(math.prod(shape[:-1]), **more) or not _runs(self):
             return super().__call__(inputs, initial_carry=initial_carry, rngs=rngs, **options)
         cell: Any = self.cell
         if rngs is None:

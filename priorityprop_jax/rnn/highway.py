@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from priorityprop_jax.core.fragile import zeros
 from priorityprop_jax.rnn.recurrent import (
     GRUParams,
     LSTMParams,
@@ -35,8 +36,8 @@ def _along_residual(a: jax.Array, b: jax.Array) -> jax.Array:
             y = y + b
             return a * y, y
 
-        zeros = jnp.zeros(b.shape[1:], jnp.result_type(a, b))
-        return lax.scan(step, zeros, (a, b), reverse=True, unroll=min(8, len(b)))[1]
+        nothing = zeros(b.shape[1:], jnp.result_type(a, b), a, b)
+        return lax.scan(step, nothing, (a, b), reverse=True, unroll=min(8, len(b)))[1]
 
     def join(first, second):
         return first[0] * second[0], second[0] * first[1] + second[1]
@@ -56,8 +57,8 @@ class _Highway(NamedTuple):
         steps = len(dh)
         if not steps:
             return in_turn(options, product, diagonals, dcarries, dcarry)
-        like = tuple(jnp.zeros((steps, *x.shape), x.dtype) for x in dcarry)
-        last = tuple(zeros.at[-1].set(x) for zeros, x in zip(like, dcarry, strict=True))
+        like = tuple(zeros((steps, *x.shape), x.dtype, x) for x in dcarry)
+        last = tuple(y.at[-1].set(x) for y, x in zip(like, dcarry, strict=True))
         given = plus(last, dcarries)
 
         def along(products):
@@ -158,10 +159,9 @@ def highway_rnn(
       Residual Path <https://arxiv.org/abs/2501.17086>`_, 2025
     """
     check_iterations(iterations, tol)
+    check_probe(probe)
     if probe is not None:
         probe = jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(probe)])
-        if probe.shape != (3,):
-            raise ValueError(f"probe must be three zeros, got {probe.size} numbers")
     rows = math.prod(xs.shape[1:-1])
     return run_cell(
         params,
@@ -169,7 +169,14 @@ def highway_rnn(
         xs,
         all_carries=all_carries,
         unroll=unroll,
-        hoist=jax.default_backend() != "cpu" or rows <= HOIST_ROWS,
+        hoist=jax.default_backend() != "cpu" or isinstance(rows, int) and rows <= HOIST_ROWS,
         adjoint=None if iterations is None else _Highway(iterations, tol),
         probe=probe,
     )
+
+
+def check_probe(probe: Any) -> None:
+    """Raises a ValueError for what cannot take the numbers of a report."""
+    count = sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(probe))
+    if probe is not None and count != 3:
+        raise ValueError(f"probe must be three zeros, got {count} numbers")

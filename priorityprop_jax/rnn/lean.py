@@ -21,7 +21,7 @@ from priorityprop_jax.rnn.fused import (
     standard,
     swap,
 )
-from priorityprop_jax.rnn.highway import highway_rnn
+from priorityprop_jax.rnn.highway import check_probe, highway_rnn
 from priorityprop_jax.rnn.rounds import check_iterations
 
 # On a CPU with more rows than this in a step its product keeps the cores busy, and what the lean
@@ -29,8 +29,10 @@ from priorityprop_jax.rnn.rounds import check_iterations
 _MOST_ROWS = 64
 
 
-def _too_many(rows: int, iterations: int | None) -> bool:
-    return iterations is None and rows > _MOST_ROWS and jax.default_backend() == "cpu"
+def _too_many(rows: Any, iterations: int | None) -> bool:
+    known = isinstance(rows, int)  # and not of a symbolic shape, as `jax.export` has them
+    few = not known or rows <= _MOST_ROWS
+    return iterations is None and not few and jax.default_backend() == "cpu"
 
 
 class LeanRNN(FusedRNN):
@@ -40,9 +42,10 @@ class LeanRNN(FusedRNN):
     lean_tol: float | None = None
     own = ("lean_iterations", "lean_tol")
 
-    def left_alone(self, rows):
+    def left_alone(self, rows, probe=None, **more):
         """See `FusedRNN.left_alone`."""
-        return _too_many(rows, self.lean_iterations)
+        check_probe(probe)  # of its report there is nothing but zeros where autodiff runs
+        return super().left_alone(rows, **more) or _too_many(rows, self.lean_iterations)
 
     def run(self, params, carry, xs, all_carries, per_gate, probe=None):
         """See `FusedRNN.run`."""
@@ -100,11 +103,18 @@ def lean_rnn(model: nnx.Module, *, iterations: int | None = None, tol: float | N
     return changed
 
 
-# The layers of Linen's cells on the input and on the state, in the order of the gates
+# The layers of Linen's cells on the input and on the state, in the order of the gates, and those
+# that Flax reads a bias of: what else is in the parameters, it leaves alone.
 _LAYERS: dict[Any, tuple[tuple[str, ...], tuple[str, ...]]] = {
     nn.OptimizedLSTMCell: (("ii", "if", "ig", "io"), ("hi", "hf", "hg", "ho")),
     nn.LSTMCell: (("ii", "if", "ig", "io"), ("hi", "hf", "hg", "ho")),
     nn.GRUCell: (("ir", "iz", "in"), ("hr", "hz", "hn")),
+}
+_OF_STATE = ("hi", "hf", "hg", "ho")
+_BIASES: dict[Any, tuple[str, ...]] = {
+    nn.OptimizedLSTMCell: _OF_STATE,
+    nn.LSTMCell: _OF_STATE,
+    nn.GRUCell: ("ir", "iz", "in", "hn"),
 }
 
 
@@ -155,6 +165,7 @@ class LinenLeanRNN(nn.RNN, kw_only=True):
                 "nn.RNN"
             )
         check_iterations(self.iterations, self.tol)
+        check_probe(probe)
         options = options_of(
             self,
             return_carry=return_carry,
@@ -175,7 +186,7 @@ class LinenLeanRNN(nn.RNN, kw_only=True):
 
         def fuse(names, x) -> Any:
             kernel = jnp.concatenate([layers[name]["kernel"].T for name in names])
-            biases = [layers[name]["bias"] for name in names if "bias" in layers[name]]
+            biases = [layers[name]["bias"] for name in names if name in _BIASES[type(cell)]]
             return promote_dtype(x, kernel, joined(biases) if biases else None, dtype=cell.dtype)
 
         def run(params, carry, xs, all_carries):

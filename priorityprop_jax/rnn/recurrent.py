@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from priorityprop_jax.core.fragile import laid_out, spec_of, vary_alike, zeros
 from priorityprop_jax.core.selection import largest, magnitudes, resolve_k
 
 _ROWS: dict[str, Any] = {
@@ -86,7 +87,7 @@ def _linear(x: jax.Array, kernels: Sequence[jax.Array]) -> jax.Array:
 
 def _lstm_step(params: Any, carry: Any, of_x: jax.Array) -> Any:
     c, h = carry
-    y = of_x + (_linear(h, params.recurrent_kernel) + params.bias)
+    y = of_x + (_linear(h, params.recurrent_kernel) + params.bias[None])
     i, f, g, o = jnp.split(y, 4, axis=-1)
     i, f, g, o = jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
     new_c = f * c + i * g
@@ -98,11 +99,11 @@ def _lstm_step(params: Any, carry: Any, of_x: jax.Array) -> Any:
 def _gru_step(params: Any, carry: Any, of_x: jax.Array) -> Any:
     (h,) = carry
     if params.input_bias is not None:
-        of_x = of_x + params.input_bias
+        of_x = of_x + params.input_bias[None]
     x_r, x_z, x_n = jnp.split(of_x, 3, axis=-1)
     h_r, h_z, h_n = jnp.split(_linear(h, params.recurrent_kernel), 3, axis=-1)
     if params.recurrent_bias is not None:
-        h_n = h_n + params.recurrent_bias
+        h_n = h_n + params.recurrent_bias[None]
     r, z = jax.nn.sigmoid(x_r + h_r), jax.nn.sigmoid(x_z + h_z)
     n = jnp.tanh(x_n + r * h_n)
     of_n = (1 - z) * (1 - n * n)
@@ -165,7 +166,8 @@ def to_state(diagonals: Diagonals, absorbed: Any) -> jax.Array:
     of_gates = diagonals.to_state
     wide = absorbed[0][..., None, :]
     # Broadcast over the gates: a concatenation would be an array more for the compiler.
-    gates = of_gates.reshape(*wide.shape[:-2], -1, wide.shape[-1])
+    count = of_gates.shape[-1] // wide.shape[-1]
+    gates = of_gates.reshape(*wide.shape[:-2], count, wide.shape[-1])
     if diagonals.of_h is not None:  # the last gate opens on h
         last = np.arange(gates.shape[-2])[:, None] == gates.shape[-2] - 1
         wide = jnp.where(last, absorbed[-1][..., None, :], wide)
@@ -267,13 +269,13 @@ def _run_bwd(options, residuals, cotangents):
         dxs = jnp.dot(dinput, kernels[0]).reshape(xs.shape)
     else:
         summed = jnp.promote_types(jnp.result_type(diagonals[0], *dcarry), jnp.float32)
-        zeros = (
-            jnp.zeros(4 * width, summed),
-            *(jnp.zeros(kernel.shape, w) for kernel, w in zip(kernels, wide, strict=True)),
+        nothing = (
+            zeros((4 * width,), summed, xs),
+            *(zeros(kernel.shape, w, xs) for kernel, w in zip(kernels, wide, strict=True)),
         )
         (dcarry, (dbias, *dkernels)), dxs = lax.scan(
             sparse_step,
-            (dcarry, zeros),
+            (dcarry, nothing),
             (diagonals, dcarries, xs, before),
             reverse=True,
             unroll=options.unroll,
@@ -349,13 +351,22 @@ def run_cell(
     k = resolve_k(k, width, name)
     options = _Options(cell, k, all_carries, unroll, per_gate, hoist, adjoint)
     rows = math.prod(batch)
-    flat = tuple(x.reshape(rows, width) for x in state)
     probe = jnp.zeros(3) if probe is None else probe
-    out: Any = _run(options, params, flat, xs.reshape(steps, rows, xs.shape[-1]), probe)
-    final, hs, others = out
-    final = tuple(x.reshape(shape) for x in final)
-    carries = tuple(x.reshape(steps, *shape) for x in (*others, hs))
+
+    def run(params, state, xs, probe):
+        flat = tuple(x.reshape(rows, width) for x in state)
+        arrays = vary_alike((params, flat, xs.reshape(steps, rows, xs.shape[-1]), probe))
+        final, hs, others = _run(options, *arrays)  # type: ignore[misc]
+        final = tuple(x.reshape(shape) for x in final)
+        return final, tuple(x.reshape(steps, *shape) for x in (*others, hs))
+
+    def results(params, state, xs, probe):
+        time, *over_batch, _ = spec_of(xs)
+        outputs = [jax.P(time, *over_batch, None)] * (len(state) if all_carries else 1)
+        return (jax.P(*over_batch, None),) * len(state), tuple(outputs)
+
+    final, carries = laid_out(run, results)(params, state, xs, probe)
+    hs = carries[-1]
     if cell.name != "lstm":
         (final,), (carries,) = final, carries
-    hs = hs.reshape(steps, *shape)
     return (final, hs, carries) if all_carries else (final, hs)

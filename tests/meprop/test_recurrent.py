@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
 from priorityprop_jax.rnn.recurrent import GRUParams, LSTMParams, run_cell
@@ -119,8 +119,12 @@ REFERENCES = {"lstm": lstm_reference, "gru": gru_reference, "gru without biases"
 def gradients(name, args, k, **kwargs):
     run = lambda *args: run_cell(*args, k=k, all_carries=True, **kwargs)  # noqa: E731
     out_bar = cotangents(name, run, args)
-    grads = jax.jit(lambda *args: jax.vjp(run, *args)[1](out_bar))(*args)
-    return grads, out_bar
+
+    def total(*args):
+        pairs = zip(jax.tree.leaves(run(*args)), jax.tree.leaves(out_bar), strict=True)
+        return sum(jnp.sum(y * bar) for y, bar in pairs)
+
+    return jax.jit(jax.grad(total, (0, 1, 2)))(*args), out_bar
 
 
 def own_gradients(name, k, *args):
@@ -230,12 +234,20 @@ def test_bfloat16(name, k):
             assert np.linalg.norm(g - e) < 0.1 * np.linalg.norm(e)
 
 
-@pytest.mark.parametrize("name", ["lstm", "gru"])
-@pytest.mark.parametrize("k", [2, HIDDEN])
-def test_batch_sharded_over_a_mesh(name, k):
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+MESHES = [
+    ("lstm", 2, AUTO),
+    ("gru", HIDDEN, AUTO),
+    ("lstm", HIDDEN, EXPLICIT),
+    ("gru", 2, EXPLICIT),
+]
+
+
+@pytest.mark.parametrize(("name", "k", "kind"), MESHES)
+def test_batch_sharded_over_a_mesh(name, k, kind):
     args = make(name, batch=(16,))
     grads, out_bar = gradients(name, args, k)
-    mesh = Mesh(np.array(jax.devices()), ("data",))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))  # noqa: E731
     params, carry, xs = args
     sharded = (
@@ -243,8 +255,25 @@ def test_batch_sharded_over_a_mesh(name, k):
         jax.tree.map(lambda x: place(x, "data"), carry),
         place(xs, None, "data"),
     )
-    again, _ = gradients(name, sharded, k)
+    with jax.set_mesh(mesh):
+        again, _ = gradients(name, sharded, k)
     assert_close(again, grads)
+
+
+def test_batch_split_by_hand_over_a_mesh():
+    # Each shard keeps columns of its own, as each half of the batch does by itself.
+    params, carry, xs = make("lstm", batch=(2,))
+
+    def grads(params, carry, xs):
+        return jax.grad(lambda p: jnp.sum(jnp.sin(run_cell(p, carry, xs, k=2)[1])))(params)
+
+    mesh, specs = Mesh(np.array(jax.devices()[:2]), ("x",)), (jax.P(), jax.P("x"), jax.P(None, "x"))
+    vary = lambda p: jax.tree.map(lambda x: jax.lax.pcast(x, "x", to="varying"), p)  # noqa: E731
+    own = lambda p, *args: jax.lax.psum(grads(vary(p), *args), "x")  # noqa: E731
+    found = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=jax.P(), check_vma=True)
+    halves = [jax.tree.map(lambda x, i=i: x[i : i + 1], carry) for i in range(2)]
+    each = [grads(params, halves[i], xs[:, i : i + 1]) for i in range(2)]
+    assert_close(jax.jit(found)(params, carry, xs), jax.tree.map(jnp.add, *each))
 
 
 def test_wrong_input():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from priorityprop_jax.rnn.highway import _along_residual, highway_rnn
 from priorityprop_jax.rnn.recurrent import GRUParams, LSTMParams
@@ -282,14 +282,43 @@ def test_few_steps():
     assert type(jax.eval_shape(jax.grad(loss_fn), probe)) is HighwayReport
 
 
-def test_batch_sharded_over_a_mesh():
-    mesh = Mesh(np.array(jax.devices()), ("data",))
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+def test_batch_sharded_over_a_mesh(kind):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))  # noqa: E731
     args = make("gru", batch=(8,))
     params, carry, xs = args
     sharded = jax.tree.map(place, params), place(carry, "data"), place(xs, None, "data")
     run = jax.jit(jax.grad(total(2), (0, 2)))
-    assert_close(run(*sharded), run(*args), 1e-5)
+    with jax.set_mesh(mesh):
+        found = run(*sharded)
+    assert_close(found, run(*args), 1e-5)
+
+
+# JAX checks along which axes of a mesh arrays differ between shards, loops' carries above all.
+@pytest.mark.parametrize(("name", "iterations"), [("lstm", None), ("lstm", 2), ("gru", 2)])
+def test_batch_split_by_hand_over_a_mesh(name, iterations):
+    params, carry, xs = make(name, batch=(8,))
+    mesh, over_batch = Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data")
+
+    def grads(params, carry, xs, sum_up=lambda x: x):
+        def loss(params, carry, xs):
+            hs = highway_rnn(params, carry, xs, iterations=iterations)[1]
+            return sum_up(jnp.sum(jnp.sin(hs)))
+
+        return jax.grad(loss, (0, 1, 2))(params, carry, xs)
+
+    summed = functools.partial(grads, sum_up=lambda x: jax.lax.psum(x, "data"))
+    specs = PartitionSpec(), over_batch, PartitionSpec(None, "data")
+    shards = jax.shard_map(summed, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=True)
+    assert_close(jax.jit(shards)(params, carry, xs), grads(params, carry, xs), 1e-5)
+
+
+@pytest.mark.parametrize(("name", "iterations"), [("lstm", None), ("gru", 2)])
+def test_no_rows(name, iterations):
+    args = make(name, batch=(0,))
+    grads = jax.grad(total(iterations), (0, 2))(*args)
+    assert grads[1].shape == args[2].shape and not any(np.any(g) for g in jax.tree.leaves(grads[0]))
 
 
 def test_the_residual_path_is_the_same_one_step_after_the_other_and_all_at_once(monkeypatch):

@@ -223,6 +223,40 @@ def test_many_rows_are_left_to_autodiff(rows, iterations, own):
     variables = jax.eval_shape(linen.init, jax.random.key(0), x)
     traced = jax.make_jaxpr(linen.apply)(variables, x)
     assert str(traced).count("custom_vjp_call") == own
+    for wrong in ({"lengths": 1}, {"probe": jnp.zeros(2)}):
+        with pytest.raises((TypeError, ValueError), match=f"{next(iter(wrong))}"):
+            rnn(x, initial_carry=jnp.zeros((rows, 4)), **wrong)
+
+
+@pytest.mark.parametrize("cell", NNX_CELLS)
+def test_a_mesh_with_explicit_axes(cell):
+    options = {"seq_lengths": jnp.array([3, 5] * 4), "return_carry": True, "reverse": True}
+    rnn, x = nnx_rnn(cell), draw(1, 8, STEPS, INPUTS, dtype=jnp.float32)
+    h = jnp.zeros((8, HIDDEN))
+    carry = h if "GRU" in cell else (h, h)
+    graph, state = nnx.split(rnn)
+    expected = rnn(x, initial_carry=carry, **options)
+    lean_rnn(rnn)
+    mesh = jax.make_mesh((8,), ("x",))
+    with jax.set_mesh(mesh):
+        shards = jax.device_put(x, jax.NamedSharding(mesh, jax.P("x")))
+        call = lambda state, x: nnx.merge(nnx.graphdef(rnn), state)(  # noqa: E731
+            x, initial_carry=carry, **options
+        )
+        found = jax.jit(call)(state, shards)
+    assert_close(found, expected, 1e-5)
+
+
+def test_a_symbolic_batch_is_exported():
+    rnn = nnx_rnn("GRUCell")
+    lean_rnn(rnn)
+    graph, state = nnx.split(rnn)
+    call = lambda x: nnx.merge(graph, state)(x, initial_carry=jnp.zeros((x.shape[0], HIDDEN)))  # noqa: E731
+    (batch,) = jax.export.symbolic_shape("batch")
+    x = jax.ShapeDtypeStruct((batch, STEPS, INPUTS), jnp.float32)
+    exported = jax.export.export(jax.jit(call))(x)
+    x = draw(1, 3, STEPS, INPUTS, dtype=jnp.float32)
+    assert_close(exported.call(x), call(x), 1e-5)
 
 
 BIASES = [("OptimizedLSTMCell", "dense_i"), ("LSTMCell", "if_"), ("GRUCell", "dense_h")]
