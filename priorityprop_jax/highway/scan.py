@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -213,7 +214,7 @@ def highway_nnx(
 
     Raises:
       TypeError: if ``modules`` are none.
-      ValueError: if they are not of one shape.
+      ValueError: if they are not of one shape, or share what a call changes, as a random stream.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -245,16 +246,40 @@ def highway_nnx(
         params, state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     has_aux = options.pop("has_aux", False)
 
+    shared = _shared(items)
+
     def block(p: Any, x: Any) -> Any:
         module = nnx.merge(graphdef, *p)
+        before = _variables(module)
         out = run(module, x)
         y, aux = out if has_aux else (out, None)
+        changed = [k for k, new in _variables(module).items() if before.get(k, new) is not new]
+        if once := sorted(shared.intersection(changed)):
+            raise ValueError(
+                f"the modules share {', '.join(once)}, and a call changes it: run at once, all "
+                "would start from the same, as from one random stream; give each module its own, "
+                "as rngs.fork() does"
+            )
         return y, (aux, nnx.state(module, nnx.Not(nnx.Param)))
 
     y, (aux, state) = highway_scan(block, (params, state), x, has_aux=True, **options)
     for i, module in enumerate(items):
         nnx.update(module, state if stacked else jax.tree.map(lambda s, i=i: s[i], state))
     return (y, aux) if has_aux else y
+
+
+def _variables(module: nnx.Module, of: Callable[[Any], Any] = lambda x: x.get_raw_value()) -> Any:
+    """What the variables of a module are, by path, but for parameters."""
+    found = nnx.iter_graph(module)
+    kept = ((path, x) for path, x in found if isinstance(x, nnx.Variable))
+    return {"/".join(map(str, path)): of(x) for path, x in kept if not isinstance(x, nnx.Param)}
+
+
+def _shared(modules: Sequence[nnx.Module]) -> set[str]:
+    """Paths of variables that more than one of the modules holds."""
+    found = [_variables(module, id) for module in modules]
+    count = collections.Counter(x for each in found for x in set(each.values()))
+    return {path for each in found for path, x in each.items() if count[x] > 1}
 
 
 def _wide(tree: Any) -> Any:

@@ -543,3 +543,24 @@ def test_modules_that_are_no_stack():
     with pytest.raises(ValueError, match="module 1 is not of the shape of module 0"):
         two = [nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.Linear(2, 3, rngs=nnx.Rngs(0))]
         highway_nnx(two, jnp.ones((1, 2)), iterations=1)
+
+
+class Noisy(nnx.Module):
+    def __init__(self, rngs, mean):
+        self.rngs, self.mean = rngs, mean
+
+    def __call__(self, x):
+        return x + jax.random.normal(self.rngs.noise(), x.shape) + self.mean[...]
+
+
+def test_nnx_modules_that_share_what_a_call_changes():
+    # What all of them only read they may share.
+    rngs, mean = nnx.Rngs(noise=0), nnx.BatchStat(jnp.zeros(2))
+    x = jnp.zeros((4, 2))
+    with pytest.raises(ValueError, match=r"share rngs/noise/count, .*rngs\.fork"):
+        highway_nnx([Noisy(rngs, mean) for _ in range(3)], x, iterations=1)
+    own = [Noisy(rngs.fork(), mean) for _ in range(3)]
+    expected = x
+    for block in nnx.clone(own):
+        expected = block(expected)
+    close(highway_nnx(own, x, iterations=1), expected, 1e-6)
