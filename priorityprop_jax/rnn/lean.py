@@ -98,7 +98,8 @@ def lean_rnn(model: nnx.Module, *, iterations: int | None = None, tol: float | N
         found = {name: type(rnn.cell).__name__ for name, rnn in rnns.items()}
         raise ValueError(
             f"no RNN was changed: the model's are {found or 'none'}, and the cells known are "
-            "GRUCell, LSTMCell and OptimizedLSTMCell with sigmoid and tanh"
+            "GRUCell, LSTMCell and OptimizedLSTMCell with sigmoid and tanh, and the biases that "
+            "Flax gives them"
         )
     return changed
 

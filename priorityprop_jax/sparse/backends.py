@@ -105,9 +105,21 @@ def sparse_backend(
 
 
 def choose_backend(
-    asked: str | None, pattern: SparsePattern, dtype: Any, geometry: ConvGeometry | None
+    asked: str | None,
+    pattern: SparsePattern,
+    dtype: Any,
+    geometry: ConvGeometry | None,
+    shape: tuple[Any, ...],
 ) -> str:
-    """The backend asked for, a ValueError where it cannot do it, or that of `sparse_backend`."""
+    """The backend asked for, a ValueError where it cannot do it, or that of `sparse_backend`.
+
+    For inputs of a shape, which may be symbolic, as `jax.export` has them.
+    """
+    symbolic = not all(isinstance(size, int) for size in shape)
+    if symbolic and asked == "csr":
+        raise ValueError(f"the backend 'csr' has no symbolic shapes, got {shape}: use 'masked'")
+    if asked is None and symbolic:
+        return "masked"
     if asked is None:
         return sparse_backend(pattern, geometry=geometry, dtype=dtype).name
     if asked not in KERNELS:

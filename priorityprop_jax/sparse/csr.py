@@ -53,7 +53,10 @@ def backward(
         starts = pattern.column_starts
         lines = Lines(starts[:-1], jnp.diff(starts))
         by_column = values[pattern.order] if pattern.capacity == 0 else _take(values, pattern.order)
-        dx = product(by_column, pattern.rows, lines, dy).astype(x.dtype).T
+        # Starts that were never filled in would pass for a weight without a place.
+        broken = starts[-1] != pattern.row_starts[-1]
+        dx = product(by_column, pattern.rows, lines, dy).T
+        dx = jnp.where(broken, jnp.nan, dx).astype(x.dtype)
     if weights:
         x = x.T
         if cheaper_dense(pattern):
@@ -73,6 +76,8 @@ def cheaper_dense(pattern: SparsePattern) -> bool:
 
 def take_places(dense: jax.Array, pattern: SparsePattern) -> jax.Array:
     """What stands at the places of a pattern, as `take_values` does, in less time."""
+    if not dense.size:
+        return jnp.zeros(pattern.capacity, dense.dtype)
     # The row of each place is known by column only, and to search for it costs more than to
     # scatter; reads by row go through `dense` in order.
     rows = jnp.zeros_like(pattern.rows).at[pattern.order]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from priorityprop_jax.core.fragile import laid_out, spec_of
 from priorityprop_jax.sparse.backends import choose_backend
 from priorityprop_jax.sparse.pattern import ConvGeometry, SparsePattern
 from priorityprop_jax.sparse.products import Product, multiply
@@ -54,9 +55,13 @@ def sparse_linear(
     ins = pattern.shape[1]
     if x.ndim < 1 or x.shape[-1] != ins:
         raise ValueError(f"x must be [..., {ins}] for a weight {pattern.shape}, got {x.shape}")
-    product = Product(choose_backend(backend, pattern, dtype, None))
-    y = multiply(product, values, pattern, x.reshape(math.prod(x.shape[:-1]), ins))
-    return y.reshape(*x.shape[:-1], pattern.shape[0])
+    product = Product(choose_backend(backend, pattern, dtype, None, x.shape))
+
+    def run(x, values, pattern):
+        y = multiply(product, values, pattern, x.reshape(math.prod(x.shape[:-1]), ins))
+        return y.reshape(*x.shape[:-1], pattern.shape[0])
+
+    return laid_out(run, lambda x, *_: jax.P(*spec_of(x)[:-1], None))(x, values, pattern)
 
 
 def sparse_conv(
@@ -120,16 +125,23 @@ def sparse_conv(
             f"x {x.shape} does not fit a kernel {sizes} of shape {pattern.shape} in {groups} "
             "groups: x is [..., *sizes, in], the kernel (out, in / groups * taps)"
         )
-    batch, image = x.shape[: -axes - 1], x.shape[-axes - 1 :]
-    x = x.reshape(math.prod(batch), *image)
-    x, pads = _pad(x, sizes, steps, dilation, padding)
-    if axes == 1:  # an image of height 1
-        x = x[:, None]
-        sizes, steps, dilation, pads = (1, *sizes), (1, *steps), (1, *dilation), ((0, 0), *pads)
-    geometry = ConvGeometry(sizes, steps, pads, dilation, groups)  # type: ignore[arg-type]
-    product = Product(choose_backend(backend, pattern, dtype, geometry), geometry)
-    y = multiply(product, values, pattern, x)
-    return y.reshape(*batch, *y.shape[2 if axes == 1 else 1 :])
+    batch = x.shape[: -axes - 1]
+
+    def run(x, values, pattern):
+        x = x.reshape(math.prod(batch), *x.shape[len(batch) :])
+        x, pads = _pad(x, sizes, steps, dilation, padding)
+        geometry = ConvGeometry(sizes, steps, pads, dilation, groups)  # type: ignore[arg-type]
+        if axes == 1:  # an image of height 1
+            x, pads = x[:, None], ((0, 0), *pads)
+            geometry = ConvGeometry((1, *sizes), (1, *steps), pads, (1, *dilation), groups)  # type: ignore[arg-type]
+        chosen = choose_backend(backend, pattern, dtype, geometry, x.shape)
+        y = multiply(Product(chosen, geometry), values, pattern, x)
+        return y.reshape(*batch, *y.shape[2 if axes == 1 else 1 :])
+
+    def results(x, *_):
+        return jax.P(*spec_of(x)[: len(batch)], *[None] * (axes + 1))
+
+    return laid_out(run, results)(x, values, pattern)
 
 
 def _checked(x: Any, values: Any, pattern: SparsePattern) -> tuple[jax.Array, jax.Array, Any]:

@@ -225,6 +225,8 @@ def densify_values(values: jax.Array, pattern: SparsePattern) -> jax.Array:
 
 def take_values(dense: jax.Array, pattern: SparsePattern) -> jax.Array:
     """The inverse of `densify_values`: ``[capacity]``, zero at places that are not used."""
+    if not dense.size:
+        return jnp.zeros(pattern.capacity, dense.dtype)
     places = dense.reshape(-1).at[_flat_traced(pattern)]
     return places.get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
 

@@ -79,8 +79,8 @@ def test_a_choice_is_kept_if_it_can_be(with_native):
         ("masked", None),
         ("masked", IMAGE),
     ]:
-        assert choose_backend(asked, kept(0.9), np.dtype(np.float32), geometry) == asked
-    assert choose_backend(None, kept(0.9), np.dtype(np.float32), None) == "masked"
+        assert choose_backend(asked, kept(0.9), np.dtype(np.float32), geometry, (2, 4)) == asked
+    assert choose_backend(None, kept(0.9), np.dtype(np.float32), None, (2, 4)) == "masked"
 
 
 @pytest.mark.parametrize(
@@ -93,19 +93,19 @@ def test_a_choice_is_kept_if_it_can_be(with_native):
 )
 def test_choices_that_cannot_be(with_native, asked, dtype, geometry, message):
     with pytest.raises(ValueError, match=message):
-        choose_backend(asked, kept(0.1), np.dtype(dtype), geometry)
+        choose_backend(asked, kept(0.1), np.dtype(dtype), geometry, (2, 4))
 
 
 def test_native_where_there_is_none(without_native):
     with pytest.raises(ValueError, match="cannot be used here: there was no compiler, on cpu"):
-        choose_backend("native", kept(0.1), np.dtype(np.float32), None)
+        choose_backend("native", kept(0.1), np.dtype(np.float32), None, (2, 4))
 
 
 def test_native_on_another_platform(with_native, monkeypatch):
     monkeypatch.setattr(backends, "_platform", lambda: "gpu")
     with pytest.raises(ValueError, match="cannot be used here: AVX-9 kernels, on gpu"):
-        choose_backend("native", kept(0.1), np.dtype(np.float32), None)
-    assert choose_backend(None, kept(0.1), np.dtype(np.float32), None) == "masked"
+        choose_backend("native", kept(0.1), np.dtype(np.float32), None, (2, 4))
+    assert choose_backend(None, kept(0.1), np.dtype(np.float32), None, (2, 4)) == "masked"
 
 
 @pytest.mark.skipif(

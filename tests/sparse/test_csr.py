@@ -1,5 +1,6 @@
 """Products with a sparse weight against dense ones in float64."""
 
+import dataclasses
 import functools
 
 import jax
@@ -106,6 +107,13 @@ def test_batches_of_nothing(shape):
     assert csr.forward(values, pattern, x).shape == (0, shape[0])
     dx, dvalues = csr.backward(values, pattern, x, dy)
     assert dx.shape == x.shape and not dvalues.any()
+
+
+def test_starts_of_columns_that_were_never_filled_in_are_seen():
+    pattern = make_pattern(np.eye(3))
+    empty = dataclasses.replace(pattern, column_starts=jnp.zeros_like(pattern.column_starts))
+    dx, _ = csr.backward(jnp.ones(3), empty, jnp.ones((2, 3)), jnp.ones((2, 3)))
+    assert np.isnan(dx).all()
 
 
 def test_halves_that_are_not_wanted_are_none_and_cost_nothing():

@@ -210,8 +210,8 @@ def test_float64():
     np.testing.assert_allclose(y, xs[0] @ weights[0].T, rtol=1e-13, atol=1e-13)
 
 
-def mesh():
-    return jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+def mesh(kind="Auto"):
+    return jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType[kind],))
 
 
 @functools.cache
@@ -250,16 +250,45 @@ def test_shards_of_shard_map(case):
     assert_close(run(values, x), expected)
 
 
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("case", [NATIVE, NATIVE_CONV, "csr"])
-def test_shards_that_the_compiler_makes(case):
+def test_shards_that_the_compiler_makes(case, kind):
     values, x, expected = sharded_reference(case)
-    whole, split = (jax.NamedSharding(mesh(), jax.P(*axes)) for axes in ((), ("data",)))
+    whole, split = (jax.NamedSharding(mesh(kind), jax.P(*axes)) for axes in ((), ("data",)))
     values, x = jax.device_put(values, whole), jax.device_put(x, split)
-    step = jax.jit(jax.value_and_grad(loss(sparse(case)), (0, 1))).lower(values, x).compile()
+    with jax.set_mesh(mesh(kind)):
+        step = jax.jit(jax.value_and_grad(loss(sparse(case)), (0, 1))).lower(values, x).compile()
     assert "all-gather" not in step.as_text()
     result = step(values, x)
     assert_close(result, expected)
     assert result[1][1].sharding.is_equivalent_to(split, x.ndim)
+
+
+@pytest.mark.parametrize("case", ["masked", NATIVE_CONV])
+def test_a_symbolic_batch_is_exported_by_jax_alone(case):
+    # What is exported runs on other machines, which may not have the kernels of this one.
+    weights, xs = data(case)
+    values = taken(case, weights[0]).astype(np.float32)
+    chosen = {"kernel_size": KERNEL} if case.endswith("conv") else {}
+    run = sparse_conv if chosen else sparse_linear
+    step = jax.jit(jax.grad(lambda x: jnp.sum(run(x, values, pattern_of(case), **chosen) ** 2)))
+    shape = (*jax.export.symbolic_shape("batch"), *xs[0].shape[1:])
+    exported = jax.export.export(step)(jax.ShapeDtypeStruct(shape, jnp.float32))
+    np.testing.assert_allclose(exported.call(xs[0]), step(xs[0]), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="csr.* no symbolic shapes.*use 'masked'"):
+        jax.export.export(jax.jit(lambda x: sparse("csr")(values, x)))(
+            jax.ShapeDtypeStruct((shape[0], IN), jnp.float32)
+        )
+
+
+@pytest.mark.parametrize("backend", [NATIVE, "csr", "masked"])
+@pytest.mark.parametrize("shape", [(0, 8), (4, 0)])
+def test_weights_without_an_element(shape, backend):
+    pattern, x = make_pattern(np.zeros(shape)), jnp.ones((2, shape[1]))
+    f = lambda x, values: sparse_linear(x, values, pattern, backend=backend)  # noqa: E731
+    assert f(x, jnp.ones(1)).shape == (2, shape[0])
+    dx, dvalues = jax.grad(lambda *args: f(*args).sum(), (0, 1))(x, jnp.ones(1))
+    assert dx.shape == x.shape and dvalues.tolist() == [0]
 
 
 @pytest.mark.parametrize("case", [NATIVE, "masked"])
