@@ -5,6 +5,7 @@ CONTRIBUTING.md lists them, and tests/core/test_fragile.py says which of them a 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -79,6 +80,11 @@ def laid_out(function: Callable[..., Any], results: Callable[..., Any]) -> Calla
 def spec_of(x: Any) -> Any:
     """How an array lies along the explicit axes of a mesh."""
     return jax.typeof(x).sharding.spec
+
+
+def no_mesh() -> contextlib.AbstractContextManager[Any]:
+    """Where no mesh is set, as inside of a rule of `custom_partitioning`, which one device runs."""
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 
 def current_trace() -> Any:

@@ -232,7 +232,7 @@ def highway_nnx(
       (4, 4)
     """
     stacked = isinstance(modules, nnx.Module) and not isinstance(modules, nnx.List)
-    items = [modules] if stacked else list(modules)  # pyright: ignore[reportArgumentType]
+    items: list[Any] = [modules] if stacked else list(modules)  # pyright: ignore[reportArgumentType]
     if not items or not all(isinstance(module, nnx.Module) for module in items):
         raise TypeError(f"modules must be flax.nnx modules, got {modules!r}")
     run = call or (lambda module, x: module(x))

@@ -10,7 +10,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
 
-from priorityprop_jax.core.fragile import custom_partitioning, custom_vmap, vary_alike, varying
+from priorityprop_jax.core.fragile import (
+    custom_partitioning,
+    custom_vmap,
+    no_mesh,
+    vary_alike,
+    varying,
+)
 from priorityprop_jax.sparse.backends import KERNELS
 from priorityprop_jax.sparse.pattern import ConvGeometry
 
@@ -190,9 +196,10 @@ def _partitioned(product: Product, wanted: _Wanted, *arguments: Any) -> list[Any
         ]
 
         def lower(*parts):
-            found = function(*parts)
-            if wanted.weights and names is not None:
-                found[-1] = lax.psum(found[-1], names)
+            with no_mesh():  # of the caller: all is split already
+                found = function(*parts)
+                if wanted.weights and names is not None:
+                    found[-1] = lax.psum(found[-1], names)
             return found
 
         per_batch = not wanted.weights or wanted.inputs
