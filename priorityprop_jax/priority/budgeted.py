@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from priorityprop_jax.core.fragile import laid_out, spec_of
 from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.core.slots import Slots, find_slots
 from priorityprop_jax.priority.scores import (
@@ -155,7 +156,18 @@ def budgeted(
         state = BudgetedState(step, state.update_counts + chosen, scores, chosen, last)
         return treedef.unflatten(new), state
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return optax.GradientTransformation(init_fn, on_any_mesh(update_fn))
+
+
+def on_any_mesh(update_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """An update of matrices that may be laid out on a mesh of explicit axes."""
+
+    def results(updates, state, params):
+        del params
+        return jax.tree.map(spec_of, updates), jax.tree.map(lambda x: jax.P(), state)
+
+    anywhere = laid_out(update_fn, results)
+    return lambda updates, state, params=None: anywhere(updates, state, params)
 
 
 def _choose_and_apply(

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from priorityprop_jax.priority.budgeted import budgeted
+from priorityprop_jax.priority.budgeted import budgeted, on_any_mesh
 from priorityprop_jax.priority.scores import Score
 
 Dimensions = optax.contrib.MuonDimensionNumbers
@@ -63,9 +63,9 @@ def orthogonalize(
     if x.shape[-2] > x.shape[-1]:
         return jnp.matrix_transpose(orthogonalize(jnp.matrix_transpose(x), ns_coeffs, eps))
     m, n = x.shape[-2:]
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = x.dtype if x.dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
     norm = jnp.linalg.norm(x.astype(wide), axis=(-2, -1), keepdims=True)
-    x = (x / (norm + eps)).astype(x.dtype)
+    x = (x.astype(wide) / (norm + eps).astype(wide)).astype(x.dtype)
     if 2 * m > n or x.dtype != wide:
         return _on_matrix(x, ns_coeffs)
     # In the few bits of other devices' products small singular values of A would be lost.
@@ -227,8 +227,8 @@ def _if_present(inner: optax.GradientTransformation) -> optax.GradientTransforma
     """``inner``, whose state is a count and moments; those of absent gradients stay as they are."""
 
     def update_fn(updates, state, params=None):
-        del params
-        leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
+        treedef = jax.tree.structure(updates if params is None else params)
+        leaves = treedef.flatten_up_to(updates)
 
         def hidden(tree):
             own = zip(leaves, treedef.flatten_up_to(tree), strict=True)
@@ -259,6 +259,8 @@ def _numbers(tree: Any, given: Any, mask: Any) -> list[Dimensions | None]:
         jax.tree.map(add, prefix(tree) if callable(prefix) else prefix, tree, is_leaf=leaf)
         return found
 
+    if not jax.tree.leaves(tree):  # of nothing, or what `optax.tree.map_params` puts in its place
+        return []
     if given is None:
         numbers = [Dimensions() if jnp.ndim(x) == 2 else None for x in jax.tree.leaves(tree)]
     else:
@@ -275,17 +277,16 @@ def _as_matrices(
 ) -> optax.GradientTransformation:
     """``inner`` on leaves as wide ``[..., m, n]``, and updates as long as Muon wants them."""
 
-    def forth(tree):
-        leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda x: x is None)
-        pairs = zip(leaves, numbers, strict=True)
+    def forth(treedef, tree):
+        pairs = zip(treedef.flatten_up_to(tree), numbers, strict=True)
         return treedef.unflatten([x if x is None else _matrices(x, own)[0] for x, own in pairs])
 
     def update_fn(updates, state, params=None):
-        given = None if params is None else forth(params)
-        new, state = inner.update(forth(updates), state, given)
-        leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
-        back = []
-        for x, own, y in zip(leaves, numbers, treedef.flatten_up_to(new), strict=True):
+        treedef = jax.tree.structure(updates if params is None else params)
+        given = None if params is None else forth(treedef, params)
+        new, state = inner.update(forth(treedef, updates), state, given)
+        flat, new, back = treedef.flatten_up_to(updates), treedef.flatten_up_to(new), []
+        for x, own, y in zip(flat, numbers, new, strict=True):
             if x is not None:
                 _, undo, inputs, outputs = _matrices(x, own)
                 if consistent_rms is None:
@@ -296,8 +297,11 @@ def _as_matrices(
             back.append(y)
         return treedef.unflatten(back), state
 
-    init_fn = lambda params: inner.init(jax.eval_shape(forth, params))  # noqa: E731
-    return optax.GradientTransformation(init_fn, update_fn)
+    def init_fn(params):
+        treedef = jax.tree.structure(params)
+        return inner.init(jax.eval_shape(lambda tree: forth(treedef, tree), params))
+
+    return optax.GradientTransformation(init_fn, on_any_mesh(update_fn))
 
 
 def _matrices(

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from priorityprop_jax import Ledger
-from priorityprop_jax.priority import budgeted, matrix_slots
+from priorityprop_jax.priority import budgeted, matrix_slots, orthogonalize
 from priorityprop_jax.priority.ledger import find_state
 
 # Three classes: seven matrices of 2 x 3, two vectors of 4, one scalar.
@@ -116,8 +116,9 @@ def test_the_full_budget_is_the_function_and_a_share_is_a_share_of_the_work():
 
 def test_what_is_not_chosen_is_zero_even_where_it_is_nan():
     tree = {"a": jnp.ones((2, 2), jnp.bfloat16), "b": jnp.full((2, 2), jnp.nan, jnp.bfloat16)}
-    tx = budgeted(lambda x: x, 1 / 2, score="priorityprop")  # a NaN has no score
-    updates, state = tx.update(tree, tx.init(tree), tree)
+    tx = budgeted(orthogonalize, 1 / 2, score="priorityprop")  # a NaN has no score
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        updates, state = jax.jit(tx.update)(tree, tx.init(tree), tree)
     assert updates["a"].dtype == jnp.bfloat16 and not updates["b"].any()
     assert find_state(state).allocation.tolist() == [1, 0]
 

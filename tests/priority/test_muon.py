@@ -189,6 +189,36 @@ def test_hyperparameters_are_injected_and_half_precision_stays():
         optax.inject_hyperparams(muon)(0.1).init(params)
 
 
+def test_a_mesh_of_explicit_axes_changes_nothing():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    shapes = {"heads": (4, 2, 5), "square": (4, 4), "tall": (10, 4)}
+    params = {name: gradients(0)[name] for name in shapes}
+    numbers = {name: NUMBERS[name] for name in shapes}
+    tx = muon(0.1, 1 / 2, weight_dimension_numbers=numbers, ns_coeffs=TWO)
+    plain, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    place = jax.sharding.NamedSharding(mesh, jax.P("x"))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, place)
+        updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    for name in shapes:
+        np.testing.assert_allclose(updates[name], plain[name], atol=1e-6)
+        assert updates[name].sharding.is_equivalent_to(place, len(shapes[name]))
+
+
+def test_trees_with_nothing_in_them_and_without_parameters():
+    params = {"a": jnp.ones((2, 2)), "none": None, "empty": jnp.zeros((0, 3)), "b": jnp.ones(2)}
+    tx = muon(
+        0.1, weight_dimension_numbers={"a": Numbers(), "none": None, "empty": Numbers(), "b": None}
+    )
+    state = tx.init(params)
+    updates, after = jax.jit(tx.update)(params, state)
+    assert jax.tree.structure((updates, after)) == jax.tree.structure((params, state))
+    # Optax finds what belongs to a parameter: a momentum, and the two moments of the bias
+    marked = optax.tree.map_params(tx, lambda x: x + 1, state)
+    pairs = zip(jax.tree.leaves(marked), jax.tree.leaves(state), strict=True)
+    assert sum(x.size and not np.array_equal(x, y) for x, y in pairs) == 3
+
+
 def test_trains_an_nnx_module():
     class Net(nnx.Module):
         def __init__(self, rngs):
