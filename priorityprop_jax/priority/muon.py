@@ -228,22 +228,20 @@ def _if_present(inner: optax.GradientTransformation) -> optax.GradientTransforma
 
     def update_fn(updates, state, params=None):
         treedef = jax.tree.structure(updates if params is None else params)
-        leaves = treedef.flatten_up_to(updates)
+        flatten = treedef.flatten_up_to
+        absent = [g is None for g in flatten(updates)]
+        nothing = treedef.unflatten([optax.MaskedNode()] * len(absent))
 
-        def hidden(tree):
-            own = zip(leaves, treedef.flatten_up_to(tree), strict=True)
-            return treedef.unflatten([optax.MaskedNode() if g is None else x for g, x in own])
+        def put(there, tree):
+            """``there`` in the places of what is absent."""
+            own = zip(absent, flatten(there), flatten(tree), strict=True)
+            return treedef.unflatten([x if gone else y for gone, x, y in own])
 
-        def shown(new, old):
-            own = zip(leaves, treedef.flatten_up_to(new), treedef.flatten_up_to(old), strict=True)
-            return treedef.unflatten([before if g is None else after for g, after, before in own])
-
-        def moments(fn, state, *rest):
-            others = {n: fn(*(getattr(s, n) for s in (state, *rest))) for n in state._fields[1:]}
-            return state._replace(**others)
-
-        new, after = inner.update(hidden(updates), moments(hidden, state))
-        return shown(new, updates), moments(shown, after, state)
+        hidden = type(state)(state[0], *(put(nothing, tree) for tree in state[1:]))
+        after: Any
+        new, after = inner.update(put(nothing, updates), hidden)
+        kept = (put(old, tree) for old, tree in zip(state[1:], after[1:], strict=True))
+        return put(updates, new), type(state)(after[0], *kept)
 
     return optax.GradientTransformation(inner.init, update_fn)
 
