@@ -92,6 +92,13 @@ def current_trace() -> Any:
     return tracers.current_trace()
 
 
+def flip_sequences(*args: Any, **options: Any) -> jax.Array:
+    """The function by which the RNN modules of Flax turn sequences of several lengths round."""
+    from flax.nnx.nn import recurrent
+
+    return recurrent.flip_sequences(*args, **options)
+
+
 def name_of(eqn: Any) -> str | None:
     """The name that `jax.ad_checkpoint.checkpoint_name` gave to what an equation passes on."""
     return eqn.params["name"] if eqn.primitive.name == "name" else None

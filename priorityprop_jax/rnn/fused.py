@@ -13,10 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.nn.recurrent import flip_sequences
 from jax import lax
 
-from priorityprop_jax.core.fragile import laid_out, spec_of
+from priorityprop_jax.core.fragile import flip_sequences, laid_out, spec_of
 from priorityprop_jax.core.modules import check_module, walk
 from priorityprop_jax.rnn.recurrent import GRUParams, LSTMParams
 

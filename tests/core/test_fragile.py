@@ -1,0 +1,170 @@
+"""What JAX and Flax do not promise to keep, each with what stops working when it has changed."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType
+
+from priorityprop_jax.core import fragile
+from priorityprop_jax.core.walk import Walk
+from tests.test_house import ROOT
+
+P = jax.P
+TABLE = (ROOT / "CONTRIBUTING.md").read_text("utf-8").split("## Fragile")[1].split("\n## ")[0]
+
+
+def mesh(kind):
+    return jax.make_mesh((4,), ("x",), axis_types=(kind,))
+
+
+def traced(function, *args):
+    return jax.make_jaxpr(function)(*args).eqns
+
+
+def test_the_table_names_every_function_and_its_test():
+    named = re.findall(r"^\| `(\w+)`.*\| `(test_\w+)` \|$", TABLE, re.MULTILINE)
+    functions = {name for name, x in vars(fragile).items() if name[0] != "_" and is_own(x)}
+    assert functions <= set(re.findall(r"`(\w+)`", TABLE)), "CONTRIBUTING.md lacks a row"
+    assert {test for _, test in named} == {
+        name for name in globals() if name.startswith("test_") and "table" not in name
+    }
+
+
+def is_own(x):
+    wrapped = (fragile.custom_vmap, fragile.custom_partitioning)
+    return getattr(x, "__module__", "") == fragile.__name__ or x in wrapped
+
+
+def test_types_of_shards():
+    def shard(x, whole):
+        broken = "arrays inside of shard_map do not say along which axes they differ: {}"
+        assert fragile.varying(x) == {"x"}, broken.format("jax.typeof(x).manual_axis_type.varying")
+        assert fragile.varying(whole) == frozenset(), broken.format("what is whole varies")
+        assert fragile.varying(fragile.vary(whole, {"x"})) == {"x"}, broken.format("lax.pcast")
+        assert all(fragile.varying(y) for y in fragile.vary_alike([x, whole]))
+        assert fragile.varying(fragile.zeros((2,), jnp.float32, x)) == {"x"}
+        assert fragile.varying_type(frozenset()) == {}
+        kind = jax.ShapeDtypeStruct((), x.dtype, **fragile.varying_type(frozenset({"x"})))
+        assert kind.manual_axis_type.varying == {"x"}, "jax.ffi results cannot be told to vary"
+        return x
+
+    run = jax.shard_map(shard, mesh=mesh(AxisType.Auto), in_specs=(P("x"), P()), out_specs=P("x"))
+    jax.eval_shape(run, jnp.ones(4), jnp.ones(3))
+
+
+def test_explicit_axes():
+    gather = fragile.laid_out(lambda x, i: x[i], lambda x, i: fragile.spec_of(i))
+    place = lambda x, spec: jax.device_put(x, jax.NamedSharding(mesh(AxisType.Explicit), spec))  # noqa: E731
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        x, i = place(jnp.arange(8.0), P("x")), place(jnp.array([7, 0, 3, 3]), P("x"))
+        with pytest.raises(Exception, match="out_sharding"):
+            x[i]  # if JAX does it by itself, laid_out may go
+        found = jax.jit(gather)(x, i)
+    assert found.sharding.spec == P("x"), "jax.sharding.auto_axes lays results out otherwise"
+    np.testing.assert_array_equal(found, [7, 0, 3, 3])
+    np.testing.assert_array_equal(gather(jnp.arange(8.0), jnp.array([7])), [7])
+
+
+def test_no_mesh():
+    with jax.set_mesh(mesh(AxisType.Explicit)), fragile.no_mesh():
+        found = jax.sharding.get_abstract_mesh()
+    assert not found.axis_names, "use_abstract_mesh leaves the mesh: native kernels fail on one"
+
+
+def test_current_trace():
+    broken = "meProp cannot tell a layer inside a scan from one outside: current_trace says {}"
+    outside, inside = [], []
+
+    def f(x):
+        outside.extend([fragile.current_trace(), fragile.current_trace()])
+        jax.lax.map(lambda y: inside.append(fragile.current_trace()) or y, x)
+        return x
+
+    traced(f, jnp.ones(2))
+    assert outside[0] == outside[1], broken.format("that one trace is two")
+    assert outside[0] not in inside, broken.format("that two traces are one")
+
+
+def test_sealed_rows():
+    rows = jnp.array([3, 0, 2**31 - 1])
+    sealed = jax.jit(fragile.seal)(rows)
+    assert sealed.shape == (3,), "key arrays have other shapes: RowSparse cannot hold its rows"
+    np.testing.assert_array_equal(jax.jit(fragile.unseal)(sealed), rows)
+    with pytest.raises(TypeError, match="use on_values"):
+        sealed * 2  # else optax.scale updates other rows in silence
+    assert fragile.unseal(jnp.zeros_like(sealed)).min() == 2**31 - 1, "zeros name a row"
+    abstract = fragile.seal(jax.ShapeDtypeStruct((3,), jnp.int32))
+    assert fragile.unseal(abstract) == jax.ShapeDtypeStruct((3,), jnp.int32)
+
+
+def test_names_of_primitives():
+    broken = "meProp finds no kernel that is row-sparse, all gradients are dense: {}"
+    (name,) = traced(lambda x: checkpoint_name(x, "mark"), 1.0)
+    assert fragile.name_of(name) == "mark", broken.format("checkpoint_name")
+    (cast,) = traced(lambda x: x.astype(jnp.bfloat16), jnp.ones(2))
+    assert fragile.is_cast(cast) and fragile.name_of(cast) is None, broken.format("casts")
+    (stop,) = traced(jax.lax.stop_gradient, 1.0)
+    assert fragile.is_stop(stop) and not fragile.is_cast(stop), broken.format("stop_gradient")
+
+
+def test_flip_sequences():
+    x = jnp.arange(3.0)[None, :, None]
+    turned = fragile.flip_sequences(x, jnp.array([2]), num_batch_dims=1, time_major=False)
+    assert turned[0, :2, 0].tolist() == [1, 0], "reversed RNNs with seq_lengths read another order"
+
+
+def test_rules_for_batches_and_shards():
+    @fragile.custom_vmap
+    def double(x):
+        return 2 * x
+
+    sizes = []
+
+    @double.def_vmap
+    def _(size, batched, x):
+        sizes.append((size, batched))
+        return 2 * x, True
+
+    jax.eval_shape(jax.vmap(double), jnp.ones(3))
+    assert sizes == [(3, [True])], "custom_vmap calls its rule otherwise: vmap of sparse layers"
+
+    split = []
+
+    def partition(mesh, shapes, result):
+        split.append(shapes[0].sharding.spec)
+        place = jax.NamedSharding(mesh, P("x"))
+        return mesh, lambda x: 2 * x, place, (place,)
+
+    call = fragile.custom_partitioning(lambda x: 2 * x)
+    call.def_partition(
+        partition=partition, infer_sharding_from_operands=None, sharding_rule="b -> b"
+    )
+    x = jax.device_put(jnp.ones(4), jax.NamedSharding(mesh(AxisType.Auto), P("x")))
+    np.testing.assert_array_equal(jax.jit(call)(x), 2 * np.ones(4))
+    assert split == [P("x")], "custom_partitioning: native kernels gather whole batches"
+
+
+WORK = {
+    "scan": lambda f, x: jax.lax.scan(lambda c, _: (f(c), None), x, None, length=3)[0],
+    "cond": lambda f, x: jax.lax.cond(x[0, 0] > 0, f, lambda x: x, x),
+    "while": lambda f, x: jax.lax.while_loop(lambda c: c[0, 0] > 0, f, x),
+    "jit": lambda f, x: jax.jit(f)(x),
+    "remat": lambda f, x: jax.checkpoint(f)(x),
+    "shard_map": lambda f, x: jax.shard_map(
+        f, mesh=mesh(AxisType.Auto), in_specs=P("x"), out_specs=P("x")
+    )(x),
+}
+
+
+def test_programs_inside_of_programs():
+    w = jnp.ones((4, 4))
+    for name, run in WORK.items():
+        jaxpr = jax.make_jaxpr(lambda x, run=run: run(lambda x: x @ w, x))(w)
+        counts, needed = Walk(products_only=True).over(jaxpr, [1])
+        times = 3 if name == "scan" else 1
+        broken = f"the walk in core/walk.py no longer sees into {name}: FLOPs and depths are wrong"
+        assert sum(counts.values()) == times * 2 * 4**3 and needed == [1], broken
