@@ -105,8 +105,8 @@ def name_of(eqn: Any) -> str | None:
 
 
 def is_cast(eqn: Any) -> bool:
-    """Whether an equation changes the dtype of its operand, and nothing else."""
-    return eqn.primitive.name == "convert_element_type"
+    """Whether an equation changes the dtype of its operand or where it lies, and nothing else."""
+    return eqn.primitive.name in ("convert_element_type", "reshard", "mesh_cast")
 
 
 def is_stop(eqn: Any) -> bool:

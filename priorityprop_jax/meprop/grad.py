@@ -199,6 +199,8 @@ def _tappable(loss: Callable[..., Any], params: Any) -> dict[int, tuple[Call, in
         out = eqn.outvars[0]
         if (mark := name_of(eqn)) is not None and mark.startswith(_MARK):
             marks[out] = int(mark.removeprefix(_MARK))
+        elif is_cast(eqn) and operands[0] in marks:
+            marks[out] = marks[operands[0]]
         elif is_cast(eqn) and operands[0] in leaf and floating(out):
             leaf[out] = leaf[operands[0]]
         elif not is_stop(eqn):

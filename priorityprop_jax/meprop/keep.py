@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from priorityprop_jax.core.fragile import vary, varying
+from priorityprop_jax.core.fragile import laid_out, spec_of, vary, varying
 from priorityprop_jax.core.selection import (
     PATTERNS,
     Pattern,
@@ -106,13 +106,21 @@ def take(x: jax.Array, places: jax.Array, axis: int) -> jax.Array:
     return jnp.take(x, places, axis=axis, mode="clip", unique_indices=True, indices_are_sorted=True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def apply(linear: Any, x: Any, kernel: Any, tap: Tap | None, size: Any) -> jax.Array:
     """``linear.compute(x, kernel)``, JAX's own, backward by ``linear.pull``.
 
     ``pull(x, kernel, dy, size, compact)`` gives the gradients of ``x`` and of the kernel, the
     latter as a `Tap` if ``compact``. A linear map is hashable.
     """
+
+    def results(x, kernel, *_):
+        return spec_of(jax.eval_shape(linear.compute, x, kernel))
+
+    return laid_out(functools.partial(_apply, linear), results)(x, kernel, tap, size)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _apply(linear: Any, x: Any, kernel: Any, tap: Tap | None, size: Any) -> jax.Array:
     return linear.compute(x, kernel)
 
 
@@ -131,7 +139,7 @@ def _backward(linear: Any, residuals: Any, dy: jax.Array) -> Any:
     return dx, lax.psum(gradient, axes) if axes else gradient, None, None
 
 
-apply.defvjp(_forward, _backward)
+_apply.defvjp(_forward, _backward)
 
 
 def at_size(size: Any, branches: list[Callable[..., Any]], *arguments: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -29,11 +30,14 @@ class HighwayReport(NamedTuple):
 
 def check_iterations(iterations: Any, tol: Any) -> None:
     """Raises unless these can be options of `highway_rnn`, or of `highway_scan`."""
-    if iterations is not None and (isinstance(iterations, bool) or not isinstance(iterations, int)):
+    whole, number = (int, np.integer), (int, float, np.integer, np.floating)
+    if iterations is not None and (
+        isinstance(iterations, bool) or not isinstance(iterations, whole)
+    ):
         raise TypeError(f"iterations must be a whole number or None, got {iterations!r}")
     if iterations is not None and iterations < 0:
         raise ValueError(f"iterations must be 0 or more, or None for all, got {iterations}")
-    if tol is not None and (isinstance(tol, bool) or not isinstance(tol, int | float)):
+    if tol is not None and (isinstance(tol, bool) or not isinstance(tol, number)):
         raise TypeError(f"tol must be a number or None, got {tol!r}")
     if tol is not None and not tol >= 0:
         raise ValueError(f"tol must be 0 or more, got {tol}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from priorityprop_jax.core.fragile import laid_out, spec_of
@@ -158,7 +159,8 @@ def _checked(x: Any, values: Any, pattern: SparsePattern) -> tuple[jax.Array, ja
 def _each(option: int | Sequence[int] | None, axes: int, name: str) -> tuple[int, ...]:
     """An option for each axis; None, as `flax.nnx` has it, is 1."""
     option = 1 if option is None else option
-    found = (option,) * axes if isinstance(option, int) else tuple(option)
+    given: Any = [option] * axes if np.ndim(option) == 0 else option
+    found = tuple(map(int, given))
     if len(found) != axes or min(found) < 1:
         raise ValueError(f"{name} must be {axes} positive numbers, got {option}")
     return found
@@ -186,8 +188,8 @@ def _pad(
             found = lax.padtype_to_pads(x.shape[1:-1], spans, strides, kind)
             return x, tuple((int(low), int(high)) for low, high in found)
         raise ValueError(f"padding {padding!r} does not fit a convolution over {axes} axes")
-    pads = [padding] * axes if isinstance(padding, int) else list(padding)
-    pairs = tuple((pad, pad) if isinstance(pad, int) else tuple(pad) for pad in pads)
+    pads = [padding] * axes if np.ndim(padding) == 0 else list(padding)  # type: ignore[arg-type]
+    pairs = tuple((pad, pad) if np.ndim(pad) == 0 else tuple(pad) for pad in pads)  # type: ignore[arg-type]
     if len(pairs) != axes or any(len(pair) != 2 or min(pair) < 0 for pair in pairs):
         raise ValueError(f"padding must be zeros for each of {axes} axes, got {padding}")
     return x, pairs  # type: ignore[return-value]

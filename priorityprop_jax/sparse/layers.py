@@ -325,7 +325,7 @@ class SparseConv(SparseLayer):
         rngs: nnx.Rngs,
         **options: Unpack[Options],
     ):
-        sizes = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
+        sizes = tuple(int(size) for size in np.atleast_1d(kernel_size))
         if feature_group_count < 1 or in_features % feature_group_count:
             raise ValueError(f"{feature_group_count} groups do not divide {in_features} channels")
         shape = (*sizes, in_features // feature_group_count, out_features)

@@ -179,6 +179,24 @@ def test_differentiating_what_it_gives(wrap):
     assert_close(penalty(value_and_grad), penalty(jax.value_and_grad), atol=1e-4)
 
 
+LAYOUTS = [((), ("x",)), ((None, "x"), ()), (("x",), ())]
+
+
+@pytest.mark.parametrize(("of_kernel", "of_x"), LAYOUTS, ids=str)
+def test_a_mesh_with_explicit_axes(of_kernel, of_x):
+    dot, kernel = meprop_dot_general(4, name="a"), normal(0, 16, 8)
+    loss = lambda p, x: jnp.sum(jnp.sin(dot(x, p["a"]["kernel"], ROWS)))  # noqa: E731
+    x = normal(1, 8, 8)
+    mesh = jax.make_mesh((8,), ("x",))
+    place = lambda x, spec: jax.device_put(x, jax.NamedSharding(mesh, jax.P(*spec)))  # noqa: E731
+    with jax.set_mesh(mesh):
+        params = {"a": {"kernel": place(kernel, of_kernel)}}
+        _, grads = jax.jit(value_and_grad(loss))(params, place(x, of_x))
+        whole = jax.device_get(jax.jit(densify)(grads))
+    assert len(kinds(grads)) == 1
+    assert_close(whole, jax.grad(loss)({"a": {"kernel": kernel}}, x))
+
+
 def test_a_layer_that_is_not_called_and_its_namesake_in_another_model():
     # Both are called by the paths in a model of their own.
     student, teacher = net(), net(k=8)

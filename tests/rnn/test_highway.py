@@ -316,6 +316,7 @@ def test_batch_split_by_hand_over_a_mesh(name, iterations):
 
 @pytest.mark.parametrize(("name", "iterations"), [("lstm", None), ("gru", 2)])
 def test_no_rows(name, iterations):
+    iterations = None if iterations is None else np.int64(iterations)
     args = make(name, batch=(0,))
     grads = jax.grad(total(iterations), (0, 2))(*args)
     assert grads[1].shape == args[2].shape and not any(np.any(g) for g in jax.tree.leaves(grads[0]))

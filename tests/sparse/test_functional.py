@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen
+from flax import linen, nnx
 
 from priorityprop_jax.sparse import native
 from priorityprop_jax.sparse.functional import sparse_conv, sparse_linear
+from priorityprop_jax.sparse.layers import SparseConv
 from priorityprop_jax.sparse.pattern import make_pattern, mask_of
 
 AVAILABLE, STATUS = native.native_status()
@@ -288,6 +289,17 @@ def test_batches_of_images_with_any_leading_axes():
     np.testing.assert_array_equal(convolve(x[0]), y[0])
     np.testing.assert_array_equal(convolve(x.reshape(1, 2, 3, 5, 3))[0, 1, 2], y[5])
     assert convolve(x[:0]).shape == (0, 5, 2)
+
+
+def test_options_of_a_convolution_may_be_numbers_of_numpy():
+    options = {"strides": 2, "padding": 1, "kernel_dilation": 2}
+    numpy = {name: np.int64(option) for name, option in options.items()}
+    sizes, x, rngs = (3, 2), jnp.ones((1, 7, 6, 2)), nnx.Rngs
+    layers = [
+        SparseConv(2, 3, sizes, sparsity=0.5, rngs=rngs(0), **given)
+        for sizes, given in ((sizes, options), (np.array(sizes), numpy))
+    ]
+    np.testing.assert_array_equal(*(layer(x) for layer in layers))
 
 
 def test_in_a_linen_module():
