@@ -6,7 +6,12 @@ from priorityprop_jax.priority.ledger import Ledger
 from priorityprop_jax.priority.muon import muon, orthogonalize
 from priorityprop_jax.priority.scores import Look, gain, magnitude, priority
 from priorityprop_jax.priority.top_k import TopKUpdatesState, top_k_updates
-from priorityprop_jax.priority.transform import PriorityPropState, priorityprop, scale_by_priority
+from priorityprop_jax.priority.transform import (
+    PriorityPropState,
+    inner_state,
+    priorityprop,
+    scale_by_priority,
+)
 
 __all__ = [
     "BudgetedState",
@@ -17,6 +22,7 @@ __all__ = [
     "allocate",
     "budgeted",
     "gain",
+    "inner_state",
     "magnitude",
     "matrix_slots",
     "muon",

@@ -34,6 +34,7 @@ class PerSlot:
     def __init__(
         self, inner: optax.GradientTransformationExtraArgs, tree: Any, slots: Slots
     ) -> None:
+        inner = optax.GradientTransformationExtraArgs(_free(inner.init), _free(inner.update))
         self.inner, self.slots = inner, slots
         self.treedef = jax.tree.structure(tree)
         self.stack_axis: dict[int, int] = {
@@ -48,6 +49,10 @@ class PerSlot:
             shape = jnp.shape(x)[:axis] + jnp.shape(x)[axis + 1 :]
             self.shapes.append(jax.ShapeDtypeStruct(shape, jnp.result_type(x)))
         state = jax.eval_shape(inner.init, self.treedef.unflatten(self.shapes))
+        for kind, advice in _NOT_BY_SLOT.items():
+            of_kind = lambda x, kind=kind: isinstance(x, kind)  # noqa: E731
+            if any(map(of_kind, jax.tree.leaves(state, is_leaf=of_kind))):
+                raise TypeError(f"slots are updated one at a time, {advice}")
         self.state_shapes, self.state_treedef = jax.tree.flatten(state)
         self.owners = self._owners(state)
         # The leaves of the state that belong to no parameter, one value a slot.
@@ -209,6 +214,28 @@ class PerSlot:
         for i in self._random:
             new[i] = self.for_every_slot(i, new[i])[bundle.start + layer]
         return new
+
+
+def _free(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The optimizer mixes dtypes as it likes, as Optax's Adam does, whatever the user's mode."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return run
+
+
+_LOSS = "but a line search and Sophia's Hessian need the loss of all parameters together: take "
+_SEARCH = _LOSS + "another optimizer, or leave the search out, as optax.lbfgs(1.0, linesearch=None)"
+_NOT_BY_SLOT = {
+    optax.ScaleByBacktrackingLinesearchState: _SEARCH,
+    optax.ScaleByZoomLinesearchState: _SEARCH,
+    optax.contrib.HutchinsonState: _SEARCH,
+    optax.LookaheadState: "but optax.lookahead has two copies of each: put it around, as in "
+    "optax.lookahead(priorityprop(optax.adam(1e-3)), 5, 0.5)",
+}
 
 
 class _StandIn(optax.MaskedNode):

@@ -13,9 +13,10 @@ from jax import lax
 
 from priorityprop_jax.core.fragile import laid_out, spec_of
 from priorityprop_jax.core.rows import Frozen, beside, densify
-from priorityprop_jax.core.slots import Slots
+from priorityprop_jax.core.slots import Slots, find_slots
 from priorityprop_jax.priority.allocation import allocate, repeats
 from priorityprop_jax.priority.apply import Work
+from priorityprop_jax.priority.ledger import find_state
 from priorityprop_jax.priority.options import DEFAULT_BUDGET, Budget, Options, times
 from priorityprop_jax.priority.per_slot import PerSlot
 from priorityprop_jax.priority.scores import (
@@ -238,6 +239,41 @@ def scale_by_priority(
         return scaled, state
 
     return _transformation(options, lambda slots, params: optax.EmptyState(), spend)
+
+
+def inner_state(opt_state: Any, inner: optax.GradientTransformation, params: Any) -> Any:
+    """The inner optimizer's state as it knows it, for functions that read it.
+
+    What every slot has its own of, as step counts and hyperparameters, is that of the slot with the
+    most updates (the first of them).
+
+    Args:
+      opt_state: an optimizer state with one `PriorityPropState` in it.
+      inner: the optimizer that `priorityprop` was given.
+      params: the parameters.
+
+    Raises:
+      ValueError: if there is no such state, or it does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from priorityprop_jax import priorityprop
+      >>> from priorityprop_jax.priority import inner_state
+      >>> params = {"Dense_0": jnp.ones((2, 3)), "Dense_1": jnp.ones((3, 1))}
+      >>> inner = optax.contrib.schedule_free_sgd(0.1)
+      >>> state = priorityprop(inner).init(params)
+      >>> own = inner_state(state, inner, params)
+      >>> optax.contrib.schedule_free_eval_params(own, params)["Dense_1"].shape
+      (3, 1)
+    """
+    state = find_state(opt_state)
+    per_slot = PerSlot(optax.with_extra_args_support(inner), params, find_slots(params))
+    leaves = per_slot.state_leaves(state.inner_state)
+    most = jnp.argmax(state.update_counts)
+    for i in per_slot.shared:
+        leaves[i] = leaves[i][most]
+    return per_slot.state_treedef.unflatten(leaves)
 
 
 def _transformation(

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from priorityprop_jax import priorityprop
+from priorityprop_jax.priority import inner_state
 from tests.priority.test_transform import gradients, make_params, train
 
 PLAIN = dict(total_budget=None, min_updates=0, max_updates=4, recalc_every=1)  # but slot by slot
@@ -157,10 +158,38 @@ def test_under_every_mode_of_jax(mode):
             dict(total_budget=lambda step: 0.5, depth_base=jnp.float32(1.1), max_updates=10),
         ):
             tx = priorityprop(
-                optax.sgd(0.1, momentum=0.9),
+                optax.adam(0.1),  # which mixes dtypes by itself
                 **options,
                 stacked_axis=lambda path: 0 if path == "stack" else None,
             )
             updates, state = jax.jit(tx.update)(params, tx.init(params), params)
             chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
             assert int(state.allocation.sum()) == 15
+
+
+def test_the_inner_state_is_read_as_its_optimizer_knows_it():
+    params = make_params()
+    steps = optax.MultiSteps(optax.inject_hyperparams(optax.adam)(learning_rate=0.25), 2)
+    inner = steps.gradient_transformation()
+    tx = priorityprop(inner, None, 1, 1, 1)
+    state, step = tx.init(params), jax.jit(tx.update)
+    for updated in (False, True):
+        _, state = step(gradients(params, 0), state, params)
+        own = inner_state((optax.EmptyState(), state), inner, params)
+        assert bool(steps.has_updated(own)) == updated
+    assert float(optax.tree.get(own, "learning_rate")) == 0.25
+    chex.assert_trees_all_equal_shapes_and_dtypes(own, inner.init(params))
+
+
+def test_what_needs_all_parameters_together_is_refused_at_once():
+    params = make_params()
+    for inner, what in (
+        (optax.lbfgs(), "line search"),
+        (optax.contrib.sophia(0.1), "Hessian"),
+        (optax.lookahead(optax.adam(0.1), 5, 0.5), "put it around"),
+    ):
+        with pytest.raises(TypeError, match=what):
+            priorityprop(inner).init(params)
+    around = optax.lookahead(priorityprop(optax.sgd(0.1)), 5, 0.5)
+    both = optax.LookaheadParams(params, params)
+    jax.eval_shape(lambda: around.update(params, around.init(both), both))
