@@ -217,7 +217,7 @@ def two_steps(places=None):
 
 def in_strict_modes(mesh):
     with contextlib.ExitStack() as modes:
-        places = None
+        places: Any = None
         if mesh is not None:
             kind = getattr(AxisType, mesh)
             devices = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
