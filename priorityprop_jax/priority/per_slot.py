@@ -258,7 +258,7 @@ def _is_key(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> bool:
     """Whether a leaf of a state is a random key: by its type, or the old ones by their name."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return True
-    named = re.search(r"(^|[/_])(key|rng)s?$", path_name(path))
+    named = re.search(r"(^|[/_])(key|p?rng|seed)s?(_state)?$", path_name(path))
     return bool(named) and x.dtype == jnp.uint32 and x.shape == (2,)
 
 

@@ -81,14 +81,15 @@ def test_an_error_of_the_users_own_is_passed_on():
         tx.init(params)
 
 
-@pytest.mark.parametrize("key", [jax.random.key(3), jax.random.PRNGKey(3)], ids=["typed", "raw"])
-def test_every_slot_draws_noise_of_its_own(key):
+@pytest.mark.parametrize("name", [None, "rng_key", "seed"])  # None: a key with a type
+def test_every_slot_draws_noise_of_its_own(name):
     params = {
         "a": jnp.zeros(64),
         "b": jnp.zeros(64),
         "stack": jnp.zeros((3, 64)),
     }
-    inner = optax.chain(raw_noise(key) if key.dtype == jnp.uint32 else noise(key), optax.sgd(1.0))
+    noisy = raw_noise(jax.random.PRNGKey(3), name) if name else noise(jax.random.key(3))
+    inner = optax.chain(noisy, optax.sgd(1.0))
     tx = priorityprop(inner, **PLAIN, stacked_axis=lambda path: 0 if path == "stack" else None)
     state = tx.init(params)
     step = jax.jit(tx.update)
@@ -106,16 +107,16 @@ def noise(key):
     return optax.add_noise(1.0, 0.5, key=key)
 
 
-def raw_noise(key):
+def raw_noise(key, name):
     """As Optax kept its keys before they had a type."""
 
     def update(updates, state, params=None):
         del params
-        new, own = jax.random.split(state["rng_key"])
+        new, own = jax.random.split(state[name])
         drawn = jax.tree.map(lambda u: u + jax.random.normal(own, u.shape), updates)
-        return drawn, {"rng_key": new}
+        return drawn, {name: new}
 
-    return optax.GradientTransformation(lambda params: {"rng_key": key}, update)
+    return optax.GradientTransformation(lambda params: {name: key}, update)
 
 
 def test_noise_of_ordinary_training_is_the_inner_optimizers():
