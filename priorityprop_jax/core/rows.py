@@ -221,7 +221,7 @@ def beside(grads: Any, params: Any) -> list[Any]:
             raise ValueError(
                 f"the gradient of {name!r} has the shape {np.shape(grad)}, but the parameter has "
                 f"{np.shape(leaf)}; of some layers of a stack it is a RowSparse, as "
-                "partial.value_and_grad returns it"
+                "partial.value_and_grad returns it; aggregate those of single examples in front"
             )
         found.append(grad)
     if by_name:
