@@ -195,7 +195,7 @@ def _tappable(loss: Callable[..., Any], params: Any) -> dict[int, tuple[Call, in
     others: set[int] = set()  # that something else depends on
     floating = lambda x: jnp.issubdtype(x.aval.dtype, jnp.floating)  # noqa: E731
     for eqn in _live(jaxpr):
-        operands = [x if is_var(x) else None for x in eqn.invars]
+        operands: list[Any] = [x if is_var(x) else None for x in eqn.invars]
         out = eqn.outvars[0]
         if (mark := name_of(eqn)) is not None and mark.startswith(_MARK):
             marks[out] = int(mark.removeprefix(_MARK))

@@ -102,7 +102,8 @@ def allocate(
     largest one's leading bit; smaller priorities rank by size but weigh nothing.
 
     Args:
-      priorities: ``[slots]``, floating point, read as float32; of float64 as shares of the largest.
+      priorities: ``[slots]``, floating point, read as float32; of float64 beside the largest
+        where that is beyond it.
         NaN, infinite, negative and subnormal ones count as 0.
       budget: updates to hand out, a whole number below ``2**31``. Traceable: one compiled program
         serves every budget. Where it is infeasible it is clamped to
@@ -129,8 +130,9 @@ def allocate(
     priorities = jnp.asarray(priorities)
     if priorities.dtype == jnp.float64:  # of which float32 may hold none
         priorities = jnp.where(jnp.isfinite(priorities), priorities, 0.0)
-        largest = jnp.max(priorities, initial=0.0)
-        priorities = priorities / jnp.where(largest > 0, largest, 1.0)
+        _, exponent = jnp.frexp(jnp.max(priorities, initial=0.0))
+        beyond = (exponent > 128) | (exponent < -60)
+        priorities = jnp.ldexp(priorities, -jnp.where(beyond, exponent, 0))
     priorities = priorities.astype(jnp.float32)
     if priorities.ndim != 1:
         raise ValueError(f"priorities must be a vector [slots], got shape {priorities.shape}")
