@@ -42,7 +42,7 @@ BELOW = {
 EXCEPTIONS: dict[str, set[str]] = {}
 
 # It may shrink: towards 15,000.
-MOST_LINES = 18588
+MOST_LINES = 18594
 
 
 def module_name(path: pathlib.Path) -> str:

@@ -127,9 +127,13 @@ class _Flat:
 
 
 def _flatten(model: nnx.Module) -> int:
-    layers = [part for _, part in walk(model) if isinstance(part, nnx.Linear | nnx.LinearGeneral)]
+    parts = [part for _, part in walk(model)]
+    # The step of a recurrent layer sees rows already, and a lean one must know its products.
+    cells = {id(x) for part in parts if isinstance(part, nnx.RNN) for _, x in walk(part)}
+    layers = [x for x in parts if isinstance(x, nnx.Linear | nnx.LinearGeneral)]
     # A user's own goes before ours.
     layers = [x for x in layers if x.dot_general in (None, lax.dot_general)]
+    layers = [x for x in layers if id(x) not in cells]
     layers = [x for x in layers if getattr(x, "dot_general_cls", None) is None]
     for layer in layers:
         layer.dot_general = _Flat(layer.dot_general)
