@@ -1,5 +1,6 @@
 """The README: its examples run as they stand, its figures are measured, it stays short."""
 
+import json
 import re
 from pathlib import Path
 
@@ -25,12 +26,31 @@ def test_there_are_examples():
 
 def test_figures_are_those_of_the_report():
     rows = [line for line in README.splitlines() if line.startswith("| [")]
+    single = [row for row in rows if "guides/exact" in row or "guides/muon" in row]
+    rows = [row for row in rows if row not in single]  # these are of single steps
     number = r"[-+]?\d+\.\d+"
     figure = rf"{number}x? \({number} to {number}\)|{number}"  # with its interval, where it has one
     figures = {found for row in rows for found in re.findall(figure, row)}
     report = (ROOT / "benchmarks/results/REPORT.md").read_text(encoding="utf-8")
     assert len(rows) == 6 and len(figures) > 8
     assert [found for found in figures if f" {found} " not in report] == []
+
+
+def test_figures_of_single_steps_are_those_of_their_records():
+    read = lambda name: json.loads(  # noqa: E731
+        (ROOT / f"benchmarks/results/speed/{name}-cpu.json").read_text(encoding="utf-8")
+    )
+    models, widths = read("exact")["models"], read("muon")["results"]
+    arms = next(result["arms"] for result in widths if result["width"] == 256)
+    quarter, other = arms["budget 1/4"], arms["optax"]
+    for figure in (
+        f"tagger is {models['tagger']['times_sooner']:.1f}x",
+        f"128 tokens {models['minilm-128']['times_sooner']:.2f}x",
+        f"transformer {models['scan']['times_sooner']:.2f}x",
+        f"{quarter['median_seconds'] / other['median_seconds']:.2f} of Optax's Muon",
+        f"{quarter['ratio']:.2f} of NAdam",
+    ):
+        assert figure in README, figure
 
 
 def test_it_is_short_and_leads_somewhere():
