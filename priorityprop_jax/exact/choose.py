@@ -15,8 +15,8 @@ from priorityprop_jax.core.tables import aligned
 from priorityprop_jax.core.timing import medians
 from priorityprop_jax.exact.blocks import blocks, restore_block, save_products
 from priorityprop_jax.exact.products import dot_general
-from priorityprop_jax.rnn.fused import restore as restore_rnns
-from priorityprop_jax.rnn.lean import lean_rnn
+from priorityprop_jax.rnn.fused import restore_rnn, swap
+from priorityprop_jax.rnn.lean import LeanRNN
 
 SECONDS = 3.0  # for timing one saving, compiling left out
 _WORTH = 0.97  # of the time without it, at most
@@ -107,9 +107,11 @@ def restore(model: nnx.Module) -> int:
       TypeError: if the model is no `nnx.Module`.
     """
     check_module(model)
-    changed = restore_rnns(model)
+    changed = 0
     for _, part in list(walk(model)):
         changed += restore_block(part)
+        if isinstance(part, LeanRNN) and part.lean_iterations is None:
+            changed += restore_rnn(part)
         if isinstance(drop_in := getattr(part, "dot_general", None), _Flat):
             part.dot_general = drop_in.inner  # type: ignore[attr-defined]
             changed += 1
@@ -148,10 +150,8 @@ def _save(model: nnx.Module, in_scan: bool) -> int:
 
 
 def _lean(model: nnx.Module) -> int:
-    try:
-        return lean_rnn(model)
-    except ValueError:  # there is none
-        return 0
+    plain = [part for _, part in walk(model) if type(part) is nnx.RNN]  # what is in use stays
+    return sum(swap(rnn, LeanRNN, lean_iterations=None, lean_tol=None) for rnn in plain)
 
 
 _SAVINGS: dict[str, Callable[[nnx.Module], int]] = {

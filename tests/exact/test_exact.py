@@ -15,6 +15,7 @@ from priorityprop_jax import exact, partial, rnn
 from priorityprop_jax.core.program import product_flops
 from priorityprop_jax.exact import choose as applying
 from priorityprop_jax.exact.blocks import blocks, restore_block, save_products
+from priorityprop_jax.meprop import meprop
 
 WIDTH = 8
 
@@ -241,6 +242,18 @@ class TestProducts:
                 split(x, "data"), split(w, None, "model"), numbers
             )
         np.testing.assert_array_equal(y, np.full((4, 3, 6), 8.0))
+
+
+@pytest.mark.parametrize(
+    "prepare", [lambda m: rnn.lean_rnn(m, iterations=2), lambda m: meprop(m, 2, layers=nnx.RNN)]
+)
+def test_another_backward_pass_that_was_asked_for_stays(prepare, always):
+    model = nnx.Sequential(nnx.RNN(nnx.GRUCell(WIDTH, WIDTH, rngs=nnx.Rngs(0))))
+    prepare(model)
+    before = nnx.graphdef(model)
+    exact.apply(model, lambda model, x: jnp.sum(model(x)), jnp.ones((2, 3, WIDTH)))
+    exact.restore(model)
+    assert nnx.graphdef(model) == before
 
 
 def test_of_something_else():
