@@ -51,20 +51,10 @@ __all__ = [
     "scale_by_priority",
 ]
 
-_ROOMS = frozenset(
-    {
-        "core",
-        "exact",
-        "highway",
-        "meprop",
-        "models",
-        "partial",
-        "priority",
-        "rnn",
-        "sparse",
-        "training",
-    }
-)
+_ROOMS = frozenset({
+    "core", "exact", "highway", "meprop", "models", "partial", "priority", "rnn", "sparse",
+    "training",
+})  # fmt: skip
 _ROOM_OF = {
     "Slots": "core",
     "find_slots": "core",

@@ -10,18 +10,6 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = "priorityprop_jax"
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
-ROOMS = (
-    "core",
-    "exact",
-    "highway",
-    "meprop",
-    "models",
-    "partial",
-    "priority",
-    "rnn",
-    "sparse",
-    "training",
-)
 
 # What a room may import, beside itself.
 BELOW = {
@@ -35,14 +23,15 @@ BELOW = {
     "meprop": {"core", "priority", "rnn"},
     "models": {"core", "priority"},
     "training": {"core", "priority"},
-    "cli": {"", *ROOMS},
 }
+ROOMS = tuple(BELOW)
+BELOW["cli"] = {"", *ROOMS}
 
 # What does not hold yet. A line that is no longer needed fails its test: take it out.
 EXCEPTIONS: dict[str, set[str]] = {}
 
 # It may shrink: towards 15,000.
-MOST_LINES = 18594
+MOST_LINES = 18582
 
 
 def module_name(path: pathlib.Path) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from jax import lax
 
+from priorityprop_jax.core.fragile import spec_of
+
 
 def dot_general(
     lhs: Any,
@@ -20,7 +22,7 @@ def dot_general(
     """`jax.lax.dot_general` of two matrices, into which inputs and kernel are reshaped.
 
     The kernel's gradient of a product over ``[batch, length, features]`` sums over two axes, which
-    XLA's CPU backend does slowly; of a product over ``[batch * length, features]`` it sums over
+    XLA's CPU backend may do slowly; of a product over ``[batch * length, features]`` it sums over
     one. Values and gradients are the same to rounding. For layers that take a ``dot_general``:
     `nnx.Linear`, `nnx.LinearGeneral`, attention (``qkv_dot_general``, ``out_dot_general``), and
     Linen's `Dense` and `DenseGeneral`. Other products, those with axes of a batch among them, and
@@ -51,7 +53,8 @@ def dot_general(
     in_order = tuple(of_lhs) == (*range(free, lhs.ndim),) and tuple(of_rhs) == (*range(count),)
     if any(map(len, batch)) or not in_order or max(free, count, rhs.ndim - count) < 2:
         return lax.dot_general(lhs, rhs, dimension_numbers, **options)
-    if options.get("out_sharding") is not None or _explicit(lhs) or _explicit(rhs):
+    explicit = any(axis is not None for x in (lhs, rhs) for axis in spec_of(x))
+    if options.get("out_sharding") is not None or explicit:  # a reshape may be refused
         return lax.dot_general(lhs, rhs, dimension_numbers, **options)
     rows, inner = lhs.shape[:free], math.prod(rhs.shape[:count])
     y = lax.dot_general(
@@ -61,9 +64,3 @@ def dot_general(
         **options,
     )
     return y.reshape(*rows, *rhs.shape[count:])
-
-
-def _explicit(x: Any) -> bool:
-    """Whether an axis of an explicit mesh is in the type of an array, and a reshape may refuse."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    return sharding is not None and any(axis is not None for axis in sharding.spec)

@@ -97,9 +97,10 @@ def schedule(every: int | datetime.timedelta | None) -> Callable[[int], bool] | 
 
     def due(steps: int) -> bool:
         nonlocal last
-        late = time.monotonic() - last >= seconds
-        last += late * (time.monotonic() - last)
-        return late
+        if (now := time.monotonic()) - last < seconds:
+            return False
+        last = now
+        return True
 
     return due
 
