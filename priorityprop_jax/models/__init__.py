@@ -8,6 +8,7 @@ from priorityprop_jax.models.bert import (
     BertEmbeddings,
 )
 from priorityprop_jax.models.files import DataError, DataFile, read_file
+from priorityprop_jax.models.tensors import read_tensors, write_tensors
 from priorityprop_jax.models.tokenizer import load_tokenizer, tokenize
 from priorityprop_jax.models.weights import find_minilm, load_bert
 
@@ -23,5 +24,7 @@ __all__ = [
     "load_bert",
     "load_tokenizer",
     "read_file",
+    "read_tensors",
     "tokenize",
+    "write_tensors",
 ]

@@ -11,6 +11,7 @@ import os
 import struct
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,16 +93,29 @@ def gunzip(raw: bytes, *, source: str, advice: str = "") -> bytes:
 
 
 def needed(directory: Path, *names: str) -> Path:
-    """The first of the files of a BERT that its folder holds."""
+    """The first of the files of a model that its folder holds."""
     if not directory.is_dir():
-        raise DataError(f"{str(directory)!r} is not a folder; give the one of a BERT")
+        raise DataError(f"{str(directory)!r} is not a folder; give the one of a model")
     for name in names:
         if (directory / name).is_file():
             return directory / name
     raise DataError(
-        f"no {' or '.join(names)} in {str(directory)!r}; a BERT's folder holds config.json, "
-        "model.safetensors, and tokenizer.json or vocab.txt"
+        f"no {' or '.join(names)} in {str(directory)!r}; a model's folder holds config.json, "
+        "model.safetensors (or its parts and their index), and the tokenizer's files"
     )
+
+
+def written(path: Path, content: str | Callable[[Path], Any]) -> None:
+    """Writes text, or what a function writes to a path; all or nothing, by a temporary name."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        if isinstance(content, str):
+            temporary.write_text(content + "\n", encoding="utf-8")
+        else:
+            content(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -112,7 +126,7 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise DataError(f"{path} is damaged: not a JSON object")

