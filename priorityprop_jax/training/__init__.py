@@ -1,5 +1,6 @@
 """The training loop around any step: history, checkpoints, interrupts, several processes."""
 
+from priorityprop_jax.training.buckets import bucket_lengths, buckets, packed
 from priorityprop_jax.training.history import History, NonFiniteLossError
 from priorityprop_jax.training.loader import ArrayLoader
 from priorityprop_jax.training.model import as_model
@@ -20,4 +21,7 @@ __all__ = [
     "Trainer",
     "WorkerLostError",
     "as_model",
+    "bucket_lengths",
+    "buckets",
+    "packed",
 ]
