@@ -1,4 +1,4 @@
-"""Pretrained encoders: modules, weights and tokenizers from files, and verified data files."""
+"""Pretrained encoders: modules, weights, tokenizers and examples from files, verified files."""
 
 from priorityprop_jax.models.bert import (
     BertBlock,
@@ -9,6 +9,7 @@ from priorityprop_jax.models.bert import (
 )
 from priorityprop_jax.models.files import DataError, DataFile, read_file
 from priorityprop_jax.models.tensors import read_tensors, write_tensors
+from priorityprop_jax.models.texts import Texts, labels_of, read_texts
 from priorityprop_jax.models.tokenizer import load_tokenizer, tokenize
 from priorityprop_jax.models.weights import find_minilm, load_bert
 
@@ -20,11 +21,14 @@ __all__ = [
     "BertEmbeddings",
     "DataError",
     "DataFile",
+    "Texts",
     "find_minilm",
+    "labels_of",
     "load_bert",
     "load_tokenizer",
     "read_file",
     "read_tensors",
+    "read_texts",
     "tokenize",
     "write_tensors",
 ]
