@@ -1,8 +1,9 @@
-"""A BERT encoder for Flax."""
+"""An encoder for Flax: BERT, RoBERTa and DistilBERT."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -20,11 +21,28 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
 }
+# The kinds of encoders: what their `config.json` calls otherwise than BERT's, and what it is where
+# it says nothing.
+ENCODERS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "bert": ({}, {}),
+    "roberta": ({}, {"pad_token_id": 1}),
+    "xlm-roberta": ({}, {"pad_token_id": 1}),
+    "distilbert": (
+        {
+            "hidden_size": "dim",
+            "num_hidden_layers": "n_layers",
+            "num_attention_heads": "n_heads",
+            "intermediate_size": "hidden_dim",
+            "hidden_act": "activation",
+        },
+        {"type_vocab_size": 0},
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """The shape of a BERT: what its `config.json` says about the layers.
+    """The shape of an encoder: what its `config.json` says about the layers.
 
     Attributes:
       vocab_size: number of tokens.
@@ -32,12 +50,14 @@ class BertConfig:
       num_hidden_layers: number of blocks.
       num_attention_heads: attention heads; they divide `hidden_size`.
       intermediate_size: features between the two layers of a block's MLP.
-      max_position_embeddings: the longest input, in tokens.
-      type_vocab_size: number of token types; only the first is used here.
+      max_position_embeddings: number of positions.
+      type_vocab_size: number of token types, of which only the first is used here, or 0.
       hidden_act: `"gelu"` (exact), `"gelu_new"` (by tanh) or `"relu"`.
       layer_norm_eps: added to the variance in each LayerNorm.
       pad_token_id: the token that fills up a short input.
       initializer_range: standard deviation of fresh weights.
+      model_type: `"bert"`, `"distilbert"`, `"roberta"` or `"xlm-roberta"`. The last two count the
+        tokens that are no padding, from `pad_token_id + 1` on.
 
     Raises:
       ValueError: a value is one that the encoder cannot work with.
@@ -56,15 +76,23 @@ class BertConfig:
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 0
     initializer_range: float = 0.02
+    model_type: str = "bert"
 
     def __post_init__(self) -> None:
         """Checks the values against each other."""
-        for name in [field.name for field in dataclasses.fields(self) if field.type == "int"]:
-            value, least = getattr(self, name), int(name != "pad_token_id")
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        _kind(self.model_type)
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            least = int(name not in ("pad_token_id", "type_vocab_size"))
+            if field.type == "int" and not (whole and least <= value < 2**31):
                 raise ValueError(f"{name} is {value!r}, a whole number from {least} on is needed")
+            if field.type == "float" and not (
+                (whole or isinstance(value, float)) and 0 <= value < math.inf
+            ):
+                raise ValueError(f"{name} is {value!r}, a number from 0 on is needed")
         act, heads, pad = self.hidden_act, self.num_attention_heads, self.pad_token_id
-        if act not in _ACTIVATIONS:
+        if act not in list(_ACTIVATIONS):
             known = ", ".join(_ACTIVATIONS)
             raise ValueError(f"hidden_act {act!r} is not supported; those that are: {known}")
         if self.hidden_size % heads:
@@ -73,6 +101,21 @@ class BertConfig:
             )
         if pad >= self.vocab_size:
             raise ValueError(f"pad_token_id={pad} is no token: vocab_size={self.vocab_size}")
+        if self.max_length < 1:
+            raise ValueError(
+                f"max_position_embeddings={self.max_position_embeddings} leaves no position, as "
+                f"the first one is {self.first_position}"
+            )
+
+    @property
+    def first_position(self) -> int:
+        """The position of the first token of a text."""
+        return self.pad_token_id + 1 if "roberta" in self.model_type else 0
+
+    @property
+    def max_length(self) -> int:
+        """The longest input, in tokens."""
+        return self.max_position_embeddings - self.first_position
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> BertConfig:
@@ -82,31 +125,54 @@ class BertConfig:
           ValueError: a name without a default is missing, or a value is not supported.
           DataError: the file is missing or damaged.
         """
-        config, fields = read_json(Path(path)), dataclasses.fields(cls)
-        given = {f.name: config[f.name] for f in fields if config.get(f.name) is not None}
-        # The few that every BERT writes down; the others' defaults are BERT's own.
-        needed = [f.name for f in fields if f.default is dataclasses.MISSING]
+        config = read_json(Path(path))
         try:
-            for name, only in (("model_type", "bert"), ("position_embedding_type", "absolute")):
-                if (config.get(name) or only) != only:
-                    raise ValueError(f"{name} {config[name]!r} is not supported, only {only!r} is")
-            if missing := [name for name in needed if name not in given]:
-                raise ValueError(f"the configuration lacks {', '.join(missing)}")
+            kind = config.get("model_type") or "bert"
+            names, given = _kind(kind)
+            given, lacking = {**given, "model_type": kind}, []
+            for field in dataclasses.fields(cls):
+                name = names.get(field.name, field.name)
+                if config.get(name) is not None:
+                    given[field.name] = config[name]
+                elif field.default is dataclasses.MISSING:
+                    lacking.append(name)  # Every encoder writes these down.
+            if lacking:
+                raise ValueError(f"the configuration lacks {', '.join(lacking)}")
+            if (place := config.get("position_embedding_type") or "absolute") != "absolute":
+                raise ValueError(
+                    f"position_embedding_type {place!r} is not supported, only 'absolute' is"
+                )
             return cls(**given)
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
 
+    def contents(self) -> dict[str, Any]:
+        """What a `config.json` holds of it, by the names of its kind."""
+        names, _ = _kind(self.model_type)
+        return {names.get(name, name): value for name, value in vars(self).items()}
+
+
+def _kind(model_type: Any) -> tuple[dict[str, str], dict[str, Any]]:
+    if model_type not in list(ENCODERS):  # which compares what cannot be hashed, too
+        raise ValueError(
+            f"model_type {model_type!r} is no encoder that is known, which are "
+            f"{', '.join(ENCODERS)}; load_decoder loads those of the Llama family"
+        )
+    return ENCODERS[model_type]
+
 
 class BertEmbeddings(nnx.Module):
-    """The sum of word, position and token-type embeddings, normalized; see `BertClassifier`."""
+    """The sum of word, position and any token-type embedding, normalized; see `BertClassifier`."""
 
     def __init__(self, config: BertConfig, *, dropout: float = 0.0, rngs: nnx.Rngs):
-        self.pad = config.pad_token_id
-        init = nnx.initializers.normal(config.initializer_range)
+        self.pad, self.max_length = config.pad_token_id, config.max_length
+        self.counted = config.first_position > 0
+        init = _initializer(config)
         embed = partial(nnx.Embed, features=config.hidden_size, embedding_init=init, rngs=rngs)
         self.word = embed(config.vocab_size)
         self.position = embed(config.max_position_embeddings)
-        self.token_type = embed(config.type_vocab_size)
+        types = config.type_vocab_size
+        self.token_type = embed(types) if types else None
         self.norm = _norm(config, rngs)
         self.dropout = _dropout(dropout, rngs)
 
@@ -115,16 +181,22 @@ class BertEmbeddings(nnx.Module):
 
         The mask is false at the padding. A ValueError: there are fewer positions than tokens.
         """
-        time, positions = tokens.shape[1], self.position.num_embeddings
-        if time > positions:
+        time, mask = tokens.shape[1], tokens != self.pad  # [batch, time]
+        if time > self.max_length:
             raise ValueError(
-                f"an input of {time} tokens is longer than the {positions} positions of this "
+                f"an input of {time} tokens is longer than the {self.max_length} positions of this "
                 "model; truncate it (tokenize does, with its length)"
             )
-        # Slices, not lookups: their gradients need no scatter.
-        place = self.position.embedding[:time]  # [time, width]
-        hidden = self.word(tokens) + place + self.token_type.embedding[0]  # [batch, time, width]
-        return self.dropout(self.norm(hidden)), tokens != self.pad
+        if self.counted:  # RoBERTa's padding is at the position `pad`.
+            count = jnp.cumsum(mask, axis=1, dtype=tokens.dtype)
+            place = self.position(self.pad + jnp.where(mask, count, 0))  # [batch, time, width]
+        else:
+            # A slice, not a lookup: its gradient needs no scatter.
+            place = self.position.embedding[:time]  # [time, width]
+        hidden = self.word(tokens) + place  # [batch, time, width]
+        if self.token_type is not None:
+            hidden = hidden + self.token_type.embedding[0]
+        return self.dropout(self.norm(hidden)), mask
 
 
 class BertBlock(nnx.Module):
@@ -192,16 +264,17 @@ class BertClassifierHead(nnx.Module):
 
 
 class BertClassifier(nnx.Module):
-    """A BERT encoder that classifies texts.
+    """An encoder that classifies texts: a BERT, RoBERTa or DistilBERT.
 
     `embed`, each of `blocks` and `head` take what the one before them returns, so they are also
     the stages of a chain. Padding has no influence on the logits.
 
     Args:
-      config: of the BERT.
+      config: of the encoder.
       classes: number of classes.
       dropout: rate, in every place where a BERT has it; without it there is no randomness at all.
         The model drops out until `eval()`, and again after `train()`.
+      empty: whether the encoder's weights are zeros, for those of a file; not the head's.
       rngs: of the weights (`params`) and of the dropout (`dropout`).
 
     Raises:
@@ -216,17 +289,27 @@ class BertClassifier(nnx.Module):
       (2, 3)
 
     References:
-      Devlin et al., [BERT](https://arxiv.org/abs/1810.04805), 2018.
+      Devlin et al., [BERT](https://arxiv.org/abs/1810.04805), 2018; Liu et al.,
+      [RoBERTa](https://arxiv.org/abs/1907.11692), 2019; Sanh et al.,
+      [DistilBERT](https://arxiv.org/abs/1910.01108), 2019.
     """
 
     def __init__(
-        self, config: BertConfig, *, classes: int = 2, dropout: float = 0.0, rngs: nnx.Rngs
+        self,
+        config: BertConfig,
+        *,
+        classes: int = 2,
+        dropout: float = 0.0,
+        empty: bool = False,
+        rngs: nnx.Rngs,
     ):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}, a rate from 0 to less than 1 is needed")
-        self.embed = BertEmbeddings(config, dropout=dropout, rngs=rngs)
+        self.config = config
+        encoder = dataclasses.replace(config, initializer_range=0.0) if empty else config
+        self.embed = BertEmbeddings(encoder, dropout=dropout, rngs=rngs)
         self.blocks = nnx.List(
-            BertBlock(config, dropout=dropout, rngs=rngs) for _ in range(config.num_hidden_layers)
+            BertBlock(encoder, dropout=dropout, rngs=rngs) for _ in range(config.num_hidden_layers)
         )
         self.head = BertClassifierHead(config, classes=classes, dropout=dropout, rngs=rngs)
 
@@ -243,9 +326,14 @@ class BertClassifier(nnx.Module):
         return [("embed", self.embed), *blocks, ("head", self.head)]
 
 
+def _initializer(config: BertConfig) -> nnx.Initializer:
+    """Of fresh embeddings and kernels; a range of 0 takes no random numbers."""
+    scale = config.initializer_range
+    return nnx.initializers.normal(scale) if scale else nnx.initializers.zeros
+
+
 def _linear(din: int, dout: int, *, config: BertConfig, rngs: nnx.Rngs) -> nnx.Linear:
-    init = nnx.initializers.normal(config.initializer_range)
-    return nnx.Linear(din, dout, kernel_init=init, rngs=rngs)
+    return nnx.Linear(din, dout, kernel_init=_initializer(config), rngs=rngs)
 
 
 def _norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:

@@ -188,7 +188,10 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("changes", "match"),
         [
-            ({"model_type": "roberta"}, "model_type 'roberta' is not supported, only 'bert'"),
+            (
+                {"model_type": "albert"},
+                "'albert' is no encoder that is known, which are bert, roberta",
+            ),
             ({"hidden_act": "silu"}, "'silu' is not supported.*gelu, gelu_new, relu"),
             ({"position_embedding_type": "relative_key"}, "'relative_key'.*only 'absolute'"),
             ({"hidden_size": None, "vocab_size": None}, "lacks vocab_size, hidden_size"),
@@ -470,7 +473,7 @@ class TestTokenizer:
             encoder.load_tokenizer(folder)
         for name in ("tokenizer.json", "vocab.txt"):
             (folder / name).unlink()
-        with pytest.raises(data.DataError, match="no tokenizer.json or vocab.txt in"):
+        with pytest.raises(data.DataError, match="no tokenizer.json or vocab.txt or vocab.json in"):
             encoder.load_tokenizer(folder)
 
 
