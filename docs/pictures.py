@@ -186,7 +186,7 @@ FLOORS = [
         ("exact", 5.6, 1.8, "the same gradients,\nsooner"),
         ("highway", 7.4, 1.8, "all layers\nat once"),
         ("sparse", 9.2, 1.4, "weights that are\nnot there"),
-        ("models", 10.6, 1.4, "pretrained\nencoders"),
+        ("models", 10.6, 1.4, "encoders\nand decoders"),
     ],
     [("cli", 0, 12, "train, finetune, report")],
 ]

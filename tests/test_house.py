@@ -21,7 +21,7 @@ BELOW = {
     "sparse": {"core", "priority"},
     "highway": {"core", "priority", "rnn"},
     "meprop": {"core", "priority", "rnn"},
-    "models": {"core", "priority"},
+    "models": {"core", "priority", "exact", "partial"},
     "training": {"core", "priority"},
 }
 ROOMS = tuple(BELOW)
@@ -31,7 +31,7 @@ BELOW["cli"] = {"", *ROOMS}
 EXCEPTIONS: dict[str, set[str]] = {}
 
 # It may shrink: towards 15,000.
-MOST_LINES = 19_562
+MOST_LINES = 21552
 
 
 def module_name(path: pathlib.Path) -> str:

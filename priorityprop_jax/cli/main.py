@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import priorityprop_jax
-from priorityprop_jax.cli import finetune, plan, report, train
+from priorityprop_jax.cli import finetune, generate, models, plan, predict, report, train
 from priorityprop_jax.cli.runs import PLACES, Failure
 
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; the exit code, 1 where something failed and 130 after Ctrl-C."""
     # argparse exits by itself, with 2, where an argument is wrong
     arguments = _parser().parse_args(argv)
-    if arguments.run is not report.run:
+    if arguments.run not in (report.run, models.run):
         _keep_programs()
     try:
         return arguments.run(arguments)
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         "--version", action="version", version=f"priorityprop {priorityprop_jax.__version__}"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (train, finetune, plan, report):
+    for command in (train, finetune, predict, generate, models, plan, report):
         own = commands.add_parser(
             command.__name__.rpartition(".")[2],
             help=command.TEXT[0].lower() + command.TEXT[1:].partition(".")[0],
@@ -78,12 +78,11 @@ def _parser() -> argparse.ArgumentParser:
         own.add_argument(
             "--traceback", action="store_true", help="where something fails, show where"
         )
-        if command is report:
-            own.add_argument("directory", metavar="RUN", type=Path, help="folder of the run")
-        else:
-            places = {} if command is plan else PLACES
-            for name, option in {**command.OPTIONS, **places}.items():
-                own.add_argument(f"--{name.replace('_', '-')}", **option)
+        for name, option in getattr(command, "POSITIONAL", {}).items():
+            own.add_argument(name, **option)
+        places = PLACES if command in (train, finetune) else {}
+        for name, option in {**command.OPTIONS, **places}.items():
+            own.add_argument(f"--{name.replace('_', '-')}", **option)
         own.set_defaults(run=command.run)
     return parser
 

@@ -8,8 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from priorityprop_jax.cli import finetune
+from priorityprop_jax.cli import decoders, finetune
 from priorityprop_jax.cli.runs import rate, told, write
+from priorityprop_jax.cli.tuning import is_decoder, model_path
 
 TEXT = (
     "Tells what each choice of layers to train would cost on this machine. One step of each policy "
@@ -31,10 +32,10 @@ def size(text: str) -> float:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "task": {
-        "choices": ("sst2", "digits"), "default": "sst2",
+        "choices": ("finetune", "digits"), "default": "finetune",
         "help": "whose model and batches: those of finetune, or those of train",
     },
-    **{name: finetune.OPTIONS[name] for name in ("model", "data_dir", "batch_size")},
+    **{name: finetune.OPTIONS[name] for name in ("model", "data", "max_length", "batch_size")},
     "memory": {"type": size, "metavar": "SIZE", "help": "that a step may take, such as 4GiB"},
     "milliseconds": {"type": rate, "metavar": "MS", "help": "that a step may take"},
     "out": {"type": Path, "metavar": "DIR", "help": "where to write plan.json and plan.png"},
@@ -52,23 +53,30 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)  # before the work, as it may fail
-    given = {"seed": 0, "epochs": None, "learning_rate": None, "limit": None, **vars(arguments)}
+    given = {name: option.get("default") for name, option in finetune.OPTIONS.items()}
+    config = Config(**given | vars(arguments) | {"skip_bad": False, "numbers": False})
     with told(ValueError):
-        if arguments.task == "sst2":
-            task = finetune.load(Config(**given))
+        if arguments.task == "digits":
+            task = digits().adjusted(config)
+            model, batch = task.model, next(iter(task.train_data))
+        elif is_decoder(path := model_path(config)):
+            config.batch_size = config.batch_size or 16
+            task = decoders.load(config, path)
+            loader = decoders.batches(config, task.train, train=True)
+            model, batch = task.model, max(loader, key=lambda batch: batch["x"].shape[1])
         else:
-            task = digits().adjusted(Config(**given))
-        batch = next(iter(task.train_data))
-    model: Any = task.model
-    model = nnx_stages(model.stages()) if arguments.task == "sst2" else model
-    rows = len(batch["x"])
-    print(f"{task.name}, batches of {rows}, on {jax.devices()[0].device_kind}; compiling ...")
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(task.learning_rate))
+            task = finetune.load(config)
+            model: Any = task.model
+            model = nnx_stages(model.stages())
+            batch = next(iter(task.train_data))
+    name, rows = getattr(task, "name", Path(config.data).stem), len(batch["x"])
+    print(f"{name}, batches of {rows}, on {jax.devices()[0].device_kind}; compiling ...")
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
     limits = {"memory": arguments.memory, "milliseconds": arguments.milliseconds}
     found = plan(model, task.loss_fn, batch, optimizer, **limits)
     print(f"\n{found}\n{LEGEND}")
     if arguments.out is not None:
-        text = json.dumps({"task": task.name, "batch_size": rows, **found.as_dict()}, indent=1)
+        text = json.dumps({"task": name, "batch_size": rows, **found.as_dict()}, indent=1)
         write(arguments.out / "plan.json", text)
         write(arguments.out / "plan.png", found.plot)
         print(f"\nsaved {arguments.out}/: plan.json, plan.png")

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 from priorityprop_jax.cli import finetune, train
 from priorityprop_jax.cli.runs import Failure, read_config, reading
 
 TEXT = "Prints again what a finished run has printed at its end."
+POSITIONAL: dict[str, dict[str, Any]] = {
+    "directory": {"metavar": "RUN", "type": Path, "help": "folder of the run"}
+}
+OPTIONS: dict[str, dict[str, Any]] = {}
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -8,12 +8,12 @@ import functools
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from priorityprop_jax.core.tables import aligned, markdown
+from priorityprop_jax.models.files import written as write
 
 if TYPE_CHECKING:
     from priorityprop_jax.cli.tasks import Task
@@ -145,17 +145,36 @@ def _is_valid(value: Any, option: Mapping[str, Any]) -> bool:
     return option.get("type", str)(str(value)) == value
 
 
-def write(path: Path, content: str | Callable[[Path], Any]) -> None:
-    """Writes text, or what a function writes to a path; all or nothing, by a temporary name."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        if isinstance(content, str):
-            temporary.write_text(content + "\n", encoding="utf-8")
-        else:
-            content(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+# Texts.
+
+
+def texts(config: argparse.Namespace) -> tuple[Any, ...]:
+    """The texts to train on, to try and, if there are some, to test, of a file or by name."""
+    from priorityprop_jax.models.texts import read_texts, split
+
+    own = config.data != "messages"
+    path = Path(config.data) if own else Path(__file__).with_name("messages.csv")
+    if config.data == "sst2":
+        from priorityprop_jax.cli.tasks import sst2_texts
+
+        return tuple(part._replace(rows=part.rows[: config.limit]) for part in sst2_texts())
+    with told(ValueError):
+        found = read_texts(path, skip_bad=config.skip_bad)
+        for line in found.skipped:
+            print(f"left out: {line}")
+        parts = split(found, seed=config.seed)
+    return tuple(part._replace(rows=part.rows[: config.limit]) for part in parts)
+
+
+def labels(train: Any, *others: Any) -> list[str]:
+    """The labels to learn; an error if others occur where the model is tried."""
+    from priorityprop_jax.models.texts import check_labels, labels_of
+
+    with told(ValueError):
+        found = labels_of(train)
+        for part in others:
+            check_labels(part, found, "the rows to try it on")
+    return found
 
 
 # Training.
@@ -186,8 +205,16 @@ def running(
         raise
 
 
+class Data(NamedTuple):
+    """Where a trainer's batches come from; a task has them too."""
+
+    train_data: Any
+    eval_data: Any
+    test_data: Any = None
+
+
 def train_arm(
-    directory: Path, name: str, trainer: Trainer, task: Task, epochs: int
+    directory: Path, name: str, trainer: Trainer, task: Task | Data, epochs: int
 ) -> dict[str, Any]:
     """Trains, from the latest checkpoint if there is one; the result, ready for JSON."""
     from tqdm import tqdm
@@ -200,10 +227,10 @@ def train_arm(
             return
         write_metrics(directory / "metrics.jsonl", name, trainer.history)
         if record["epoch"] in (epochs, *range(0, epochs, 5)):
+            accuracy = f"accuracy {record['accuracy']:.2%}, " if "accuracy" in record else ""
             # Past the progress bar, which a plain print would break.
             tqdm.write(
-                f"  {name}, epoch {record['epoch']}: validation accuracy "
-                f"{record['accuracy']:.2%}, loss {record['loss']:.4f}"
+                f"  {name}, epoch {record['epoch']}: validation {accuracy}loss {record['loss']:.4f}"
             )
 
     resume_from = checkpoints if saved else None
@@ -213,18 +240,35 @@ def train_arm(
         )
     if history.interrupted:
         raise KeyboardInterrupt
-    last, best = history.evals[-1], max(history.evals, key=lambda record: record["accuracy"])
+    last = history.evals[-1]
+    best = max(history.evals, key=lambda record: record.get("accuracy", -record["loss"]))
+    test = {} if task.test_data is None else trainer.evaluate(task.test_data)
     return {
         "steps": len(history.steps),
         "updates": sum(history.updates),
         "validation_loss": last["loss"],
-        "validation": last["accuracy"],
-        "best_validation": best["accuracy"],
+        "best_loss": best["loss"],
+        "validation": last.get("accuracy"),
+        "best_validation": best.get("accuracy"),
         "best_epoch": best["epoch"],
-        "test": trainer.evaluate(task.test_data)["accuracy"],
+        "test": test.get("accuracy"),
         "seconds": sum(history.seconds),
         "compile_seconds": history.compile_seconds,
     }
+
+
+def peak_bytes() -> int:
+    """The most memory that was in use so far: of the device where it says so, or the process."""
+    import resource
+    import sys
+
+    import jax
+
+    stats = jax.local_devices()[0].memory_stats() or {}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return (
+        stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    )
 
 
 def write_metrics(path: Path, arm: str, history: History) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,8 +16,10 @@ import optax
 from flax import nnx
 
 from priorityprop_jax.models.files import DataFile, package, read_file
+from priorityprop_jax.models.packages import find_model
+from priorityprop_jax.models.texts import Texts, numbers_of
 from priorityprop_jax.models.tokenizer import load_tokenizer, tokenize
-from priorityprop_jax.models.weights import find_minilm, load_bert
+from priorityprop_jax.models.weights import load_bert
 from priorityprop_jax.training.loader import ArrayLoader
 
 _HOME = "https://raw.githubusercontent.com/clairett/pytorch-sentiment-classification/master/data"
@@ -47,6 +51,11 @@ def cross_entropy(model: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Arra
     }
 
 
+def squared_error(model: Any, batch: Any) -> jax.Array:
+    """Mean squared error of a model from `x` to `[batch, 1]` and numbers `y`, `[batch]`."""
+    return jnp.mean((model(batch["x"])[:, 0] - batch["y"]) ** 2)
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """A model with the data, the loss and the defaults to train it."""
@@ -59,7 +68,7 @@ class Task:
     learning_rate: float  # a good one for Adam
     epochs: int  # enough of them to see the task learned
     max_batches: int | None = None  # of training rows in an epoch; None for all of them
-    loss_fn = staticmethod(cross_entropy)
+    loss_fn: Callable[[Any, Any], Any] = cross_entropy
 
     def adjusted(self, config: Any) -> Task:
         """With the learning rate, batch size and epochs that are not None."""
@@ -80,9 +89,9 @@ class Task:
         return ArrayLoader(self.parts[1], self.batch_size)
 
     @functools.cached_property
-    def test_data(self) -> ArrayLoader:
-        """The same for the test rows."""
-        return ArrayLoader(self.parts[2], self.batch_size)
+    def test_data(self) -> ArrayLoader | None:
+        """The same for the test rows, if there are any."""
+        return ArrayLoader(self.parts[2], self.batch_size) if len(self.parts) > 2 else None
 
 
 class MLP(nnx.Module):
@@ -121,30 +130,58 @@ def split(x: np.ndarray, y: np.ndarray, validation: int, test: int) -> tuple[Any
     return tuple({"x": x, "y": y} for x, y in pairs)
 
 
+def sst2_texts(data_dir: str | os.PathLike[str] | None = None) -> tuple[Texts, ...]:
+    """Kind and unkind sentences of film critics, labelled 1 and 0: to train, to try and to test.
+
+    `data_dir` is as for `read_file`.
+    """
+    parts = []
+    for file in _SST2:
+        lines = read_file(file, data_dir=data_dir).decode().removesuffix("\n").split("\n")
+        pairs = (line.rsplit("\t", 1) for line in lines)
+        parts.append(Texts("label", [{"text": text, "label": label} for text, label in pairs], []))
+    return tuple(parts)
+
+
+def spread(texts: Texts) -> tuple[float, float]:
+    """Mean and standard deviation of the numbers to learn, which are learnt in units of these."""
+    numbers = numbers_of(texts)
+    return float(numbers.mean()), float(numbers.std()) or 1.0
+
+
+def encoded(
+    name: str, parts: Sequence[Texts], folder: Path, *, length: int, seed: int, labels: list[str]
+) -> Task:
+    """Texts for a pretrained encoder with a fresh head; without labels it learns their numbers.
+
+    Batches are `x`, tokens `[batch, length]`; `y`, the number of the label, or the
+    number to learn less the mean of all by their deviation;
+    and `id`, the number of each row through all parts, so that what a frozen layer makes of it can
+    be kept. What is wrong with the files raises as `load_bert` does.
+    """
+    tokenizer, rows, start = load_tokenizer(folder), [], 0
+    for part in parts:
+        x = tokenize(tokenizer, [row["text"] for row in part.rows], length)  # [rows, length]
+        if labels:
+            y = np.array([labels.index(row["label"]) for row in part.rows], np.int32)
+        else:
+            mean, deviation = spread(parts[0])
+            y = ((numbers_of(part) - mean) / deviation).astype(np.float32)
+        ids = np.arange(start, start + len(y), dtype=np.int32)  # [rows]
+        rows.append({"x": x, "y": y, "id": ids})
+        start += len(y)
+    model = load_bert(folder, classes=len(labels) or 1, seed=seed)
+    loss_fn = cross_entropy if labels else squared_error
+    return Task(name, model, tuple(rows), seed, 32, 1e-4, 2, loss_fn=loss_fn)
+
+
 def sst2(
     *,
     data_dir: str | os.PathLike[str] | None = None,
     seed: int = 0,
     model_dir: str | os.PathLike[str] | None = None,
 ) -> Task:
-    """Kind and unkind sentences of film critics, and a pretrained BERT with a fresh head.
-
-    Batches are `x`, tokens `[batch, 48]`; `y`, 1 where the sentence is kind; and `id`, the number
-    of each row through all three parts, so that what a frozen layer makes of it can be kept.
-
-    `data_dir` is as for `read_file`, `model_dir` as for `load_bert`, by default MiniLM's; what is
-    wrong with either raises as they do.
-    """
-    length = 48  # Of 100 sentences, 2 have more tokens.
-    folder = find_minilm() if model_dir is None else model_dir
-    tokenizer = load_tokenizer(folder)
-    parts, start = [], 0
-    for file in _SST2:
-        lines = read_file(file, data_dir=data_dir).decode().removesuffix("\n").split("\n")
-        sentences, labels = zip(*(line.rsplit("\t", 1) for line in lines), strict=True)
-        x = tokenize(tokenizer, sentences, length)  # [rows, length]
-        ids = np.arange(start, start + len(lines), dtype=np.int32)  # [rows]
-        parts.append({"x": x, "y": np.array(labels).astype(np.int32), "id": ids})
-        start += len(lines)
-    model = load_bert(folder, classes=2, seed=seed)
-    return Task("sst2", model, tuple(parts), seed, 32, 1e-4, 3)
+    """`sst2_texts` for an encoder, by default MiniLM; of 100 sentences, 2 have over 48 tokens."""
+    folder = find_model("minilm") if model_dir is None else Path(model_dir)
+    parts = sst2_texts(data_dir)
+    return encoded("sst2", parts, folder, length=48, seed=seed, labels=["0", "1"])

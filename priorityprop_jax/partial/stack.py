@@ -60,10 +60,7 @@ def tapped(taps: dict[int, Tap]) -> contextlib.AbstractContextManager[None]:
 
 
 def unrolled() -> contextlib.AbstractContextManager[None]:
-    """Within, a stack is traced layer by layer, so that what each needs can be counted.
-
-    The rows of its taps must be known.
-    """
+    """Within, a stack is traced layer by layer, to be counted; the rows of its taps are known."""
     return _mode(unrolled=True)
 
 
@@ -258,12 +255,16 @@ class Stack(nnx.Module):
         graph, params, rest = nnx.split(self.block, trainable, ...)
 
         def block(params: Any, x: Any, rest: Any) -> Any:
+            before, treedef = jax.tree.flatten(rest)
             module = nnx.merge(graph, params, rest)
             x = module(x, *args, **kwargs)
-            return x, nnx.state(module, nnx.Not(trainable))
+            after, new = jax.tree.flatten(nnx.state(module, nnx.Not(trainable)))
+            # What is not changed, such as frozen weights, is not collected.
+            same = zip(after, before, strict=True) if new == treedef else ()
+            return x, new.unflatten([None if a is b else a for a, b in same] or after)
 
-        x, rest = stack(block, params, x, per_layer=rest, has_aux=True)
-        nnx.update(self.block, rest)
+        x, new = stack(block, params, x, per_layer=rest, has_aux=True)
+        nnx.update(self.block, _merge(new, rest))
         return x
 
 

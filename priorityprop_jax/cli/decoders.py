@@ -1,0 +1,294 @@
+"""A pretrained decoder for `priorityprop finetune`: its task, ways to train less, its report."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from priorityprop_jax.cli import runs, tuning
+from priorityprop_jax.cli.runs import Failure, Report, told
+from priorityprop_jax.core.tables import aligned, short
+
+if TYPE_CHECKING:
+    from priorityprop_jax.models import Decoder, Language
+
+Config = argparse.Namespace
+RATES = {"full": 3e-5, "suffix": 1e-4, "lora": 3e-4}  # by policy; the others as full
+
+
+@dataclasses.dataclass
+class Task:
+    """A decoder, its words, and the rows that it is trained on and tried on."""
+
+    model: Decoder
+    language: Language
+    kind: str  # of the texts
+    labels: list[str]  # none where the answer is free
+    train: dict[str, list[Any]]  # x, y and id, by row
+    dev: dict[str, list[Any]]
+    length: int  # tokens, at most
+
+    @functools.cached_property
+    def loss_fn(self) -> Any:
+        """The loss of answers, and their accuracy where they are labels."""
+        from priorityprop_jax.models.prompts import answer_loss, label_tokens
+
+        return answer_loss(label_tokens(self.language, self.labels) if self.labels else None)
+
+
+def load(config: Config, path: Path) -> Task:
+    """The task; everything that can be wrong with its files shows here."""
+    import jax.numpy as jnp
+
+    from priorityprop_jax.models import load_decoder, load_language
+    from priorityprop_jax.models.prompts import answer_rows, label_tokens
+
+    train, dev = runs.texts(config)[:2]
+    kind = train.kind
+    if kind not in ("label", "completion", "messages"):
+        raise Failure(f"the rows of {config.data} have no label, completion or messages", 1)
+    with told(ValueError):
+        language = load_language(path)
+        model = load_decoder(path, dtype=jnp.dtype(config.dtype), remat=config.remat)
+        labels = runs.labels(train, dev) if kind == "label" else []
+        if labels:
+            label_tokens(language, labels)
+        context = model.config.max_position_embeddings
+        if (length := config.max_length or min(256, context)) > context:
+            raise Failure(f"--max-length {length} is longer than the model's context, {context}", 2)
+        parts = []
+        for texts in (train, dev):
+            rows = answer_rows(language, kind, texts.rows, length)
+            if rows.cut:
+                print(f"{rows.cut} of {len(rows.x)} texts are cut to {length} tokens")
+            start = len(parts[0]["x"]) if parts else 0
+            ids = list(np.arange(start, start + len(rows.x), dtype=np.int32))
+            parts.append({"x": rows.x, "y": rows.y, "id": ids})
+    if len(train.rows) < config.batch_size:
+        raise Failure(
+            f"there are {len(train.rows)} rows to train on, less than a batch of "
+            f"{config.batch_size}; --batch-size sets another", 2
+        )  # fmt: skip
+    return Task(model, language, kind, labels, parts[0], parts[1], length)
+
+
+def batches(config: Config, part: Mapping[str, list[Any]], *, train: bool) -> Any:
+    """The rows in batches of a few lengths."""
+    from priorityprop_jax.training import buckets
+
+    pad = {"y": -1} if "y" in part else None
+    return buckets(
+        part, config.batch_size, by="x", most=4, pad=pad, shuffle=train, seed=config.seed,
+        drop_last=train,
+    )  # fmt: skip
+
+
+# What a step costs.
+
+
+def parts_of(policy: str) -> tuple[str, int]:
+    """A policy's name, and its number or 0: ``suffix:8`` or ``suffix(8)``."""
+    match = re.fullmatch(r"([a-z]+)(?:[:(](\d+)\)?)?", policy)
+    if match is None:
+        raise Failure(f"there is no policy {policy!r}", 2)
+    return match[1], int(match[2] or 0)
+
+
+def plan(config: Config, task: Task) -> tuple[str, dict[str, float]]:
+    """The policy to run, chosen by the budget where none is named; and shares of a full step."""
+    count = task.model.config.num_hidden_layers
+    name, number = parts_of(config.policy or "suffix")
+    shares = functools.cache(lambda policy: _flops(task, config, policy) / _flops(task, config))
+    if config.policy in (None, "suffix"):
+        budget = config.budget or 0.25
+        one, two = shares("suffix:1"), shares("suffix:2")
+        # Blocks are alike, so that the cost is a line in their number.
+        number = min(count, int((budget - one) / (two - one) + 1e-9) + 1)
+        if number < 1:
+            raise Failure(f"a budget of {budget:.0%} does not pay for one block: {one:.0%} would")
+        config.budget = budget
+    policy = f"{name}:{number}" if number else name
+    if name == "suffix" and not 1 <= number <= count:
+        raise Failure(f"suffix:{number}: the model has {count} blocks", 2)
+    if name == "lora" and not number:
+        raise Failure("lora needs a rank: lora:8", 2)
+    listed = {f"suffix:{k}" for k in (count // 8, count // 4, count // 2) if k} | {"lora:8"}
+    if name in ("full", "suffix", "lora"):
+        listed.add(policy)
+    order = sorted(listed - {"full"}, key=shares)
+    found = {"full": 1.0, **{other: shares(other) for other in reversed(order)}}
+    rows = [("", "FLOPs of a gradient", "trained weights")]
+    for other, share in found.items():
+        weights = short(_weights(task.model, other))
+        rows.append((f"{other}{' <' if other == policy else ''}", f"{share:.0%}", weights))
+    print("\n".join(map(str.rstrip, aligned(rows))))
+    return policy, found
+
+
+def _flops(task: Task, config: Config, policy: str = "full") -> float:
+    """Of the gradient of a batch of the longest rows. Nothing is compiled, no array is made."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from priorityprop_jax.core.modules import pure_loss
+    from priorityprop_jax.core.program import program_flops
+
+    name, number = parts_of(policy)
+    model, time = nnx.eval_shape(lambda m: m, task.model), max(map(len, task.train["x"]))
+    shape = (config.batch_size, time)
+    x = y = jax.ShapeDtypeStruct(shape, jnp.int32)
+    if name == "suffix":
+        model = nnx.eval_shape(lambda m: m.top(number), model)
+        x = jax.ShapeDtypeStruct((*shape, task.model.config.hidden_size), jnp.dtype(config.dtype))
+    elif name == "lora":
+        model = nnx.eval_shape(functools.partial(_with_lora, rank=number), model)
+    loss, params, rest = pure_loss(model, task.loss_fn)
+    grad = jax.make_jaxpr(jax.value_and_grad(loss, has_aux=True))
+    return program_flops(grad(params, rest, {"x": x, "y": y}))
+
+
+def _with_lora(model: Any, rank: int) -> Any:
+    from priorityprop_jax.models.lora import add_lora
+
+    add_lora(model, rank=rank, alpha=2.0 * rank)
+    return model
+
+
+def _weights(model: Any, policy: str) -> int:
+    import jax
+    from flax import nnx
+
+    from priorityprop_jax.core.modules import trainable
+
+    name, number = parts_of(policy)
+    if name == "suffix":
+        model = nnx.eval_shape(lambda m: m.top(number), model)
+    elif name == "lora":
+        model = nnx.eval_shape(functools.partial(_with_lora, rank=number), model)
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, trainable)))
+
+
+# Training.
+
+
+def hidden_rows(model: Any, task: Task, config: Config, blocks: int, folder: Path) -> None:
+    """Puts what the first blocks make of every row in the place of its tokens.
+
+    They lie in a file, which is there as a whole or not at all.
+    """
+    import jax.numpy as jnp
+    from flax import nnx
+
+    both = [*task.train["x"], *task.dev["x"]]
+    starts = np.cumsum([0, *map(len, both)])
+    run = nnx.jit(lambda model, x: model.below(x, blocks).astype(jnp.float32))
+    everything = {"x": both, "id": list(np.arange(len(both)))}
+
+    def fill(path: Path) -> None:
+        from tqdm import tqdm
+
+        shape = int(starts[-1]), task.model.config.hidden_size
+        out = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+        loader = batches(config, everything, train=False)
+        for batch in tqdm(loader, "frozen blocks", disable=None, leave=False):
+            hidden = np.asarray(run(model, batch["x"]))
+            for row, h in zip(batch["id"], hidden, strict=True):
+                out[starts[row] : starts[row + 1]] = h[: len(both[row])]
+        out.flush()
+
+    path = folder / "hidden.npy"
+    if not path.exists():
+        runs.write(path, fill)
+    found = np.load(path, mmap_mode="r")
+    rows = [found[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    task.train["x"], task.dev["x"] = rows[: len(task.train["x"])], rows[len(task.train["x"]) :]
+
+
+def train(directory: Path, config: Config, task: Task, share: float | None) -> None:
+    """Trains, saves the model, and writes the report."""
+    import jax
+    import optax
+
+    from priorityprop_jax.models import load_decoder, save_decoder
+    from priorityprop_jax.models.lora import merge_lora
+    from priorityprop_jax.training.trainer import Trainer
+
+    name, number = parts_of(config.policy)
+    model: Any = task.model
+    tokens = sum(map(len, task.train["x"]))
+    steps = config.epochs * len(batches(config, task.train, train=True))
+    plain = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(config.learning_rate),
+        optax.scale_by_schedule(tuning.schedule(steps // config.accumulate)),
+    )
+    step, tx = None, plain
+    if name == "suffix":
+        blocks = task.model.config.num_hidden_layers - number
+        hidden_rows(model, task, config, blocks, directory)
+        model = task.model.top(number)
+        del task.model  # what is below is not in memory
+    elif name == "lora":
+        _with_lora(model, number)
+    elif name != "full":
+        step = tuning.make_step(config)
+        tx = tuning.optimizer(config.learning_rate, steps)
+    if config.accumulate > 1:
+        tx = optax.MultiSteps(tx, config.accumulate)
+    trainer = Trainer(model, tx, task.loss_fn, step)
+    data = runs.Data(
+        batches(config, task.train, train=True), batches(config, task.dev, train=False), None
+    )
+    results = runs.train_arm(directory, config.policy, trainer, data, config.epochs)
+    results["tokens_per_second"] = tokens * config.epochs / max(results["seconds"], 1e-9)
+    results["peak_bytes"] = runs.peak_bytes()
+    trained: Any = trainer.model
+    whole = trained
+    if name == "suffix":
+        whole = load_decoder(tuning.model_path(config))
+        whole.put_top(trained)
+    elif name == "lora":
+        merge_lora(whole)
+    save_decoder(whole, directory / "model", task.language)
+    about = {"model": "decoder", "kind": task.kind, "labels": task.labels, "length": task.length}
+    runs.write(directory / "model" / "task.json", json.dumps(about, indent=1))
+    record = {
+        "command": "finetune",
+        "config": vars(config),
+        "results": results,
+        "compute": {"share": share, **trainer.get_step_report()},
+        "device": jax.devices()[0].device_kind,
+    }
+    runs.save(directory, record, report(record), {config.policy: trainer.history})
+    (directory / "hidden.npy").unlink(missing_ok=True)
+    shutil.rmtree(directory / "checkpoint", ignore_errors=True)
+    print(f"the model is in {directory / 'model'}/, for transformers too")
+
+
+def report(record: Mapping[str, Any]) -> Report:
+    """The report of a finished run, of the contents of its report.json."""
+    config, results, compute = record["config"], record["results"], record["compute"]
+    share = compute["share"]
+    best = f"best {results['best_loss']:.4f} (epoch {results['best_epoch']})"
+    totals = [("", "total"), ("dev loss", f"{best}, last {results['validation_loss']:.4f}")]
+    if results["validation"] is not None:
+        totals.append(("dev accuracy", f"{results['validation']:.2%}"))
+    totals += [
+        ("FLOPs of a gradient", "" if share is None else f"{share:.0%} of a full one"),
+        ("steps", f"{results['steps']:,}"),
+        ("training", f"{results['seconds']:.1f} s, {results['tokens_per_second']:,.0f} tokens/s"),
+        ("compilation", f"{results['compile_seconds']:.1f} s, not in the training time"),
+        ("peak memory", f"{short(results['peak_bytes'])}B of the process, loading included"),
+    ]
+    title = f"{Path(config['data']).name} on {config['model']}: policy {config['policy']}"
+    return Report(f"{title}, one seed ({config['seed']})", [runs.table("", totals)])
