@@ -214,50 +214,51 @@ def hidden_rows(model: Any, task: Task, config: Config, blocks: int, folder: Pat
     task.train["x"], task.dev["x"] = rows[: len(task.train["x"])], rows[len(task.train["x"]) :]
 
 
-def train(directory: Path, config: Config, task: Task, share: float | None) -> None:
-    """Trains, saves the model, and writes the report."""
-    import jax
+def trainer_of(directory: Path, config: Config, task: Task, steps: int) -> Any:
+    """The trainer of a policy; with ``suffix`` rows become what the frozen blocks make of them."""
     import optax
 
-    from priorityprop_jax.models import load_decoder, save_decoder
-    from priorityprop_jax.models.lora import merge_lora
     from priorityprop_jax.training.trainer import Trainer
 
     name, number = parts_of(config.policy)
     model: Any = task.model
-    tokens = sum(map(len, task.train["x"]))
-    steps = config.epochs * len(batches(config, task.train, train=True))
-    plain = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(config.learning_rate),
-        optax.scale_by_schedule(tuning.schedule(steps // config.accumulate)),
-    )
-    step, tx = None, plain
+    step, tx = None, tuning.optimizer(config.learning_rate, steps // config.accumulate)
     if name == "suffix":
-        blocks = task.model.config.num_hidden_layers - number
+        blocks = model.config.num_hidden_layers - number
         hidden_rows(model, task, config, blocks, directory)
-        model = task.model.top(number)
+        model = model.top(number)
         del task.model  # what is below is not in memory
     elif name == "lora":
         _with_lora(model, number)
     elif name != "full":
         step = tuning.make_step(config)
-        tx = tuning.optimizer(config.learning_rate, steps)
+        tx = tuning.optimizer(config.learning_rate, steps, active=True)
     if config.accumulate > 1:
         tx = optax.MultiSteps(tx, config.accumulate)
-    trainer = Trainer(model, tx, task.loss_fn, step)
+    return Trainer(model, tx, task.loss_fn, step)
+
+
+def train(directory: Path, config: Config, task: Task, share: float | None) -> None:
+    """Trains, saves the model, and writes the report."""
+    import jax
+
+    from priorityprop_jax.models import load_decoder, save_decoder
+    from priorityprop_jax.models.lora import merge_lora
+
+    tokens = sum(map(len, task.train["x"]))
+    steps = config.epochs * len(batches(config, task.train, train=True))
+    trainer = trainer_of(directory, config, task, steps)
     data = runs.Data(
         batches(config, task.train, train=True), batches(config, task.dev, train=False), None
     )
     results = runs.train_arm(directory, config.policy, trainer, data, config.epochs)
     results["tokens_per_second"] = tokens * config.epochs / max(results["seconds"], 1e-9)
     results["peak_bytes"] = runs.peak_bytes()
-    trained: Any = trainer.model
-    whole = trained
-    if name == "suffix":
+    whole: Any = trainer.model
+    if config.policy.startswith("suffix"):
         whole = load_decoder(tuning.model_path(config))
-        whole.put_top(trained)
-    elif name == "lora":
+        whole.put_top(trainer.model)
+    elif config.policy.startswith("lora"):
         merge_lora(whole)
     save_decoder(whole, directory / "model", task.language)
     about = {"model": "decoder", "kind": task.kind, "labels": task.labels, "length": task.length}

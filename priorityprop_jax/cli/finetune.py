@@ -188,7 +188,7 @@ def _train(directory: Path, config: Config, task: Task) -> None:
     cache = PrefixCache(directory / "cache", examples=examples) if config.cache else None
     with cache or contextlib.nullcontext():
         model: Any = task.model
-        tx = optimizer(config.learning_rate, config.epochs * len(task.train_data))
+        tx = optimizer(config.learning_rate, config.epochs * len(task.train_data), active=True)
         stages = nnx_stages(model.stages())
         trainer = Trainer(stages, tx, task.loss_fn, make_step(config, cache))
         results = runs.train_arm(directory, config.policy, trainer, task, config.epochs)

@@ -64,11 +64,13 @@ def schedule(steps: int) -> Any:
     return optax.join_schedules([up, optax.linear_schedule(1, 0, max(1, steps - first))], [first])
 
 
-def optimizer(learning_rate: float, steps: int) -> Any:
-    """AdamW of what is active, behind a clip of all of its gradients."""
+def optimizer(learning_rate: float, steps: int, *, active: bool = False) -> Any:
+    """AdamW, of all that has a gradient or of what is active, behind a clip and on a schedule."""
     import optax
 
     from priorityprop_jax.partial import update_active
 
-    clip, adamw = optax.clip_by_global_norm(1.0), update_active(optax.adamw(learning_rate))
-    return optax.chain(clip, adamw, optax.scale_by_schedule(schedule(steps)))
+    adamw = optax.adamw(learning_rate)
+    inner = update_active(adamw) if active else adamw
+    clip = optax.clip_by_global_norm(1.0)
+    return optax.chain(clip, inner, optax.scale_by_schedule(schedule(steps)))
