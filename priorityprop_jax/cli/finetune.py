@@ -80,8 +80,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "what a decoder computes in; its weights are float32",
     },
     "remat": {
-        "choices": ("none", "products", "all"), "default": "none",
-        "help": "what a decoder's backward pass makes again, to save memory",
+        "choices": ("none", "products", "all"), "default": "products",
+        "help": "to save memory, a decoder's backward pass makes again all but products, or all",
     },
     "numbers": {
         "action": "store_true",
@@ -105,8 +105,6 @@ def run(arguments: argparse.Namespace) -> int:
         config.budget = 0.4
     if config.state is None:
         config.state = "reset" if (config.policy or "").startswith("badam") else "keep"
-    if config.epochs is None:
-        config.epochs = 2
     if decoder:
         return _decoder(arguments, config, path)
     make_step(config)  # what is wrong with a policy shows before the data are read
@@ -137,7 +135,7 @@ def _decoder(arguments: argparse.Namespace, config: Config, path: Path) -> int:
         make_step(config)
         if config.accumulate > 1:
             raise Failure(f"--accumulate goes with full, suffix and lora, not with {name}", 2)
-    config.batch_size = config.batch_size or 16
+    config.batch_size, config.epochs = config.batch_size or 16, config.epochs or 3
     config.learning_rate = config.learning_rate or decoders.RATES.get(name, decoders.RATES["full"])
     task = decoders.load(config, path)
     steps = len(decoders.batches(config, task.train, train=True))

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from priorityprop_jax.core.modules import trainable
+from priorityprop_jax.exact.products import dot_general
 from priorityprop_jax.partial.stack import Stack
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
@@ -183,7 +184,10 @@ class DecoderBlock(nnx.Module):
     ):
         c = config
         init = nnx.initializers.normal(c.initializer_range)
-        linear = partial(nnx.Linear, use_bias=False, dtype=dtype, kernel_init=init, rngs=rngs)
+        linear = partial(
+            nnx.Linear, use_bias=False, dtype=dtype, kernel_init=init, dot_general=dot_general,
+            rngs=rngs,
+        )  # fmt: skip
         norm = partial(nnx.RMSNorm, epsilon=c.rms_norm_eps, dtype=dtype, rngs=rngs)
         own, shared = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         self.head_dim, self.remat = c.head_dim, remat
