@@ -17,6 +17,7 @@ tokenizers = pytest.importorskip("tokenizers", reason="priorityprop-jax[finetune
 pytest.importorskip("safetensors", reason="priorityprop-jax[finetune] is not installed")
 
 WORDS = ["<end>", "<pad>", "[UNK]", "a", "film", "plot", "is", "good", "bad", "Label", ":", "yes"]
+WORDS += ["billing", "delivery", "fault", "praise"]  # the labels of the messages
 TEMPLATE = (
     "{% for m in messages %}{{ m.role + ' : ' + m.content + ' <end> ' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant : {% endif %}"
@@ -24,10 +25,8 @@ TEMPLATE = (
 BLOCKS = 4
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """The folder of a random decoder with a tokenizer of words."""
-    folder = tmp_path_factory.mktemp("decoder")
+def write_tiny(folder):
+    """A random decoder with a tokenizer of words."""
     config = DecoderConfig.from_dict(
         {
             "vocab_size": len(WORDS) + 2, "hidden_size": 8, "intermediate_size": 12,
@@ -48,6 +47,12 @@ def tiny(tmp_path_factory):
     tokenizer.add_special_tokens(["<end>", "<pad>"])
     language = models.Language(tokenizer, "<end>", None, "<pad>", TEMPLATE)
     models.save_decoder(Decoder(config, rngs=nnx.Rngs(0)), folder, language)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("decoder")
+    write_tiny(folder)
     return folder
 
 
