@@ -15,7 +15,6 @@ import optax
 from flax import nnx
 
 from benchmarks.suite.arms import Arm
-from benchmarks.suite.lora import add_lora
 from benchmarks.suite.workloads import Stream, Workload, load
 from benchmarks.tasks.char import CharTransformer
 from priorityprop_jax import (
@@ -29,6 +28,7 @@ from priorityprop_jax import (
 )
 from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.core.program import program_flops
+from priorityprop_jax.models.lora import add_lora
 from priorityprop_jax.priority.scores import Look, priority
 from priorityprop_jax.priority.transform import PriorityPropState
 from priorityprop_jax.training import Trainer

@@ -178,6 +178,20 @@ def _weights(model: Any, policy: str) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, trainable)))
 
 
+def others(model: Any, batch: Any) -> dict[str, tuple[Any, Any]]:
+    """What `partial.plan` compares with: last blocks behind ones that ran once, and LoRA."""
+    import jax.numpy as jnp
+    from flax import nnx
+
+    count, found = model.config.num_hidden_layers, {}
+    shape = (*batch["x"].shape, model.config.hidden_size)
+    for k in sorted({k for k in (count // 8, count // 4, count // 2) if k}):
+        example = {**batch, "x": jnp.zeros(shape)}
+        found[f"suffix({k}), below run once"] = model.top(k), example
+    found["lora(8)"] = _with_lora(nnx.clone(model), 8), batch
+    return found
+
+
 # Training.
 
 

@@ -55,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.out.mkdir(parents=True, exist_ok=True)  # before the work, as it may fail
     given = {name: option.get("default") for name, option in finetune.OPTIONS.items()}
     config = Config(**given | vars(arguments) | {"skip_bad": False, "numbers": False})
+    beside: Any = None
     with told(ValueError):
         if arguments.task == "digits":
             task = digits().adjusted(config)
@@ -64,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
             task = decoders.load(config, path)
             loader = decoders.batches(config, task.train, train=True)
             model, batch = task.model, max(loader, key=lambda batch: batch["x"].shape[1])
+            beside = decoders.others(model, batch)
         else:
             task = finetune.load(config)
             model: Any = task.model
@@ -73,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{name}, batches of {rows}, on {jax.devices()[0].device_kind}; compiling ...")
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
     limits = {"memory": arguments.memory, "milliseconds": arguments.milliseconds}
-    found = plan(model, task.loss_fn, batch, optimizer, **limits)
+    found = plan(model, task.loss_fn, batch, optimizer, beside=beside, **limits)
     print(f"\n{found}\n{LEGEND}")
     if arguments.out is not None:
         text = json.dumps({"task": name, "batch_size": rows, **found.as_dict()}, indent=1)

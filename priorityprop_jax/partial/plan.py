@@ -118,6 +118,7 @@ def plan(
     *,
     memory: float | None = None,
     milliseconds: float | None = None,
+    beside: Mapping[str, tuple[Any, Any]] | None = None,
     repeats: int = 5,
     stacked_axis: Callable[[str], int | None] | None = None,
     group: Callable[[str], str | None] | None = None,
@@ -129,8 +130,7 @@ def plan(
     turn of the first layer that has one; and of `Stages`, ``suffix(k)`` in the last half with the
     outputs of the frozen prefix cached, whose look-up is not timed. Each is compiled and run as a
     loop of one's own would: gradients by `value_and_grad`, and optimizer state of what is trained
-    alone, as with `freeze`, and with the states ``"reset"`` and ``"offload"`` of `step`. LoRA is
-    not among them, as it takes other layers to run well.
+    alone, as with `freeze`, and with the states ``"reset"`` and ``"offload"`` of `step`.
 
     Args:
       model: a pytree of parameters, an `nnx.Module`, or `Stages`. It stays as it is.
@@ -140,6 +140,8 @@ def plan(
       memory: bytes that a step may take, by default what the device says it has. What takes more
         is not run.
       milliseconds: what a step may take.
+      beside: other models to compare with by name, all of which is trained, each with a batch: the
+        model with LoRA, or its last blocks on what those below make of a batch.
       repeats: how often each is timed, in turns, after one run to warm up; where a turn takes
         longer than ten seconds, that one run counts.
       stacked_axis: see `find_slots`.
@@ -192,13 +194,25 @@ def plan(
             # Of the last half, which has most to gain
             if name.startswith("suffix") and 2 * start >= len(stages):
                 wanted.append((f"{name}, cached", active, start))
-    candidates, tx = [], optax.with_extra_args_support(optimizer)
+    tx = optax.with_extra_args_support(optimizer)
+
+    def candidate(name, active, start, loss, slots, *arrays):
+        chosen = find_active(arrays[0], slots, active)
+        step = _step(functools.partial(loss, start=start), chosen, tx)
+        size = dict(zip(slots.names, slots.sizes, strict=True))
+        arguments = functools.partial(_arguments, chosen, tx, *arrays)
+        return _Candidate(name, sum(size[slot] for slot in active), step, arguments)
+
+    candidates = []
     for name, active, start in wanted:
         x = None if stages is None or not start else _enters(stages, params, rest, batch, start)
-        chosen = find_active(params, slots, active)
-        step = _step(functools.partial(loss, start=start), chosen, tx)
-        arguments = functools.partial(_arguments, chosen, tx, params, rest, batch, x)
-        candidates.append(_Candidate(name, active, step, arguments))
+        arrays = params, rest, batch, x
+        candidates.append(candidate(name, active, start, loss, slots, *arrays))
+    for name, (other, example) in (beside or {}).items():
+        loss, *arrays = _pure(other, loss_fn)
+        arrays = jax.tree.map(jnp.asarray, (*arrays, example, None))
+        slots = find_slots(arrays[0])
+        candidates.append(candidate(name, frozenset(slots.names), 0, loss, slots, *arrays))
     # Traced and lowered in this thread, where the caller's context holds; compiled in several.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(_Candidate.compile, candidates))
@@ -206,14 +220,12 @@ def plan(
         memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     run = [c for c in candidates if memory is None or c.peak_bytes <= memory]
     times = dict(zip((c.name for c in run), _timed(run, repeats), strict=True))
-    size = dict(zip(slots.names, slots.sizes, strict=True))
     choices = []
     for c in candidates:
         ms, flops = times.get(c.name), c.flops
         fits = ms is not None and (milliseconds is None or ms <= milliseconds)
-        count, share = sum(size[slot] for slot in c.active), flops / candidates[0].flops
-        sizes = c.peak_bytes, c.state_bytes
-        choices.append(Choice(c.name, count, flops, share, ms, *sizes, fits))
+        share, sizes = flops / candidates[0].flops, (c.peak_bytes, c.state_bytes)
+        choices.append(Choice(c.name, c.count, flops, share, ms, *sizes, fits))
     return Plan(tuple(choices), memory, milliseconds)
 
 
@@ -302,8 +314,8 @@ def _arguments(chosen: ActiveLeaves, optimizer: Any, params: Any, *others: Any) 
 class _Candidate:
     """A choice, traced, and after `compile` ready to run."""
 
-    def __init__(self, name: str, active: frozenset[str], step: Any, arguments: Any) -> None:
-        self.name, self.active, self.arguments = name, active, arguments
+    def __init__(self, name: str, count: int, step: Any, arguments: Any) -> None:
+        self.name, self.count, self.arguments = name, count, arguments
         given, donated = arguments(), (0, 2, 3)
         out = (*(layout_of(given[i]) for i in donated), None)
         traced = jax.jit(step, donate_argnums=donated, out_shardings=out).trace(*given)

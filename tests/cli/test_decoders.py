@@ -262,3 +262,10 @@ def test_models_by_name(capsys):
     assert "there is no model 'gpt-5'" in one_line(capsys)
     assert run("models", "get") == 2
     assert "which model" in one_line(capsys)
+
+
+def test_a_plan_has_what_finetune_does(place, tiny, capsys):
+    assert run("plan", "--model", tiny, "--data", "reviews.csv", "--batch-size", "8") == 0
+    out = capsys.readouterr().out
+    for shown in ("full", "suffix(2), below run once", "lora(8)", "lisa(2)", "badam(1)"):
+        assert f"\n{shown}" in out

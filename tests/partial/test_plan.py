@@ -143,3 +143,20 @@ def test_wrong_limits(options, match):
         partial.plan(pytree(), loss_fn, jnp.ones((4, WIDTH)), optax.sgd(0.1), **options)
     with pytest.raises(ValueError, match="no parameters"):
         partial.plan({}, loss_fn, jnp.ones((4, WIDTH)), optax.sgd(0.1))
+
+
+def test_other_models_stand_beside(capsys):
+    params = {f"Dense_{i}": jnp.ones((8, 8)) for i in range(3)}
+
+    def loss_fn(params, x):
+        for kernel in params.values():
+            x = jnp.tanh(x @ kernel)
+        return x.mean()
+
+    other = {"Dense_9": jnp.ones((8, 8))}, jnp.ones((2, 8))
+    found = partial.plan(
+        params, loss_fn, jnp.ones((4, 8)), optax.adam(1e-3), repeats=1, beside={"small": other}
+    )
+    full, small = found.choices[0], found.choices[-1]
+    assert small.name == "small" and small.flops < full.flops / 4 and small.milliseconds > 0
+    assert small.state_bytes == 2 * 64 * 4 + 4
