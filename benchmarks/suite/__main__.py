@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.records import RESULTS, read_lines
+from priorityprop_jax.cli.main import ended
 from priorityprop_jax.cli.runs import Failure, rate, whole
+from priorityprop_jax.core.tables import aligned
 from priorityprop_jax.models.files import ENV_VAR, DataError
+
+if TYPE_CHECKING:
+    from benchmarks.suite.workloads import Workload
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; the exit code is 1 where something failed, 2 for wrong arguments."""
+    return ended(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
     if getattr(arguments, "data_dir", None) is not None:
         os.environ[ENV_VAR] = str(arguments.data_dir)
@@ -154,8 +165,41 @@ def _run(arguments: argparse.Namespace) -> int:
         raise Failure(str(error)) from error
     except (DataError, ValueError) as error:
         raise Failure(str(error)) from error
-    print(f"saved {path.parent}/; now: python -m benchmarks.suite report")
+    for workload in chosen:
+        print(f"\n{workload.name}: {workload.title}")
+        print(_results(workload, _arms(workload, plan), path))
+    print(f"\nsaved {path.parent}/", end="")
+    # The smoke suite tells whether all runs, and is no result for a report
+    print("" if arguments.suite == "smoke" else "; now: python -m benchmarks.suite report")
     return 0
+
+
+def _results(workload: Workload, names: list[str], path: Path) -> str:
+    """What is known of arms by now: their runs at the best rate, and seconds of their steps."""
+    from benchmarks.suite import harness
+
+    mine = [r for r in read_lines(path) if r["workload"] == workload.name]
+    times = read_lines(path.with_name("times.jsonl"))
+    seconds = {
+        k: v for r in times if r["workload"] == workload.name for k, v in r["seconds"].items()
+    }
+    rows = [("arm", "rate", "seeds", f"best {workload.metric}, median", "ms a step")]
+    for name in names:
+        rate = harness.best_rate(workload, mine, name)
+        runs = [r for r in mine if (r["arm"], r["track"], r["rate"]) == (name, "seeds", rate)]
+        best = [harness.best(workload, r) for r in runs]
+        found = f"{statistics.median(best):.4g}" if best else "-"
+        taken = [f"{1e3 * statistics.median(v):.3g}" for v in seconds.get(name, {}).values()]
+        rows.append(
+            (
+                name,
+                "-" if rate is None else f"{rate:g}",
+                str(len(runs)),
+                found,
+                " / ".join(taken) or "-",
+            )
+        )
+    return "\n".join(map(str.rstrip, aligned(rows)))
 
 
 def _arms(workload: object, plan: object) -> list[str]:

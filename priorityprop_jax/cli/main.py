@@ -7,24 +7,44 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import priorityprop_jax
-from priorityprop_jax.cli import finetune, generate, models, plan, predict, report, train
-from priorityprop_jax.cli.runs import PLACES, Failure
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; the exit code, 1 where something failed and 130 after Ctrl-C."""
+    return ended(lambda: _run(argv))
+
+
+def ended(run: Callable[[], int]) -> int:
+    """Runs a command; Ctrl-C ends it in a line, and a pipe that nobody reads on in silence."""
+    try:
+        try:
+            return run()
+        finally:
+            sys.stdout.flush()  # not when Python ends, where nothing catches the error
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to write
+        return 141  # as shells tell of SIGPIPE
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    # Here, as importing takes seconds, in which Ctrl-C may come.
+    from priorityprop_jax.cli import models, report
+    from priorityprop_jax.cli.runs import Failure
+
     # argparse exits by itself, with 2, where an argument is wrong
     arguments = _parser().parse_args(argv)
     if arguments.run not in (report.run, models.run):
         _keep_programs()
     try:
         return arguments.run(arguments)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        raise
     # What a user can mend; anything else is a bug, and shows where it is.
     except (Failure, FloatingPointError, OSError, ImportError) as error:
         if arguments.traceback:
@@ -61,6 +81,8 @@ class _Help(argparse.HelpFormatter):
 
 
 def _parser() -> argparse.ArgumentParser:
+    from priorityprop_jax.cli import finetune, generate, models, plan, predict, report, runs, train
+
     parser = argparse.ArgumentParser(
         prog="priorityprop", description="Spend backprop where it matters: budgeted training."
     )
@@ -80,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         for name, option in getattr(command, "POSITIONAL", {}).items():
             own.add_argument(name, **option)
-        places = PLACES if command in (train, finetune) else {}
+        places = runs.PLACES if command in (train, finetune) else {}
         for name, option in {**command.OPTIONS, **places}.items():
             own.add_argument(f"--{name.replace('_', '-')}", **option)
         own.set_defaults(run=command.run)

@@ -222,10 +222,12 @@ def train_arm(
     trainer.checkpoint_dir = checkpoints = directory / "checkpoint" / name
     saved = checkpoints.is_dir() and any(path.name.isdecimal() for path in checkpoints.iterdir())
 
+    write_new = metrics_writer(directory / "metrics.jsonl", name)
+
     def log(record: dict[str, Any]) -> None:
         if record["kind"] != "eval":
             return
-        write_metrics(directory / "metrics.jsonl", name, trainer.history)
+        write_new(trainer.history)
         if record["epoch"] in (epochs, *range(0, epochs, 5)):
             accuracy = f"accuracy {record['accuracy']:.2%}, " if "accuracy" in record else ""
             # Past the progress bar, which a plain print would break.
@@ -271,15 +273,35 @@ def peak_bytes() -> int:
     )
 
 
-def write_metrics(path: Path, arm: str, history: History) -> None:
-    """Writes all of an arm's records, one a line, in the order of its steps; others' lines stay."""
-    kept = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    mine = json.dumps({"arm": arm})[:-1] + ","
-    lines = [line for line in kept if line.endswith("}") and not line.startswith(mine)]
-    both = {"step": history.steps, "eval": history.evals}
-    records = [{"kind": kind, **r} for kind, found in both.items() for r in found]
-    records.sort(key=lambda record: record["step"])  # a step stays before its evaluation
-    write(path, "\n".join(lines + [json.dumps({"arm": arm, **record}) for record in records]))
+def metrics_writer(path: Path, arm: str) -> Callable[[History], None]:
+    """Appends an arm's new records, one a line, in the order of its steps.
+
+    The first time it writes all of them, in the place of what a run that has ended left behind;
+    other arms' lines stay.
+    """
+    done = None
+
+    def write_new(history: History) -> None:
+        nonlocal done
+        both = {"step": history.steps, "eval": history.evals}
+        new = [
+            {"kind": kind, **record}
+            for (kind, records), start in zip(both.items(), done or (0, 0), strict=True)
+            for record in records[start:]
+        ]
+        new.sort(key=lambda record: record["step"])  # a step stays before its evaluation
+        lines = [json.dumps({"arm": arm, **record}) for record in new]
+        if done is None:
+            kept = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            mine = json.dumps({"arm": arm})[:-1] + ","
+            kept = [line for line in kept if line.endswith("}") and not line.startswith(mine)]
+            write(path, "\n".join(kept + lines))
+        else:
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in lines)
+        done = len(history.steps), len(history.evals)
+
+    return write_new
 
 
 # The report.

@@ -8,6 +8,7 @@ import functools
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -48,7 +49,8 @@ class Trainer:
       checkpoint_dir: a folder for the latest two checkpoints: of ends of epochs, or interruptions.
       checkpoint_every: a number of steps, or a `datetime.timedelta`, between two checkpoints,
         instead of the end of each epoch; the last step and an interruption are always saved. One
-        within an epoch is resumed there, and the batches before it are passed over.
+        within an epoch is resumed there, and the batches before it are passed over. Without a
+        `checkpoint_dir` it does nothing, and `train` warns.
       progress: whether to show a progress bar, which stays quiet if the output is no terminal.
       slots: what the optimizer counts updates of, where it was given ``group`` or
         ``stacked_axis``: `find_slots` with the same. Other steps than the plain one know theirs.
@@ -202,6 +204,11 @@ class Trainer:
           WorkerLostError: another process has ended, and no step can be run without it.
         """
         check_epochs(epochs)
+        if self._due is not None and self.checkpoint_dir is None:
+            warnings.warn(
+                "checkpoint_every does nothing without a checkpoint_dir: no checkpoint is written",
+                stacklevel=2,
+            )
         books, stop = self._books, Stop()
         self._stop = stop
         with contextlib.ExitStack() as stack:

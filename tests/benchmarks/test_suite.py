@@ -152,6 +152,8 @@ def test_the_smoke_suite_is_killed_and_resumed(tmp_path):
     resumed, _ = command(*options, "--resume")
     again = subprocess.run(resumed, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
+    assert "best accuracy, median  ms a step\nadamw  " in again.stdout
+    assert "benchmarks.suite report" not in again.stdout  # which leaves this suite out
     records = read_lines(path)
     assert records[: len(done)] == done and len(records) == 6
     for record in records:

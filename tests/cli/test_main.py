@@ -1,6 +1,7 @@
 """The command, run as a user runs it: in an empty folder, with right and wrong arguments."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import pytest
 
 import priorityprop_jax
 from priorityprop_jax.cli import main as cli
-from priorityprop_jax.cli import plan
+from priorityprop_jax.cli import plan, runs
+from priorityprop_jax.cli import report as cli_report
+from priorityprop_jax.training.history import History
 from priorityprop_jax.training.loader import ArrayLoader
 
 pytestmark = pytest.mark.once
@@ -181,6 +184,45 @@ def test_what_is_not_a_run(empty_folder, capsys):
         (run_folder / "report.json").write_text(text)
         assert run("report", "broken") == 1
         assert "damaged" in one_line(capsys)
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("models", "list"), ("report", "run")])
+def test_a_pipe_that_nobody_reads_on_ends_quietly(empty_folder, capfd, monkeypatch, arguments):
+    for name in ("config.json", "report.json"):
+        (empty_folder / "run").mkdir(exist_ok=True)
+        (empty_folder / "run" / name).write_text('{"command": "train"}')
+    monkeypatch.setattr(cli_report.train, "report", lambda record: "a line\n" * 9)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert run(*arguments) == 141
+    assert capfd.readouterr().err == ""
+
+
+def test_an_interruption_of_parsing_is_one_line(capsys, monkeypatch):
+    def pressed():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_parser", pressed)
+    assert run("report", "run") == 130
+    assert one_line(capsys) == "priorityprop: interrupted"
+
+
+def test_only_new_records_are_written(empty_folder):
+    path, history = Path("metrics.jsonl"), History()
+    path.write_text('{"arm": "b", "step": 9}\n{"arm": "a", "step": 7}\n{"arm": "a", "st')
+    write_new = runs.metrics_writer(path, "a")
+    for epoch in (1, 2, 3):
+        history.steps += [{"step": 2 * epoch - 1, "loss": 1.0}, {"step": 2 * epoch, "loss": 1.0}]
+        history.evals.append({"step": 2 * epoch, "epoch": epoch})
+        before = path.stat()
+        write_new(history)
+        assert (path.stat().st_ino == before.st_ino) == (epoch > 1)  # appended to, not replaced
+    found = [(x["arm"], x.get("kind"), x["step"]) for x in records(empty_folder)]
+    steps = [("step", 2 * e - 1, "step", 2 * e, "eval", 2 * e) for e in (1, 2, 3)]
+    mine = [("a", *s[i : i + 2]) for s in steps for i in (0, 2, 4)]
+    assert found == [("b", None, 9), *mine]
 
 
 def test_a_loss_that_is_not_finite(empty_folder, capsys):

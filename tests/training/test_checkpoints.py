@@ -69,6 +69,14 @@ class TestWhen:
         assert history.loss == whole.history.loss
         _assert_same(_state(again), _state(whole))
 
+    def test_without_a_folder_it_is_told(self, saves, tmp_path):
+        trainer = _pure(checkpoint_every=3)
+        with pytest.warns(UserWarning, match="does nothing without a checkpoint_dir"):
+            trainer.train(_batches()[:1])
+        trainer.checkpoint_dir = tmp_path
+        trainer.train(_batches()[:2])
+        assert set(saves) == {3}
+
     @pytest.mark.parametrize(
         ("every", "error", "match"),
         [
