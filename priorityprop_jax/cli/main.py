@@ -104,7 +104,8 @@ def _parser() -> argparse.ArgumentParser:
             own.add_argument(name, **option)
         places = runs.PLACES if command in (train, finetune) else {}
         for name, option in {**command.OPTIONS, **places}.items():
-            own.add_argument(f"--{name.replace('_', '-')}", **option)
+            short = ["--lr"] if name == "learning_rate" else []
+            own.add_argument(f"--{name.replace('_', '-')}", *short, **option)
         own.set_defaults(run=command.run)
     return parser
 
