@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -103,6 +104,13 @@ def schedule(every: int | datetime.timedelta | None) -> Callable[[int], bool] | 
         return True
 
     return due
+
+
+def warn_without(folder: Path | None, due: Callable[[int], bool] | None) -> None:
+    """Warns the caller of `train` that what is due has no place to go."""
+    if due is not None and folder is None:
+        text = "checkpoint_every does nothing without a checkpoint_dir: no checkpoint is written"
+        warnings.warn(text, stacklevel=3)
 
 
 class Written(NamedTuple):

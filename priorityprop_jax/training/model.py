@@ -120,16 +120,24 @@ def split_result(result: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
 
 
 class Evaluation:
-    """A compiled evaluation, by a ``metric_fn`` or, if that is None, by the loss."""
+    """A compiled evaluation, by a ``metric_fn`` or, if that is None, by the loss.
 
-    def __init__(self, model: Model, loss_fn: LossFn, metric_fn: MetricFn | None) -> None:
+    At the parameters, or what ``eval_params`` makes of the optimizer's state and them.
+    """
+
+    def __init__(
+        self, model: Model, loss_fn: LossFn, metric_fn: MetricFn | None, eval_params: Any
+    ) -> None:
         self._model, self._loss_fn, self._metric_fn = model, loss_fn, metric_fn
+        self._params_of = None if eval_params is None else jax.jit(eval_params)
         self.compiled = jax.jit(self._metrics)
 
     def __call__(
-        self, params: Any, rest: Any, data: Iterable[Any], stop: Stop
+        self, params: Any, rest: Any, opt_state: Any, data: Iterable[Any], stop: Stop
     ) -> dict[str, float] | None:
         """The averages over the rows of some batches, or None if it was stopped."""
+        if self._params_of is not None:
+            params = self._params_of(opt_state, params)
         # What a step gave is bound to its device and what it never touched is not: left so, there
         # would be a program for each of these cases.
         params, rest = jax.tree.map(_bound, (params, rest))

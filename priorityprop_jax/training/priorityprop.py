@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -51,6 +52,7 @@ class PriorityPropTrainer(Trainer):
         *,
         step: MakeStep | None = None,
         metric_fn: MetricFn | None = None,
+        eval_params: Callable[[Any, Any], Any] | None = None,
         checkpoint_dir: Path | None = None,
         checkpoint_every: int | datetime.timedelta | None = None,
         progress: bool = True,
@@ -69,8 +71,9 @@ class PriorityPropTrainer(Trainer):
         where = {name: options.get(name) for name in ("stacked_axis", "group")}
         slots = find_slots(params, **where) if jax.tree.leaves(params) else None
         super().__init__(
-            model, wrapped, loss_fn, step, metric_fn=metric_fn, checkpoint_dir=checkpoint_dir,
-            checkpoint_every=checkpoint_every, progress=progress, slots=slots,
+            model, wrapped, loss_fn, step, metric_fn=metric_fn, eval_params=eval_params,
+            checkpoint_dir=checkpoint_dir, checkpoint_every=checkpoint_every, progress=progress,
+            slots=slots,
         )  # fmt: skip
         if isinstance(recalc_every, int | np.integer):
             # Each cycle is in the ledger; where cycles are short, some at a time.

@@ -8,7 +8,6 @@ import functools
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -46,11 +45,12 @@ class Trainer:
       step: makes the step that is run; by default the optimizer is given all gradients.
       metric_fn: `(model or params, batch) -> dict` of scalars, to evaluate with; by default the
         loss and the metrics of `loss_fn`.
+      eval_params: `(optimizer state, params) -> params` to evaluate with, in place of those that
+        are trained, such as `lambda s, p: optax.contrib.schedule_free_eval_params(s, p)`.
       checkpoint_dir: a folder for the latest two checkpoints: of ends of epochs, or interruptions.
       checkpoint_every: a number of steps, or a `datetime.timedelta`, between two checkpoints,
         instead of the end of each epoch; the last step and an interruption are always saved. One
-        within an epoch is resumed there, and the batches before it are passed over. Without a
-        `checkpoint_dir` it does nothing, and `train` warns.
+        within an epoch is resumed there, and the batches before it are passed over.
       progress: whether to show a progress bar, which stays quiet if the output is no terminal.
       slots: what the optimizer counts updates of, where it was given ``group`` or
         ``stacked_axis``: `find_slots` with the same. Other steps than the plain one know theirs.
@@ -85,18 +85,19 @@ class Trainer:
         step: MakeStep | None = None,
         *,
         metric_fn: MetricFn | None = None,
+        eval_params: Callable[[Any, Any], Any] | None = None,
         checkpoint_dir: Path | None = None,
         checkpoint_every: int | datetime.timedelta | None = None,
         progress: bool = True,
         slots: Slots | None = None,
     ):
-        _check_functions(loss_fn=loss_fn, step=step, metric_fn=metric_fn)
+        _check_functions(loss_fn=loss_fn, step=step, metric_fn=metric_fn, eval_params=eval_params)
         checkpoints.check_folder(checkpoint_dir)
         self._due = checkpoints.schedule(checkpoint_every)
         tx = _transformation(optimizer)
         self.checkpoint_dir, self._progress = checkpoint_dir, progress
         self._model = as_model(model)
-        self._evaluate = Evaluation(self._model, loss_fn, metric_fn)
+        self._evaluate = Evaluation(self._model, loss_fn, metric_fn, eval_params)
         self._held: Any = None  # Parameters and rest, while training.
         params, _ = self._current()
         if not jax.tree.leaves(params):
@@ -204,11 +205,7 @@ class Trainer:
           WorkerLostError: another process has ended, and no step can be run without it.
         """
         check_epochs(epochs)
-        if self._due is not None and self.checkpoint_dir is None:
-            warnings.warn(
-                "checkpoint_every does nothing without a checkpoint_dir: no checkpoint is written",
-                stacklevel=2,
-            )
+        checkpoints.warn_without(self.checkpoint_dir, self._due)
         books, stop = self._books, Stop()
         self._stop = stop
         with contextlib.ExitStack() as stack:
@@ -229,10 +226,7 @@ class Trainer:
             self.history.interrupted = False
             if not books.steps:
                 books.record(self._opt_state)
-            total = length(loader) * (last - books.epoch) or None
-            quiet = None if self._progress and jax.process_index() == 0 else True
-            bar = tqdm(None, "training", total, unit="step", initial=books.batch, disable=quiet)
-            stack.enter_context(bar)
+            bar = stack.enter_context(_bar(loader, last - books.epoch, books.batch, self._progress))
             self._careful = None
             try:
                 while books.epoch < last and not stop:
@@ -262,7 +256,7 @@ class Trainer:
 
     def evaluate(self, data: Iterable[Any]) -> dict[str, float]:
         """Averages metrics over all rows (axis 0 of a batch's first array), in evaluation mode."""
-        values = self._evaluate(*self._current(), data, Stop())
+        values = self._evaluate(*self._current(), self._opt_state, data, Stop())
         if values is None:
             raise KeyboardInterrupt  # while getting a batch, which nothing here waits for
         return values
@@ -296,7 +290,7 @@ class Trainer:
         if books.batch == 0:
             raise ValueError("the loader is empty: it gave no batch to train on")
         if eval_data is not None:
-            values = self._evaluate(*self._current(), eval_data, stop)
+            values = self._evaluate(*self._current(), self._opt_state, eval_data, stop)
             if values is None:
                 return
             books.evaluated(values)
@@ -320,10 +314,9 @@ class Trainer:
     def _fetch(self, bar: tqdm) -> None:
         fetched = self._books.fetch(self._current()[0], self._opt_state)
         if fetched:
-            shown = {"loss": f"{self.history.steps[-1]['loss']:.4g}"}
-            if self.step.saved is not None:
-                shown["saved"] = f"{self.step.saved:.0%}"
-            bar.set_postfix(shown, refresh=False)
+            saved = {} if self.step.saved is None else {"saved": f"{self.step.saved:.0%}"}
+            loss = f"{self.history.steps[-1]['loss']:.4g}"
+            bar.set_postfix({"loss": loss, **saved}, refresh=False)
             bar.update(fetched)
 
     def _recover(self, error: BaseException) -> None:
@@ -386,6 +379,12 @@ class Trainer:
         )
         self._saved_to = os.fspath(manager.directory)
         self._books.reset_clock()
+
+
+def _bar(loader: Any, epochs: int, initial: int, progress: bool) -> tqdm:
+    quiet = None if progress and jax.process_index() == 0 else True
+    total = length(loader) * epochs or None
+    return tqdm(None, "training", total, unit="step", initial=initial, disable=quiet)
 
 
 def _check_functions(**functions: Any) -> None:

@@ -10,6 +10,7 @@ from flax import nnx
 
 from priorityprop_jax import find_slots, priorityprop
 from priorityprop_jax.core.slots import by_layer
+from priorityprop_jax.priority import inner_state
 from priorityprop_jax.training import PriorityPropTrainer, Trainer, as_model
 from tests.training.test_trainer import (
     Loader,
@@ -57,6 +58,25 @@ def test_is_the_loop_by_hand(optimizer):
     assert trainer.get_step_report() == {}
     with pytest.raises(ValueError, match="wrap the optimizer in priorityprop"):
         trainer.get_priority_report()
+
+
+@pytest.mark.parametrize("budgeted", [False, True])
+def test_evaluation_at_what_the_state_says(budgeted):
+    free = optax.contrib.schedule_free_eval_params
+    inner = optax.contrib.schedule_free_sgd(0.05)
+    if budgeted:
+        tx = priorityprop(inner, 10, 1, 4, recalc_every=4)
+        of_state = lambda state, params: free(inner_state(state, inner, params), params)  # noqa: E731
+    else:
+        tx, of_state = inner, free
+    trainer = _trainer(tx, eval_params=of_state)
+    history = trainer.train(_batches(), 2, eval_data=_batches())
+    averaged = of_state(trainer.optimizer_state, trainer.params)
+    expected = float(np.mean([_pure_loss(averaged, batch) for batch in _batches()]))
+    assert history.evals[-1]["loss"] == pytest.approx(expected, rel=1e-5)
+    at_params = float(np.mean([_pure_loss(trainer.params, batch) for batch in _batches()]))
+    assert abs(at_params / expected - 1) > 1e-3
+    assert trainer.evaluate(_batches())["loss"] == history.evals[-1]["loss"]
 
 
 def test_lbfgs_is_given_what_its_line_search_needs():

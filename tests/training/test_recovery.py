@@ -88,6 +88,84 @@ class TestErrors:
         _agree(trainer, 3)
 
 
+class TestErrorsAtAnyPlace:
+    """In each the trainer goes on as one that never failed, from the steps that were run."""
+
+    def _failing(self, number, values):
+        """A sequence of so many that fails at one of them."""
+        for i, value in enumerate(values):
+            if i == number:
+                raise RuntimeError("gone")
+            yield value
+
+    @pytest.mark.parametrize("make", [_pure, _nnx])
+    @pytest.mark.parametrize("number", [0, 7])  # the first batch and the last
+    def test_of_the_loader(self, make, number):
+        trainer, whole = make(), make()
+        with pytest.raises(RuntimeError, match="gone"):
+            trainer.train(self._failing(number, _batches()), eval_data=_batches()[:1])
+        assert trainer.history.evals == []
+        self._goes_on(trainer, whole, number, _batches()[:number])
+
+    def test_of_set_epoch(self):
+        class Late(Loader):
+            def set_epoch(self, epoch):
+                if epoch:
+                    raise RuntimeError("gone")
+                super().set_epoch(epoch)
+
+        trainer, whole = _pure(), _pure()
+        with pytest.raises(RuntimeError, match="gone"):
+            trainer.train(Late(_batches()), 2)
+        self._goes_on(trainer, whole, 8, Loader(_batches()))
+
+    @pytest.mark.parametrize("number", [0, 1])
+    def test_of_data_to_evaluate_on(self, number):
+        trainer, whole = _pure(), _pure()
+        with pytest.raises(RuntimeError, match="gone"):
+            trainer.train(_batches(), eval_data=self._failing(number, _batches()[:2]))
+        assert trainer.history.evals == []
+        self._goes_on(trainer, whole, 8, _batches())
+
+    def test_of_the_log_of_an_evaluation(self):
+        def log(record):
+            if record["kind"] == "eval":
+                raise RuntimeError("gone")
+
+        trainer, whole = _nnx(), _nnx()
+        with pytest.raises(RuntimeError, match="gone"):
+            trainer.train(_batches(), 2, eval_data=_batches()[:1], log=log)
+        assert [record["step"] for record in trainer.history.evals] == [8]
+        trainer.history.evals.clear()
+        self._goes_on(trainer, whole, 8, _batches())
+
+    def test_of_metric_fn(self):
+        def metric_fn(params, batch):
+            if failing:
+                raise RuntimeError("gone")
+            return {"loss": _pure_loss(params, batch)}
+
+        failing, trainer, whole = True, _pure(metric_fn=metric_fn), _pure()
+        with pytest.raises(RuntimeError, match="gone"):
+            trainer.train(_batches(), eval_data=_batches()[:1])
+        failing = False
+        self._goes_on(trainer, whole, 8, _batches())
+        assert np.isfinite(trainer.evaluate(_batches())["loss"])
+
+    def _goes_on(self, trainer, whole, steps, batches):
+        if steps:
+            _agree(trainer, steps)
+            whole.train(batches)
+            _assert_same(_state(trainer), _state(whole))
+        else:
+            assert trainer.history.steps == [] and int(trainer.optimizer_state.step) == 0
+        for each in (trainer, whole):
+            each.train(_batches())
+            _agree(each, steps + 8)
+        assert trainer.history.loss == whole.history.loss
+        _assert_same(_state(trainer), _state(whole))
+
+
 def _calls_back(how):
     """A loss whose host callback fails at the first target above 100."""
 
