@@ -51,6 +51,7 @@ def load(config: Config, path: Path) -> Task:
 
     from priorityprop_jax.models import load_decoder, load_language
     from priorityprop_jax.models.prompts import answer_rows, label_tokens
+    from priorityprop_jax.models.tokenizer import check_tokens
 
     train, dev = runs.texts(config)[:2]
     kind = train.kind
@@ -68,6 +69,7 @@ def load(config: Config, path: Path) -> Task:
         parts = []
         for texts in (train, dev):
             rows = answer_rows(language, kind, texts.rows, length)
+            check_tokens(rows.x, model.config.vocab_size)
             if rows.cut:
                 print(f"{rows.cut} of {len(rows.x)} texts are cut to {length} tokens")
             start = len(parts[0]["x"]) if parts else 0

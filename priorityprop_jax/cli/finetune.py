@@ -47,18 +47,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "skip_bad": {"action": "store_true", "help": "leave out rows that cannot be read"},
     "policy": {
         "help": "which layers train when: suffix:8 (the last 8 blocks and the head; of a decoder "
-        "the frozen blocks run once), lora:8, lisa:2, badam:1, priority, random, or full (all of "
-        "them) (default: for a decoder the suffix that the budget pays for, else priority)",
+        "the frozen blocks run once); full (all); lora:8 (of a decoder: all are frozen, with small "
+        "matrices of rank 8 beside them); lisa:2, badam:1 (2 or 1 at a time, drawn or in turn); "
+        "priority, random (as many as the budget pays for, by gain or drawn) (default: for a "
+        "decoder the suffix that the budget pays for, for an encoder priority)",
     },
     "budget": {
         "type": fraction,
-        "help": "what a step may cost on average, as a fraction of full fine-tuning; for suffix "
-        "without a number, priority and random (default: 0.25 for suffix, else 0.4)",
+        "help": "what a step may cost on average, as a fraction of full fine-tuning such as 0.25; "
+        "for suffix without a number, priority and random (default: 0.25 for suffix, else 0.4)",
     },
     "recalc_every": {
         "type": whole(1),
-        "help": "steps in a cycle, for which the policy plans at once (default: a quarter of an "
-        "epoch)",
+        "help": "steps in a cycle, after which the layers are chosen anew (default: a quarter of "
+        "an epoch)",
     },
     "state": {
         "choices": ("keep", "reset", "offload"),
@@ -73,7 +75,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "max_length": {"type": whole(2), "help": "tokens of a text (default: 256, encoders 48)"},
     "accumulate": {
-        "type": whole(1), "default": 1, "help": "batches whose gradients make one update"
+        "type": whole(1), "default": 1,
+        "help": "for a decoder with full, suffix or lora: batches whose gradients make one update",
     },
     "dtype": {
         "choices": DTYPES, "default": "float32",
@@ -81,7 +84,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "remat": {
         "choices": ("none", "products", "all"), "default": "products",
-        "help": "to save memory, a decoder's backward pass makes again all but products, or all",
+        "help": "what a decoder's backward pass computes again, to save memory: nothing, all but "
+        "matrix products, or all of a block",
     },
     "numbers": {
         "action": "store_true",
@@ -99,6 +103,8 @@ def run(arguments: argparse.Namespace) -> int:
     config = runs.options_of(arguments, OPTIONS, "finetune")
     path = model_path(config)
     decoder = is_decoder(path)
+    if arguments.resume is None:
+        _check_options(config, decoder)
     if config.policy is None and not decoder:
         config.policy = "priority"
     if config.budget is None and config.policy in ("priority", "random"):
@@ -122,6 +128,25 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check_options(config: Config, decoder: bool) -> None:
+    """An option that would change nothing is an error."""
+    from priorityprop_jax.cli.decoders import parts_of
+
+    unused, of = ["accumulate", "dtype", "remat"], "an encoder"
+    if decoder:
+        name, number = parts_of("suffix" if config.policy is None else config.policy)
+        unused, of = ["cache", "numbers"], f"{name} of a decoder"
+        if name in ("full", "suffix", "lora"):
+            unused += ["state", "recalc_every"]
+        if name in ("full", "lora") or (name == "suffix" and number):
+            unused.append("budget")
+        if name == "full" and number:
+            raise Failure("full, which trains all, takes no number", 2)
+    for option in unused:
+        if getattr(config, option) not in (None, False, OPTIONS[option].get("default")):
+            raise Failure(f"--{option.replace('_', '-')} does nothing for {of}: leave it out", 2)
+
+
 def _name(config: Config) -> str:
     return f"{Path(config.data).stem}-{re.sub('[^a-z0-9]', '', config.policy)}"
 
@@ -139,6 +164,11 @@ def _decoder(arguments: argparse.Namespace, config: Config, path: Path) -> int:
     config.learning_rate = config.learning_rate or decoders.RATES.get(name, decoders.RATES["full"])
     task = decoders.load(config, path)
     steps = len(decoders.batches(config, task.train, train=True))
+    if config.accumulate > config.epochs * steps:
+        raise Failure(
+            f"--accumulate {config.accumulate} is more than all {config.epochs * steps} batches: "
+            "nothing would be learnt", 2
+        )  # fmt: skip
     config.recalc_every = config.recalc_every or max(1, steps // 4)
     policy, shares = decoders.plan(config, task)
     config.policy = policy

@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     with told(ValueError):
         model, language = load_decoder(path), load_language(path)
         prompt = arguments.prompt
+        prompt.encode()  # before the tokenizer, whose error of half a character says little
         if arguments.chat:
             prompt = language.chat([{"role": "user", "content": prompt}], answer=True)
         options = {name: getattr(arguments, name) for name in ("tokens", "seed")}

@@ -26,6 +26,8 @@ def run(arguments: argparse.Namespace) -> int:
         with told(ValueError, code=2):
             print(get_model(arguments.name))
         return 0
+    if arguments.name is not None:
+        raise Failure(f"list shows all; to get it: priorityprop models get {arguments.name}", 2)
     rows = [("name", "", "where")]
     for name, model in MODELS.items():
         try:

@@ -29,6 +29,9 @@ def run(arguments: argparse.Namespace) -> int:
     from priorityprop_jax.models.texts import read_texts
 
     folder = arguments.run_dir / "model"
+    out = arguments.out or arguments.file.with_name(f"{arguments.file.stem}.predicted.csv")
+    if out.is_dir() or not out.parent.is_dir() or out.resolve() == arguments.file.resolve():
+        raise Failure(f"--out {out} is FILE itself, a folder, or in no folder: give another", 2)
     if not (folder / "task.json").is_file():
         raise Failure(f"{arguments.run_dir} holds no fine-tuned model: it is no finished run")
     with reading(folder / "task.json", "fine-tune again") as task:
@@ -65,7 +68,6 @@ def run(arguments: argparse.Namespace) -> int:
         if given:
             right = np.mean([a == b for a, b in zip(given, found, strict=True)])
             print(f"accuracy {right:.2%} of {len(given)} labelled texts")
-    out = arguments.out or arguments.file.with_name(f"{arguments.file.stem}.predicted.csv")
     write(out, file.getvalue().rstrip("\n"))
     print(f"wrote {out}")
     return 0
@@ -80,11 +82,13 @@ def _decoder(
 
     from priorityprop_jax.models import load_decoder, load_language
     from priorityprop_jax.models.prompts import answer_rows, label_logits, label_tokens
+    from priorityprop_jax.models.tokenizer import check_tokens
     from priorityprop_jax.training import buckets
 
     model, language = load_decoder(folder), load_language(folder)
     tokens = label_tokens(language, labels)
     x = answer_rows(language, "text", [{"text": text} for text in texts], length).x
+    check_tokens(x, model.config.vocab_size)
     score = nnx.jit(lambda model, x, last: label_logits(model.outputs(x), last, tokens))
     rows = {"x": x, "last": [len(row) - 1 for row in x], "id": list(range(len(x)))}
     scores = np.zeros((len(x), len(labels)), np.float32)
@@ -101,9 +105,11 @@ def _encoder(
     from flax import nnx
 
     from priorityprop_jax.models import load_bert, load_tokenizer, tokenize
+    from priorityprop_jax.models.tokenizer import check_tokens
     from priorityprop_jax.training import ArrayLoader
 
     model, x = load_bert(folder), tokenize(load_tokenizer(folder), texts, length)
+    check_tokens(x, model.config.vocab_size)
     model.eval()
     score = nnx.jit(lambda model, x: model(x))
     loader = ArrayLoader({"x": x}, arguments.batch_size)

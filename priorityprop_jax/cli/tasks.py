@@ -18,7 +18,7 @@ from flax import nnx
 from priorityprop_jax.models.files import DataFile, package, read_file
 from priorityprop_jax.models.packages import find_model
 from priorityprop_jax.models.texts import Texts, numbers_of
-from priorityprop_jax.models.tokenizer import load_tokenizer, tokenize
+from priorityprop_jax.models.tokenizer import check_tokens, load_tokenizer, tokenize
 from priorityprop_jax.models.weights import load_bert
 from priorityprop_jax.training.loader import ArrayLoader
 
@@ -171,6 +171,7 @@ def encoded(
         rows.append({"x": x, "y": y, "id": ids})
         start += len(y)
     model = load_bert(folder, classes=len(labels) or 1, seed=seed)
+    check_tokens([row for part in rows for row in part["x"]], model.config.vocab_size)
     loss_fn = cross_entropy if labels else squared_error
     return Task(name, model, tuple(rows), seed, 32, 1e-4, 2, loss_fn=loss_fn)
 

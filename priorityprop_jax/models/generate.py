@@ -11,6 +11,7 @@ from flax import nnx
 
 from priorityprop_jax.models.decoder import Decoder
 from priorityprop_jax.models.hub import Language
+from priorityprop_jax.models.tokenizer import check_tokens
 
 _STEP = nnx.jit(lambda model, tokens, cache, at: model.step(tokens, cache, at))
 
@@ -48,6 +49,7 @@ def generate(
     context = model.config.max_position_embeddings
     if not given:
         raise ValueError("the prompt is empty")
+    check_tokens([given], model.config.vocab_size)
     if len(given) + tokens > context:
         raise ValueError(
             f"the prompt has {len(given)} tokens, and with {tokens} more it is longer than the "

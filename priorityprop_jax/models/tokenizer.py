@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,16 @@ FILES = (
     *("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "sentencepiece.bpe.model"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
+
+
+def check_tokens(rows: Iterable[Any], vocabulary: int) -> None:
+    """Raises a DataError for a token id that a model of so many tokens has no embedding of."""
+    most = max((int(np.max(row)) for row in rows if len(row)), default=0)
+    if most >= vocabulary:
+        raise DataError(
+            f"the tokenizer makes tokens up to {most}, and the model knows {vocabulary}: "
+            "the files of another model's tokenizer lie beside it"
+        )
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> tokenizers.Tokenizer:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -205,6 +206,29 @@ def test_predictions(place, tiny, capsys):
     assert "no finished run" in one_line(capsys)
 
 
+def test_predictions_leave_files_alone(place, capsys):
+    (place / "new.csv").write_text("text\na film is good\n")
+    for out in ("new.csv", ".", "nowhere/out.csv"):
+        assert run("predict", "run", "new.csv", "--out", out) == 2
+        assert "--out" in one_line(capsys)
+    assert (place / "new.csv").read_text() == "text\na film is good\n"
+
+
+def test_a_tokenizer_of_another_model_is_told(place, tiny, capsys):
+    other = place / "other"
+    shutil.copytree(tiny, other)
+    words = json.loads((other / "tokenizer.json").read_text())
+    words["model"]["vocab"]["film"] = 99
+    (other / "tokenizer.json").write_text(json.dumps(words))
+    assert tune(other) == 1
+    assert "tokens up to 99, and the model knows 18" in one_line(capsys)
+    assert not (place / "runs").exists()
+    assert run("generate", other, "a film") == 1
+    assert "tokens up to 99" in one_line(capsys)
+    assert run("generate", tiny, "a \udcff") == 1
+    assert "surrogates" in one_line(capsys)
+
+
 def test_completions_and_what_the_model_then_writes(place, tiny, capsys):
     rows = [{"prompt": "a film is", "completion": " good"}] * 20
     (place / "more.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -238,6 +262,14 @@ def test_chats(place, tiny, capsys):
         (("--max-length", "65"), 2, "context, 64"),
         (("--batch-size", "60"), 2, "less than a batch"),
         (("--policy", "badam:1", "--accumulate", "2"), 2, "--accumulate"),
+        (("--policy", "full", "--accumulate", "11"), 2, "all 10 batches"),
+        (("--policy", "full:3"), 2, "takes no number"),
+        (("--policy", ""), 2, "there is no policy ''"),
+        (("--policy", "lora:2", "--budget", "0.5"), 2, "--budget does nothing for lora"),
+        (("--policy", "suffix:2", "--budget", "0.5"), 2, "--budget does nothing for suffix"),
+        (("--state", "offload"), 2, "--state does nothing for suffix of a decoder"),
+        (("--numbers",), 2, "--numbers does nothing"),
+        (("--cache",), 2, "--cache does nothing"),
         (("--data", "nowhere.csv"), 1, "nowhere.csv"),
         (("--model", "nowhere"), 1, "nowhere"),
     ],
@@ -260,6 +292,8 @@ def test_models_by_name(capsys):
     assert "minilm" in out and "smollm2-135m" in out
     assert run("models", "get", "gpt-5") == 2
     assert "there is no model 'gpt-5'" in one_line(capsys)
+    assert run("models", "list", "minilm") == 2
+    assert "models get minilm" in one_line(capsys)
     assert run("models", "get") == 2
     assert "which model" in one_line(capsys)
 

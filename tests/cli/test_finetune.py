@@ -317,6 +317,8 @@ def test_defaults_are_written_down(place, monkeypatch):
         (("--budget", "full"), "'full' is not a fraction"),
         (("--state", "sell"), "sell"),
         (("--policy", "full", "--budget", "0.5"), "full"),
+        (("--remat", "all"), "--remat does nothing for an encoder"),
+        (("--accumulate", "2"), "--accumulate does nothing for an encoder"),
         (("--limit", "31"), "less than a batch of 32"),
         (("--batch-size", "200"), "less than a batch of 200"),
     ],
@@ -338,6 +340,11 @@ def test_missing_and_damaged_files(place, capsys):
     write_bert(place / "short", max_position_embeddings=20)
     assert tune("--model", "short") == 1
     assert "20 positions" in one_line(capsys)
+    with (place / "bert" / "vocab.txt").open("a") as file:
+        file.write("fine\n")
+    (place / "fine.csv").write_text("text,label\n" + "a fine film,1\na film,0\n" * 40)
+    assert tune("--data", "fine.csv") == 1
+    assert "tokens up to 10, and the model knows 10" in one_line(capsys)
     (place / "bert" / "config.json").write_text("{")
     assert tune() == 1
     assert "config.json is damaged" in one_line(capsys)
