@@ -103,6 +103,7 @@ class Books:
         self.history = History()
         self.steps = self.epoch = self.batch = 0  # epochs closed, batches of the open one
         self.log: Callable[[Record], Any] | None = None  # is told every record
+        self.options: Record = {}  # that a resumed run must share
         self._step, self.tracing = step, 0.0  # seconds that the trainer itself traced for
         self.pending: list[tuple[Record, dict[str, Any]]] = []  # whose values are on their way
         self.reset_clock()
@@ -174,7 +175,16 @@ class Books:
         history = dataclasses.replace(self.history, steps=[]).as_dict()
         ledger = None if self.ledger is None else self.ledger.as_dict()
         place = {"steps": self.steps, "epoch": self.epoch, "batch": self.batch}
-        return {**place, "history": history, "ledger": ledger}
+        return {**place, "history": history, "ledger": ledger, "options": self.options}
+
+    def check(self, saved: Mapping[str, Any]) -> None:
+        """Raises a ValueError if what `as_dict` gave is of other options."""
+        for name, theirs in saved.get("options", {}).items():
+            if name in self.options and self.options[name] != theirs:
+                raise ValueError(
+                    f"the checkpoint is of a run with {name}={theirs}, and this trainer has "
+                    f"{self.options[name]}: resume with the same, or train from the start"
+                )
 
     def restore(self, saved: Mapping[str, Any], steps: list[Record]) -> None:
         """The inverse of `as_dict`, given the records of steps."""

@@ -75,6 +75,10 @@ class PriorityPropTrainer(Trainer):
             checkpoint_dir=checkpoint_dir, checkpoint_every=checkpoint_every, progress=progress,
             slots=slots,
         )  # fmt: skip
+        names = ("total_budget", "min_updates", "max_updates", "recalc_every")
+        given = {**dict(zip(names, budget, strict=True)), **options}
+        # What is a function or an array JSON cannot hold.
+        self._books.options = {k: v for k, v in given.items() if isinstance(v, int | float | str)}
         if isinstance(recalc_every, int | np.integer):
             # Each cycle is in the ledger; where cycles are short, some at a time.
             self._fetch_every = int(recalc_every) * math.ceil(5 / int(recalc_every))

@@ -246,7 +246,8 @@ class Trainer:
         """Loads the latest checkpoint as `train` with `resume_from` does, and trains nothing."""
         like, made_by = self._arrays(), type(self.step).__name__
         (params, rest, opt_state), about, steps, written = checkpoints.load(source, like, made_by)
-        self._opt_state = self.step.restore(about["step"], opt_state)  # first, as it may refuse
+        self._books.check(about)  # first, as it and the step may refuse
+        self._opt_state = self.step.restore(about["step"], opt_state)
         if self._held is None:
             self._model.join(params, rest)
         else:
@@ -301,15 +302,14 @@ class Trainer:
             self._save(manager)
 
     def _run_step(self, batch: Any) -> StepResult:
-        params, rest = self._held
+        state = self._held[0], self._held[1], self._opt_state
         if self._careful is None:
             start = time.perf_counter()
-            self._careful = fragile(self._loss, params, rest, batch)
+            self._careful = fragile(self._loss, *state[:2], batch)
             self._books.tracing += time.perf_counter() - start
         if not self._careful:
-            return self.step(params, rest, self._opt_state, batch)
-        params, rest, opt_state = copy((params, rest, self._opt_state))
-        return jax.block_until_ready(self.step(params, rest, opt_state, batch))
+            return self.step(*state, batch)
+        return jax.block_until_ready(self.step(*copy(state), batch))
 
     def _fetch(self, bar: tqdm) -> None:
         fetched = self._books.fetch(self._current()[0], self._opt_state)

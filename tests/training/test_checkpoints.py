@@ -91,6 +91,17 @@ class TestWhen:
             _pure(checkpoint_every=every)
 
 
+@pytest.mark.parametrize("other", [{"total_budget": 0.7}, {"recalc_every": 4}, {"score": "gain"}])
+def test_a_run_of_another_budget_is_refused_and_nothing_changes(tmp_path, other):
+    _pure(checkpoint_dir=tmp_path, score="robin").train(_batches()[:2])
+    trainer = _pure(**{"score": "robin"} | other)
+    before = _state(trainer)
+    with pytest.raises(ValueError, match=rf"a run with {next(iter(other))}=.*: resume with"):
+        trainer.train(_batches(), resume_from=tmp_path)
+    _assert_same(_state(trainer), before)
+    assert trainer.history.steps == []
+
+
 class TestRecordsOfSteps:
     def test_are_written_once(self, tmp_path):
         trainer = _pure(checkpoint_dir=tmp_path)
