@@ -309,7 +309,7 @@ class Trainer:
             self._books.tracing += time.perf_counter() - start
         if not self._careful:
             return self.step(*state, batch)
-        return jax.block_until_ready(self.step(*copy(state), batch))
+        return jax.block_until_ready(self.step(*copy(state), batch))  # pyright: ignore
 
     def _fetch(self, bar: tqdm) -> None:
         fetched = self._books.fetch(self._current()[0], self._opt_state)
