@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import functools
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from priorityprop_jax.cli import runs, tuning
+from priorityprop_jax.cli import meshes, runs, tuning
 from priorityprop_jax.cli.runs import Failure, Report, told
 from priorityprop_jax.core.tables import aligned, short
 
@@ -59,7 +60,8 @@ def load(config: Config, path: Path) -> Task:
         raise Failure(f"the rows of {config.data} have no label, completion or messages", 1)
     with told(ValueError):
         language = load_language(path)
-        model = load_decoder(path, dtype=jnp.dtype(config.dtype), remat=config.remat)
+        with meshes.on_host(config.mesh):
+            model = load_decoder(path, dtype=jnp.dtype(config.dtype), remat=config.remat)
         labels = runs.labels(train, dev) if kind == "label" else []
         if labels:
             label_tokens(language, labels)
@@ -88,10 +90,11 @@ def batches(config: Config, part: Mapping[str, list[Any]], *, train: bool) -> An
     from priorityprop_jax.training import buckets
 
     pad = {"y": -1} if "y" in part else None
-    return buckets(
+    loader = buckets(
         part, config.batch_size, by="x", most=4, pad=pad, shuffle=train, seed=config.seed,
         drop_last=train,
     )  # fmt: skip
+    return loader if config.mesh is None else meshes.Spread(loader, config.mesh)
 
 
 # What a step costs.
@@ -202,29 +205,42 @@ def hidden_rows(model: Any, task: Task, config: Config, blocks: int, folder: Pat
 
     They lie in a file, which is there as a whole or not at all.
     """
+    import jax
     import jax.numpy as jnp
     from flax import nnx
+
+    from priorityprop_jax.training.processes import agreed
 
     both = [*task.train["x"], *task.dev["x"]]
     starts = np.cumsum([0, *map(len, both)])
     run = nnx.jit(lambda model, x: model.below(x, blocks).astype(jnp.float32))
     everything = {"x": both, "id": list(np.arange(len(both)))}
 
-    def fill(path: Path) -> None:
+    def made() -> Iterator[tuple[int, np.ndarray]]:
         from tqdm import tqdm
 
+        placed = meshes.place(model, config.mesh)
+        loader = batches(config, everything, train=False)
+        quiet = True if jax.process_index() else None
+        for batch in tqdm(loader, "frozen blocks", disable=quiet, leave=False):
+            # Hidden first: two programs that talk to other processes may not run at once.
+            hidden, ids = meshes.gathered((run(placed, batch["x"]), batch["id"]))
+            yield from zip(ids, hidden, strict=True)
+
+    def fill(path: Path) -> None:
         shape = int(starts[-1]), task.model.config.hidden_size
         out = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-        loader = batches(config, everything, train=False)
-        for batch in tqdm(loader, "frozen blocks", disable=None, leave=False):
-            hidden = np.asarray(run(model, batch["x"]))
-            for row, h in zip(batch["id"], hidden, strict=True):
-                out[starts[row] : starts[row + 1]] = h[: len(both[row])]
+        for row, hidden in made():
+            out[starts[row] : starts[row + 1]] = hidden[: len(both[row])]
         out.flush()
 
     path = folder / "hidden.npy"
-    if not path.exists():
-        runs.write(path, fill)
+    if not agreed(path.exists):
+        if jax.process_index() == 0:
+            runs.write(path, fill)
+        else:
+            collections.deque(made(), 0)  # of several processes none does it alone
+        agreed(path.exists)
     found = np.load(path, mmap_mode="r")
     rows = [found[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
     task.train["x"], task.dev["x"] = rows[: len(task.train["x"])], rows[len(task.train["x"]) :]
@@ -241,22 +257,27 @@ def trainer_of(directory: Path, config: Config, task: Task, steps: int) -> Any:
     step, tx = None, tuning.optimizer(config.learning_rate, steps // config.accumulate)
     if name == "suffix":
         blocks = model.config.num_hidden_layers - number
+        with meshes.on_host(config.mesh):
+            top = model.top(number)
         hidden_rows(model, task, config, blocks, directory)
-        model = model.top(number)
+        model = top
         del task.model  # what is below is not in memory
     elif name == "lora":
-        _with_lora(model, number)
+        with meshes.on_host(config.mesh):
+            _with_lora(model, number)
     elif name != "full":
         step = tuning.make_step(config)
         tx = tuning.optimizer(config.learning_rate, steps, active=True)
     if config.accumulate > 1:
         tx = optax.MultiSteps(tx, config.accumulate)
-    return Trainer(model, tx, task.loss_fn, step)
+    return Trainer(meshes.place(model, config.mesh), tx, task.loss_fn, step)
 
 
 def train(directory: Path, config: Config, task: Task, share: float | None) -> None:
     """Trains, saves the model, and writes the report."""
     import jax
+    import jax.numpy as jnp
+    from flax import nnx
 
     from priorityprop_jax.models import load_decoder, save_decoder
     from priorityprop_jax.models.lora import merge_lora
@@ -271,12 +292,19 @@ def train(directory: Path, config: Config, task: Task, share: float | None) -> N
     results["tokens_per_second"] = tokens * config.epochs / max(results["seconds"], 1e-9)
     results["peak_bytes"] = runs.peak_bytes()
     whole: Any = trainer.model
-    if config.policy.startswith("suffix"):
-        whole = load_decoder(tuning.model_path(config))
-        whole.put_top(trainer.model)
-    elif config.policy.startswith("lora"):
-        merge_lora(whole)
-    save_decoder(whole, directory / "model", task.language)
+    if config.mesh is not None:
+        found = meshes.gathered(nnx.state(whole))
+        with meshes.on_host(config.mesh):
+            nnx.update(whole, jax.tree.map(jnp.asarray, found))
+    if jax.process_index():
+        return
+    with meshes.on_host(config.mesh):
+        if config.policy.startswith("suffix"):
+            whole = load_decoder(tuning.model_path(config))
+            whole.put_top(trainer.model)
+        elif config.policy.startswith("lora"):
+            merge_lora(whole)
+        save_decoder(whole, directory / "model", task.language)
     about = {"model": "decoder", "kind": task.kind, "labels": task.labels, "length": task.length}
     runs.write(directory / "model" / "task.json", json.dumps(about, indent=1))
     record = {

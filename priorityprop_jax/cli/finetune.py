@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from priorityprop_jax.cli import runs
+from priorityprop_jax.cli import meshes, runs
 from priorityprop_jax.cli.runs import COMMON, Failure, Report, fraction, told, whole
 from priorityprop_jax.cli.tuning import is_decoder, make_step, model_path, optimizer, path_or_name
 from priorityprop_jax.core.tables import short
@@ -94,13 +94,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "limit": {
         "type": whole(1), "metavar": "N", "help": "use the first N rows of each part only"
     },
+    "mesh": meshes.MESH,
     **COMMON,
 }  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs this command; the exit code."""
+    with meshes.together(arguments):
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     config = runs.options_of(arguments, OPTIONS, "finetune")
+    config.mesh = arguments.mesh or config.mesh  # a run goes on elsewhere
     path = model_path(config)
     decoder = is_decoder(path)
     if arguments.resume is None:
@@ -113,6 +120,8 @@ def run(arguments: argparse.Namespace) -> int:
         config.state = "reset" if (config.policy or "").startswith("badam") else "keep"
     if decoder:
         return _decoder(arguments, config, path)
+    if config.mesh or arguments.coordinator:
+        raise Failure("several devices train decoders, not encoders: leave out --mesh", 2)
     make_step(config)  # what is wrong with a policy shows before the data are read
     task = load(config)
     # What the data and the task decide is written down, so that a resumed run cannot differ.
@@ -162,6 +171,7 @@ def _decoder(arguments: argparse.Namespace, config: Config, path: Path) -> int:
             raise Failure(f"--accumulate goes with full, suffix and lora, not with {name}", 2)
     config.batch_size, config.epochs = config.batch_size or 16, config.epochs or 3
     config.learning_rate = config.learning_rate or decoders.RATES.get(name, decoders.RATES["full"])
+    meshes.check(config)
     task = decoders.load(config, path)
     steps = len(decoders.batches(config, task.train, train=True))
     if config.accumulate > config.epochs * steps:

@@ -81,7 +81,17 @@ class _Help(argparse.HelpFormatter):
 
 
 def _parser() -> argparse.ArgumentParser:
-    from priorityprop_jax.cli import finetune, generate, models, plan, predict, report, runs, train
+    from priorityprop_jax.cli import (
+        finetune,
+        generate,
+        meshes,
+        models,
+        plan,
+        predict,
+        report,
+        runs,
+        train,
+    )
 
     parser = argparse.ArgumentParser(
         prog="priorityprop", description="Spend backprop where it matters: budgeted training."
@@ -103,7 +113,8 @@ def _parser() -> argparse.ArgumentParser:
         for name, option in getattr(command, "POSITIONAL", {}).items():
             own.add_argument(name, **option)
         places = runs.PLACES if command in (train, finetune) else {}
-        for name, option in {**command.OPTIONS, **places}.items():
+        machines = meshes.PROCESSES if command is finetune else {}
+        for name, option in {**command.OPTIONS, **places, **machines}.items():
             short = ["--lr"] if name == "learning_rate" else []
             own.add_argument(f"--{name.replace('_', '-')}", *short, **option)
         own.set_defaults(run=command.run)

@@ -189,14 +189,19 @@ def running(
     That is the one to resume, or a new one with a config.json: ``OUT/NAME-1``, or the first number
     after that which is free.
     """
-    numbers, directory = itertools.count(1), arguments.resume
-    while directory is None:
-        free = arguments.out / f"{name}-{next(numbers)}"
-        with contextlib.suppress(FileExistsError):
-            free.mkdir(parents=True)
-            directory = free
-            values = {"command": command, **vars(config)}
-            write(directory / "config.json", json.dumps(values, indent=2))
+    from priorityprop_jax.training.processes import agreed
+
+    def new() -> int:
+        numbers = itertools.count(1)
+        while True:
+            free = arguments.out / f"{name}-{(number := next(numbers))}"
+            with contextlib.suppress(FileExistsError):
+                free.mkdir(parents=True)
+                values = {"command": command, **vars(config)}
+                write(free / "config.json", json.dumps(values, indent=2))
+                return number
+
+    directory = arguments.resume or arguments.out / f"{name}-{agreed(new)}"
     print(f"writing to {directory}/")
     try:
         yield directory
@@ -217,6 +222,7 @@ def train_arm(
     directory: Path, name: str, trainer: Trainer, task: Task | Data, epochs: int
 ) -> dict[str, Any]:
     """Trains, from the latest checkpoint if there is one; the result, ready for JSON."""
+    import jax
     from tqdm import tqdm
 
     trainer.checkpoint_dir = checkpoints = directory / "checkpoint" / name
@@ -225,7 +231,7 @@ def train_arm(
     write_new = metrics_writer(directory / "metrics.jsonl", name)
 
     def log(record: dict[str, Any]) -> None:
-        if record["kind"] != "eval":
+        if record["kind"] != "eval" or jax.process_index():
             return
         write_new(trainer.history)
         if record["epoch"] in (epochs, *range(0, epochs, 5)):

@@ -179,6 +179,8 @@ class DecoderOutput(NamedTuple):
 class DecoderBlock(nnx.Module):
     """A pre-norm block: attention with rotary positions, then a gated MLP; see `Decoder`."""
 
+    layout: Any = None  # of hidden, where weights are split over the devices that batches are
+
     def __init__(
         self, config: DecoderConfig, *, dtype: Any = None, remat: str = "none", rngs: nnx.Rngs
     ):
@@ -209,6 +211,8 @@ class DecoderBlock(nnx.Module):
         def run(block, hidden, angles, mask):
             return block.attend(hidden, angles, mask)[0]
 
+        if self.layout is not None:  # or the compiler may bring all rows to a part of the weights
+            hidden = jax.lax.with_sharding_constraint(hidden, self.layout)
         if self.remat != "none":
             # It is the body of a loop, which needs no barrier between the passes.
             run = nnx.remat(run, policy=_REMAT[self.remat], prevent_cse=False)

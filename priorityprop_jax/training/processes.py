@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from priorityprop_jax.core.paths import path_name
 
@@ -47,6 +49,14 @@ def wait_and_get(tree: Any) -> Any:
         left = [array for array, done in zip(left, ready, strict=True) if not done]
         time.sleep(1e-3 if left else 0)
     return jax.device_get(tree)
+
+
+def agreed(make: Callable[[], int]) -> int:
+    """What the first process makes, in all of them; they wait for it."""
+    if jax.process_count() == 1:
+        return make()
+    value = 0 if jax.process_index() else make()
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def check_params(params: Any) -> None:
