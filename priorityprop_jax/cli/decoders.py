@@ -7,7 +7,6 @@ import collections
 import dataclasses
 import functools
 import json
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -102,10 +101,12 @@ def batches(config: Config, part: Mapping[str, list[Any]], *, train: bool) -> An
 
 def parts_of(policy: str) -> tuple[str, int]:
     """A policy's name, and its number or 0: ``suffix:8`` or ``suffix(8)``."""
-    match = re.fullmatch(r"([a-z]+)(?:[:(](\d+)\)?)?", policy)
-    if match is None:
+    from priorityprop_jax.partial.policies import written_as
+
+    name, number = written_as(policy)
+    if not name:
         raise Failure(f"there is no policy {policy!r}", 2)
-    return match[1], int(match[2] or 0)
+    return name, number or 0
 
 
 def plan(config: Config, task: Task) -> tuple[str, dict[str, float]]:

@@ -208,19 +208,28 @@ def make_policy(policy: str | Policy) -> Policy:
         return policy
     if not isinstance(policy, str):
         raise TypeError(f"policy must be a name or a function, got {policy!r}")
-    match = re.fullmatch(r"([a-z]+)(?:[:(](\d+)\)?)?", policy)
-    if match is None or match[1] not in _POLICIES:
+    name, number = written_as(policy)
+    if name not in _POLICIES:
         raise ValueError(
             f"there is no policy {policy!r}; the policies are priority, random, suffix(k), "
             "lisa(k), badam(k) and full"
         )
-    make, least = _POLICIES[match[1]]
-    if match[2] is None and least is None:
+    make, least = _POLICIES[name]
+    if number is None and least is None:
         return make()
-    if match[2] is None or least is None or int(match[2]) < least:
-        form = match[1] if least is None else f"{match[1]}(k), k layers from {least} on"
+    if number is None or least is None or number < least:
+        form = name if least is None else f"{name}(k), k layers from {least} on"
         raise ValueError(f"the policy is written {form}, got {policy!r}")
-    return make(int(match[2]))
+    return make(number)
+
+
+def written_as(policy: str) -> tuple[str, int | None]:
+    """The name of a policy and its number: ``suffix:8``, ``suffix(8)``, ``full``; or nothing."""
+    match = re.fullmatch(r"([a-z]+)(?::(\d+)|\((\d+)\))?", policy)
+    if match is None:
+        return "", None
+    number = match[2] or match[3]
+    return match[1], None if number is None else int(number)
 
 
 def active_sets(

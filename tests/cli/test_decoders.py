@@ -257,6 +257,7 @@ def test_chats(place, tiny, capsys):
     ("options", "code", "said"),
     [
         (("--policy", "magic"), 2, "magic"),
+        (("--policy", "suffix(2"), 2, "suffix(2"),
         (("--policy", "suffix:9"), 2, "4 blocks"),
         (("--policy", "lora"), 2, "rank"),
         (("--max-length", "65"), 2, "context, 64"),
