@@ -26,7 +26,8 @@ def test_there_are_examples():
 
 def test_figures_are_those_of_the_report():
     rows = [line for line in README.splitlines() if line.startswith("| [")]
-    single = [row for row in rows if "guides/exact" in row or "guides/muon" in row]
+    of_steps = ("guides/exact", "guides/muon", "guides/my-decoder")
+    single = [row for row in rows if any(guide in row for guide in of_steps)]
     rows = [row for row in rows if row not in single]  # these are of single steps
     number = r"[-+]?\d+\.\d+"
     figure = rf"{number}x? \({number} to {number}\)|{number}"  # with its interval, where it has one
@@ -57,3 +58,14 @@ def test_it_is_short_and_leads_somewhere():
     assert len(README.splitlines()) <= 150
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_figures_of_the_decoder_s_guide_are_those_of_its_record():
+    record = ROOT / "benchmarks/results/finetune_llm/steps-cpu.json"
+    guide = (ROOT / "docs/guides/my-decoder.md").read_text(encoding="utf-8")
+    for arm, found in json.loads(record.read_text(encoding="utf-8"))["arms"].items():
+        row = f"| `{arm}` | {found['of_full']:.2f} | {found['of_full_bytes']:.2f} |"
+        assert row in guide, row
+        if arm == "suffix:8":
+            time, memory = found["of_full"], found["of_full_bytes"]
+            assert f"{time:.2f} of the time and {memory:.2f} of the memory" in README
