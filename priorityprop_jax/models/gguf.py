@@ -176,7 +176,8 @@ class Gguf:
             tokenizer.add_special_tokens([AddedToken(t, special=True) for t in special])
             if self._fields.get("tokenizer.ggml.add_bos_token", cut == "llama-bpe"):
                 bos = self._fields["tokenizer.ggml.bos_token_id"]
-                tokenizer.post_processor = processors.TemplateProcessing(
+                kinds: Any = processors  # in some releases the stubs ask for more than is needed
+                tokenizer.post_processor = kinds.TemplateProcessing(
                     single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
                 )
         return tokenizer

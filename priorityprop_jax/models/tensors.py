@@ -104,8 +104,7 @@ def write_tensors(
     See `read_tensors` for an example.
     """
     path = Path(path)
-    package("safetensors", f"{path.name} needs the package safetensors", "finetune")
-    from safetensors import SafetensorError
+    safetensors = package("safetensors", f"{path.name} needs the package safetensors", "finetune")
     from safetensors.numpy import save_file
 
     # It takes the bytes as they lie there.
@@ -113,7 +112,7 @@ def write_tensors(
     about = {"format": "pt", **(metadata or {})}
     try:
         written(path, lambda temporary: save_file(whole, temporary, about))
-    except (OSError, SafetensorError) as error:
+    except (OSError, safetensors.SafetensorError) as error:
         raise DataError(f"{path} cannot be written: {_line(error)}") from error
 
 

@@ -149,7 +149,8 @@ def _byte_level(path: Path) -> tokenizers.Tokenizer:
     config = read_json(path.with_name("tokenizer_config.json"), {})
     space = config.get("add_prefix_space", False)
     merges = needed(path.parent, "merges.txt")
-    tokenizer: Any = Tokenizer(models.BPE.from_file(str(path), str(merges)))
+    kinds: Any = models  # in some releases the stubs ask for arguments that have defaults
+    tokenizer: Any = Tokenizer(kinds.BPE.from_file(str(path), str(merges)))
     ids = _special(tokenizer, path, ("<pad>", "<unk>", "<s>", "</s>"), "<mask>")
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
     tokenizer.decoder = decoders.ByteLevel()
