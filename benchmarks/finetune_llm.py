@@ -40,15 +40,14 @@ def config_of(arguments: argparse.Namespace, policy: str, rate: float = 1e-4) ->
     """The options of the command."""
     from priorityprop_jax.cli import finetune
 
-    values = {name: option.get("default") for name, option in finetune.OPTIONS.items()}
-    values |= {
-        "skip_bad": False, "numbers": False, "cache": False, "policy": policy, "dtype": "float32",
-        "batch_size": BATCH, "learning_rate": rate, "recalc_every": arguments.cycle,
+    given = {
+        "policy": policy, "batch_size": BATCH, "learning_rate": rate,
+        "recalc_every": arguments.cycle,
         "state": "reset" if policy.startswith("badam") else "keep", "data": arguments.data,
         "max_length": 64 if arguments.data == "shakespeare" else 128, "seed": arguments.seed,
         "epochs": arguments.epochs,
     }  # fmt: skip
-    return argparse.Namespace(**values)
+    return finetune.defaults(**given)
 
 
 def shakespeare(rows: int) -> tuple[Any, Any]:

@@ -109,11 +109,20 @@ def parts_of(policy: str) -> tuple[str, int]:
     return name, number or 0
 
 
-def plan(config: Config, task: Task) -> tuple[str, dict[str, float]]:
-    """The policy to run, chosen by the budget where none is named; and shares of a full step."""
+def plan(config: Config, task: Task) -> tuple[str, float | None]:
+    """The policy to run, chosen by the budget where none is named; its share of a full gradient.
+
+    It is None where the steps differ, and the ledger tells.
+    """
+    import jax
+    from flax import nnx
+
+    from priorityprop_jax.core.modules import trainable
+
     count = task.model.config.num_hidden_layers
     name, number = parts_of(config.policy or "suffix")
-    shares = functools.cache(lambda policy: _flops(task, config, policy) / _flops(task, config))
+    flops = functools.cache(functools.partial(_flops, task, config))
+    shares = lambda policy: flops(policy) / flops("full")  # noqa: E731
     if config.policy in (None, "suffix"):
         budget = config.budget or 0.25
         one, two = shares("suffix:1"), shares("suffix:2")
@@ -127,38 +136,47 @@ def plan(config: Config, task: Task) -> tuple[str, dict[str, float]]:
         raise Failure(f"suffix:{number}: the model has {count} blocks", 2)
     if name == "lora" and not number:
         raise Failure("lora needs a rank: lora:8", 2)
-    listed = {f"suffix:{k}" for k in (count // 8, count // 4, count // 2) if k} | {"lora:8"}
+    listed = {f"suffix:{k}" for k in _few(count)} | {"lora:8"}
     if name in ("full", "suffix", "lora"):
         listed.add(policy)
     order = sorted(listed - {"full"}, key=shares)
     found = {"full": 1.0, **{other: shares(other) for other in reversed(order)}}
     rows = [("", "FLOPs of a gradient", "trained weights")]
     for other, share in found.items():
-        weights = short(_weights(task.model, other))
+        state = nnx.state(_trained(task.model, other), trainable)
+        weights = short(sum(leaf.size for leaf in jax.tree.leaves(state)))
         rows.append((f"{other}{' <' if other == policy else ''}", f"{share:.0%}", weights))
     print("\n".join(map(str.rstrip, aligned(rows))))
-    return policy, found
+    return policy, found.get(policy)
 
 
-def _flops(task: Task, config: Config, policy: str = "full") -> float:
+def _few(count: int) -> list[int]:
+    """Numbers of last blocks to compare."""
+    return sorted({k for k in (count // 8, count // 4, count // 2) if k})
+
+
+def _trained(model: Any, policy: str) -> Any:
+    """The model that a policy trains all of, as shapes."""
+    from flax import nnx
+
+    name, number = parts_of(policy)
+    make = {"suffix": lambda m: m.top(number), "lora": lambda m: _with_lora(m, number)}
+    return nnx.eval_shape(make.get(name, lambda m: m), model)
+
+
+def _flops(task: Task, config: Config, policy: str) -> float:
     """Of the gradient of a batch of the longest rows. Nothing is compiled, no array is made."""
     import jax
     import jax.numpy as jnp
-    from flax import nnx
 
     from priorityprop_jax.core.modules import pure_loss
     from priorityprop_jax.core.program import program_flops
 
-    name, number = parts_of(policy)
-    model, time = nnx.eval_shape(lambda m: m, task.model), max(map(len, task.train["x"]))
-    shape = (config.batch_size, time)
+    shape = (config.batch_size, max(map(len, task.train["x"])))
     x = y = jax.ShapeDtypeStruct(shape, jnp.int32)
-    if name == "suffix":
-        model = nnx.eval_shape(lambda m: m.top(number), model)
+    if parts_of(policy)[0] == "suffix":
         x = jax.ShapeDtypeStruct((*shape, task.model.config.hidden_size), jnp.dtype(config.dtype))
-    elif name == "lora":
-        model = nnx.eval_shape(functools.partial(_with_lora, rank=number), model)
-    loss, params, rest = pure_loss(model, task.loss_fn)
+    loss, params, rest = pure_loss(_trained(task.model, policy), task.loss_fn)
     grad = jax.make_jaxpr(jax.value_and_grad(loss, has_aux=True))
     return program_flops(grad(params, rest, {"x": x, "y": y}))
 
@@ -170,29 +188,14 @@ def _with_lora(model: Any, rank: int) -> Any:
     return model
 
 
-def _weights(model: Any, policy: str) -> int:
-    import jax
-    from flax import nnx
-
-    from priorityprop_jax.core.modules import trainable
-
-    name, number = parts_of(policy)
-    if name == "suffix":
-        model = nnx.eval_shape(lambda m: m.top(number), model)
-    elif name == "lora":
-        model = nnx.eval_shape(functools.partial(_with_lora, rank=number), model)
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, trainable)))
-
-
 def others(model: Any, batch: Any) -> dict[str, tuple[Any, Any]]:
     """What `partial.plan` compares with: last blocks behind ones that ran once, and LoRA."""
     import jax.numpy as jnp
     from flax import nnx
 
-    count, found = model.config.num_hidden_layers, {}
-    shape = (*batch["x"].shape, model.config.hidden_size)
-    for k in sorted({k for k in (count // 8, count // 4, count // 2) if k}):
-        example = {**batch, "x": jnp.zeros(shape)}
+    found = {}
+    example = {**batch, "x": jnp.zeros((*batch["x"].shape, model.config.hidden_size))}
+    for k in _few(model.config.num_hidden_layers):
         found[f"suffix({k}), below run once"] = model.top(k), example
     found["lora(8)"] = _with_lora(nnx.clone(model), 8), batch
     return found
@@ -274,7 +277,7 @@ def trainer_of(directory: Path, config: Config, task: Task, steps: int) -> Any:
     return Trainer(meshes.place(model, config.mesh), tx, task.loss_fn, step)
 
 
-def train(directory: Path, config: Config, task: Task, share: float | None) -> None:
+def train(directory: Path, config: Config, task: Task, steps: int, share: float | None) -> None:
     """Trains, saves the model, and writes the report."""
     import jax
     import jax.numpy as jnp
@@ -284,7 +287,6 @@ def train(directory: Path, config: Config, task: Task, share: float | None) -> N
     from priorityprop_jax.models.lora import merge_lora
 
     tokens = sum(map(len, task.train["x"]))
-    steps = config.epochs * len(batches(config, task.train, train=True))
     trainer = trainer_of(directory, config, task, steps)
     data = runs.Data(
         batches(config, task.train, train=True), batches(config, task.dev, train=False), None

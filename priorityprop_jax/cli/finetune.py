@@ -99,6 +99,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def defaults(**given: Any) -> Config:
+    """All options, as they are where nothing else is given."""
+    options = {name: option.get("default") for name, option in OPTIONS.items()}
+    return Config(**options | given)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Runs this command; the exit code."""
     with meshes.together(arguments):
@@ -180,11 +186,10 @@ def _decoder(arguments: argparse.Namespace, config: Config, path: Path) -> int:
             "nothing would be learnt", 2
         )  # fmt: skip
     config.recalc_every = config.recalc_every or max(1, steps // 4)
-    policy, shares = decoders.plan(config, task)
-    config.policy = policy
-    print(f"{Path(config.data).stem}: policy {policy}, {config.epochs} x {steps} steps")
+    config.policy, share = decoders.plan(config, task)
+    print(f"{Path(config.data).stem}: policy {config.policy}, {config.epochs} x {steps} steps")
     with runs.running(arguments, "finetune", _name(config), config) as directory:
-        decoders.train(directory, config, task, shares.get(policy))
+        decoders.train(directory, config, task, config.epochs * steps, share)
     return 0
 
 
@@ -230,12 +235,9 @@ def _train(directory: Path, config: Config, task: Task) -> None:
         stages = nnx_stages(model.stages())
         trainer = Trainer(stages, tx, task.loss_fn, make_step(config, cache))
         results = runs.train_arm(directory, config.policy, trainer, task, config.epochs)
-    parts = runs.texts(config)
-    labels = [] if config.numbers else runs.labels(*parts)
-    if config.numbers:
-        from priorityprop_jax.cli.tasks import spread
-
-        mean, deviation = spread(parts[0])
+    labels = list(task.labels)
+    if not labels:  # the model that is saved has the numbers themselves
+        mean, deviation = task.spread
         out = model.head.out
         out.kernel[...] *= deviation
         out.bias[...] = out.bias[...] * deviation + mean
@@ -269,7 +271,8 @@ def report(record: Mapping[str, Any]) -> Report:
     full = f"{short(compute['full_flops'])}, for as many full steps"
     if results["validation"] is None:
         best = f"best {results['best_loss']:.4g} (epoch {results['best_epoch']})"
-        totals = [("", "total"), ("dev error", f"{best}, last {results['validation_loss']:.4g}")]
+        last = f"{best}, last {results['validation_loss']:.4g}"
+        totals = [("", "total"), ("dev squared error, of the variance", last)]
     else:
         best = f"best {results['best_validation']:.2%} (epoch {results['best_epoch']})"
         totals = [("", "total"), ("dev accuracy", f"{best}, last {results['validation']:.2%}")]

@@ -16,7 +16,6 @@ TEXT = (
     "Tells what each choice of layers to train would cost on this machine. One step of each policy "
     "is compiled and timed: its FLOPs, milliseconds, peak memory and optimizer state."
 )
-Config = argparse.Namespace
 
 
 def size(text: str) -> float:
@@ -53,8 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)  # before the work, as it may fail
-    given = {name: option.get("default") for name, option in finetune.OPTIONS.items()}
-    config = Config(**given | vars(arguments) | {"skip_bad": False, "numbers": False})
+    config = finetune.defaults(**vars(arguments))
     beside: Any = None
     with told(ValueError):
         if arguments.task == "digits":

@@ -26,7 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs this command; the exit code."""
-    from priorityprop_jax.models.texts import read_texts
+    from priorityprop_jax.models.texts import numbers_of, read_texts
 
     folder = arguments.run_dir / "model"
     out = arguments.out or arguments.file.with_name(f"{arguments.file.stem}.predicted.csv")
@@ -45,18 +45,19 @@ def run(arguments: argparse.Namespace) -> int:
             raise Failure(f"{arguments.file} has no column text")
         for line in texts.skipped:
             print(f"left out: {line}")
+        labelled = texts.kind == "label"
+        numbers = numbers_of(texts) if labelled and kind == "number" else None
         predict = _decoder if task["model"] == "decoder" else _encoder
         scores = predict(folder, [row["text"] for row in texts.rows], labels, length, arguments)
     file = io.StringIO(newline="")
     table = csv.writer(file, lineterminator="\n")
-    given = [str(row["label"]) for row in texts.rows] if texts.kind == "label" else None
     if kind == "number":
         table.writerow(["text", "predicted"])
         found = [f"{score[0]:.6g}" for score in scores]
         for row, value in zip(texts.rows, found, strict=True):
             table.writerow([row["text"], value])
-        if given:
-            errors = np.array(given, float) - scores[:, 0]
+        if numbers is not None:
+            errors = numbers - scores[:, 0]
             print(f"root mean square error {np.sqrt(np.mean(errors**2)):.4g}")
     else:
         shares = np.exp(scores - scores.max(1, keepdims=True))
@@ -65,9 +66,10 @@ def run(arguments: argparse.Namespace) -> int:
         table.writerow(["text", "predicted", "probability"])
         for row, label, share in zip(texts.rows, found, shares.max(1), strict=True):
             table.writerow([row["text"], label, f"{share:.4f}"])
-        if given:
-            right = np.mean([a == b for a, b in zip(given, found, strict=True)])
-            print(f"accuracy {right:.2%} of {len(given)} labelled texts")
+        if labelled:
+            pairs = zip(texts.rows, found, strict=True)
+            right = np.mean([row["label"] == label for row, label in pairs])
+            print(f"accuracy {right:.2%} of {len(found)} labelled texts")
     write(out, file.getvalue().rstrip("\n"))
     print(f"wrote {out}")
     return 0

@@ -69,6 +69,8 @@ class Task:
     epochs: int  # enough of them to see the task learned
     max_batches: int | None = None  # of training rows in an epoch; None for all of them
     loss_fn: Callable[[Any, Any], Any] = cross_entropy
+    labels: Sequence[str] = ()  # of the numbers in `y`, where they have names
+    spread: tuple[float, float] = (0.0, 1.0)  # `y` is numbers less the first, by the second
 
     def adjusted(self, config: Any) -> Task:
         """With the learning rate, batch size and epochs that are not None."""
@@ -143,29 +145,26 @@ def sst2_texts(data_dir: str | os.PathLike[str] | None = None) -> tuple[Texts, .
     return tuple(parts)
 
 
-def spread(texts: Texts) -> tuple[float, float]:
-    """Mean and standard deviation of the numbers to learn, which are learnt in units of these."""
-    numbers = numbers_of(texts)
-    return float(numbers.mean()), float(numbers.std()) or 1.0
-
-
 def encoded(
     name: str, parts: Sequence[Texts], folder: Path, *, length: int, seed: int, labels: list[str]
 ) -> Task:
     """Texts for a pretrained encoder with a fresh head; without labels it learns their numbers.
 
-    Batches are `x`, tokens `[batch, length]`; `y`, the number of the label, or the
-    number to learn less the mean of all by their deviation;
-    and `id`, the number of each row through all parts, so that what a frozen layer makes of it can
-    be kept. What is wrong with the files raises as `load_bert` does.
+    Batches are `x`, tokens `[batch, length]`; `y`, the number of the label, or the number to learn
+    less the mean of those to train on, by their deviation; and `id`, the number of each row through
+    all parts, so that what a frozen layer makes of it can be kept. What is wrong with the files
+    raises as `load_bert` does.
     """
     tokenizer, rows, start = load_tokenizer(folder), [], 0
+    mean, deviation = 0.0, 1.0
+    if not labels:
+        numbers = numbers_of(parts[0])
+        mean, deviation = float(numbers.mean()), float(numbers.std()) or 1.0
     for part in parts:
         x = tokenize(tokenizer, [row["text"] for row in part.rows], length)  # [rows, length]
         if labels:
             y = np.array([labels.index(row["label"]) for row in part.rows], np.int32)
         else:
-            mean, deviation = spread(parts[0])
             y = ((numbers_of(part) - mean) / deviation).astype(np.float32)
         ids = np.arange(start, start + len(y), dtype=np.int32)  # [rows]
         rows.append({"x": x, "y": y, "id": ids})
@@ -173,7 +172,8 @@ def encoded(
     model = load_bert(folder, classes=len(labels) or 1, seed=seed)
     check_tokens([row for part in rows for row in part["x"]], model.config.vocab_size)
     loss_fn = cross_entropy if labels else squared_error
-    return Task(name, model, tuple(rows), seed, 32, 1e-4, 2, loss_fn=loss_fn)
+    about = {"loss_fn": loss_fn, "labels": labels, "spread": (mean, deviation)}
+    return Task(name, model, tuple(rows), seed, 32, 1e-4, 2, **about)
 
 
 def sst2(

@@ -165,9 +165,7 @@ def test_hidden_rows_are_those_of_the_blocks_below(place, tiny):
 def _config(tiny):
     from priorityprop_jax.cli import finetune
 
-    values = {name: option.get("default") for name, option in finetune.OPTIONS.items()}
-    values |= {"model": str(tiny), "data": "reviews.csv", "batch_size": 8, "skip_bad": False}
-    return runs.argparse.Namespace(**values)
+    return finetune.defaults(model=str(tiny), data="reviews.csv", batch_size=8)
 
 
 def test_an_interrupted_run_goes_on(place, tiny, capsys, monkeypatch):

@@ -439,3 +439,22 @@ def test_minilm(place, capsys, monkeypatch):
     report = check_ledger(place / "runs" / "sst2-suffix1-1")
     assert report["results"]["steps"] == 2 and report["compute"]["share"] < 0.7
     assert "block_1, head" in capsys.readouterr().out
+
+
+def test_numbers_are_learnt_and_predicted_as_they_are(place, capsys):
+    rows = [f"a film {word},{number}" for word, number in (("good", 130), ("bad", 70))] * 80
+    (place / "prices.csv").write_text("\n".join(["text,label", *rows]))
+    options = ("--data", "prices.csv", "--numbers", "--policy", "full", "--epochs", "4")
+    assert tune(*options) == 0
+    assert "dev squared error, of the variance" in capsys.readouterr().out
+    directory = place / "runs" / "prices-full-1"
+    (place / "new.csv").write_text("text,label\na film good,130\na film bad,70\n")
+    assert run("predict", str(directory), "new.csv") == 0
+    lines = (place / "new.predicted.csv").read_text().splitlines()
+    good, bad = (float(line.split(",")[1]) for line in lines[1:])
+    assert 110 < good < 150 and 50 < bad < 90
+    capsys.readouterr()
+    (place / "odd.csv").write_text("text,label\na film good,dear\n")
+    assert run("predict", str(directory), "odd.csv") == 1
+    assert "row 1: the label 'dear' is no finite number" in one_line(capsys)
+    assert not (place / "odd.predicted.csv").exists()
