@@ -160,7 +160,7 @@ def _trained(model: Any, policy: str) -> Any:
     from flax import nnx
 
     name, number = parts_of(policy)
-    make = {"suffix": lambda m: m.top(number), "lora": lambda m: _with_lora(m, number)}
+    make = {"suffix": lambda m: m.top(number), "lora": lambda m: with_lora(m, number)}
     return nnx.eval_shape(make.get(name, lambda m: m), model)
 
 
@@ -181,7 +181,8 @@ def _flops(task: Task, config: Config, policy: str) -> float:
     return program_flops(grad(params, rest, {"x": x, "y": y}))
 
 
-def _with_lora(model: Any, rank: int) -> Any:
+def with_lora(model: Any, rank: int) -> Any:
+    """The model, with matrices of `add_lora` in it."""
     from priorityprop_jax.models.lora import add_lora
 
     add_lora(model, rank=rank, alpha=2.0 * rank)
@@ -197,7 +198,7 @@ def others(model: Any, batch: Any) -> dict[str, tuple[Any, Any]]:
     example = {**batch, "x": jnp.zeros((*batch["x"].shape, model.config.hidden_size))}
     for k in _few(model.config.num_hidden_layers):
         found[f"suffix({k}), below run once"] = model.top(k), example
-    found["lora(8)"] = _with_lora(nnx.clone(model), 8), batch
+    found["lora(8)"] = with_lora(nnx.clone(model), 8), batch
     return found
 
 
@@ -268,7 +269,7 @@ def trainer_of(directory: Path, config: Config, task: Task, steps: int) -> Any:
         del task.model  # what is below is not in memory
     elif name == "lora":
         with meshes.on_host(config.mesh):
-            _with_lora(model, number)
+            with_lora(model, number)
     elif name != "full":
         step = tuning.make_step(config)
         tx = tuning.optimizer(config.learning_rate, steps, active=True)

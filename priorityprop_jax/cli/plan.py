@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from priorityprop_jax.cli import decoders, finetune
 from priorityprop_jax.cli.runs import rate, told, write
 from priorityprop_jax.cli.tuning import is_decoder, model_path
+from priorityprop_jax.core.tables import bytes_of
 
 TEXT = (
     "Tells what each choice of layers to train would cost on this machine. One step of each policy "
@@ -20,13 +20,10 @@ TEXT = (
 
 def size(text: str) -> float:
     """A parser of sizes such as 4GiB, 500MB or 1e9, in bytes."""
-    match = re.fullmatch(r"([\d.e+]+) ?(?:([kKMGT]?)(i?)B)?", text)
     try:
-        number, prefix, binary = match.groups() if match else ("", "", "")
-        unit = (1024 if binary else 1000) ** " kMGT".index((prefix or " ").replace("K", "k"))
-        return rate(number) * unit
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 4GiB or 500MB") from None
+        return bytes_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -45,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs this command; the exit code."""
     import jax
     import optax
+    from flax import nnx
 
     from priorityprop_jax.cli.tasks import digits
     from priorityprop_jax.partial import nnx_stages, plan
@@ -66,9 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
             beside = decoders.others(model, batch)
         else:
             task = finetune.load(config)
-            model: Any = task.model
-            model = nnx_stages(model.stages())
-            batch = next(iter(task.train_data))
+            whole: Any = task.model
+            model, batch = nnx_stages(whole.stages()), next(iter(task.train_data))
+            beside = {"lora(8)": (decoders.with_lora(nnx.clone(whole), 8), batch)}
     name, rows = getattr(task, "name", Path(config.data).stem), len(batch["x"])
     print(f"{name}, batches of {rows}, on {jax.devices()[0].device_kind}; compiling ...")
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))

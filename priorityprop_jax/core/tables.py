@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 
 
@@ -24,3 +26,17 @@ def short(value: float) -> str:
     scales = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
     prefix, unit = next((s for s in scales if abs(value) >= s[1]), ("", 1.0))
     return f"{value / unit:.4g} {prefix}"
+
+
+def bytes_of(size: str) -> float:
+    """A size such as ``"4GiB"``, ``"500 MB"`` or ``"1e9"``; a ValueError if it is none above 0."""
+    match = re.fullmatch(r"([\d.e+]+) ?(?:([kKMGT]?)(i?)B)?", size)
+    try:
+        number, prefix, binary = match.groups() if match else ("", "", "")
+        place = " kMGT".index((prefix or " ").replace("K", "k"))
+        found = float(number) * (1024 if binary else 1000) ** place
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise ValueError(f"{size!r} is not a size such as 4GiB or 500MB")
+    return found

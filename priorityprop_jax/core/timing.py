@@ -10,21 +10,33 @@ from typing import Any
 import numpy as np
 
 
-def medians(runs: Sequence[Callable[[], Any]], seconds: float) -> list[float]:
-    """Median seconds of each, in turns, so that a drift is shared: 3 to 100 rounds in ``seconds``.
+def medians(
+    runs: Sequence[Callable[..., Any]],
+    seconds: float,
+    *,
+    given: Sequence[Callable[[], Any]] | None = None,
+    warm: int = 2,
+    least: int = 3,
+    most: int = 100,
+) -> list[float]:
+    """Median seconds of each, in turns, so that a drift is shared, by ``least`` to ``most`` rounds.
 
-    Each run waits for its results. Two rounds before these compile and warm up.
+    Rounds fill ``seconds``, but for ``warm`` ones before these: the first compiles, or the last
+    counts where there is no other. Each run waits for its results, and has arguments from
+    ``given``, which are not timed.
     """
-    for run in runs:
-        run()
-    start = time.perf_counter()
-    for run in runs:
-        run()
-    rounds = int(np.clip(seconds / (time.perf_counter() - start), 3, 100))
     spent: list[list[float]] = [[] for _ in runs]
-    for _ in range(rounds):
-        for run, times in zip(runs, spent, strict=True):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-    return [statistics.median(times) for times in spent]
+
+    def turn() -> float:
+        start = time.perf_counter()
+        for run, make, times in zip(runs, given or [tuple] * len(runs), spent, strict=True):
+            arguments = make()
+            begin = time.perf_counter()
+            run(*arguments)
+            times.append(time.perf_counter() - begin)
+        return time.perf_counter() - start
+
+    one = [turn() for _ in range(warm)][-1]
+    for _ in range(int(np.clip(seconds / one, least, most))):
+        turn()
+    return [statistics.median(times[warm:] or times[-1:]) for times in spent]

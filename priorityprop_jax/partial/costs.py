@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from priorityprop_jax.core.program import abstract
 from priorityprop_jax.core.slots import Slots
+from priorityprop_jax.core.timing import medians
 from priorityprop_jax.core.work import Work, read_loss
 from priorityprop_jax.partial.grad import find_active, value_and_grad_of
 
@@ -123,8 +123,10 @@ def measure_costs(
         chosen = find_active(params, slots, upto[depth])
         step = value_and_grad_of(loss_fn, chosen, has_aux=has_aux)
         programs.append(jax.jit(step).lower(params, batch).compile())
-    times = np.maximum.accumulate(_timed(programs, repeats))
-    times = np.interp(totals, np.take(totals, run), times).tolist()
+    arguments = jax.tree.map(_ones, (params, batch))
+    runs = [lambda run=run: jax.block_until_ready(run(*arguments)) for run in programs]
+    times = 1e3 * np.array(medians(runs, 0.0, warm=1, least=repeats, most=repeats))
+    times = np.interp(totals, np.take(totals, run), np.maximum.accumulate(times)).tolist()
     rate = np.diff(times, prepend=0.0) / np.maximum(np.diff(totals, prepend=0.0), 1.0)
     own = [cost * rate[depth] for cost, depth in zip(costs.own, slots.depths, strict=True)]
     return _costs(times, own, slots, unit)
@@ -151,19 +153,6 @@ def _costs(totals: Sequence[float], own: Sequence[float], slots: Slots, unit: st
     ]
     floors = np.maximum.accumulate(floors).tolist()
     return StepCosts(tuple(map(float, own)), tuple(floors), unit)
-
-
-def _timed(programs: Sequence[Any], repeats: int) -> list[float]:
-    """Milliseconds of each program: the median, in turns, so that a drift is shared."""
-    samples: list[list[float]] = [[] for _ in programs]
-    for _ in range(repeats + 1):  # the first round warms up
-        for program, times in zip(programs, samples, strict=True):
-            arguments = jax.tree.map(_ones, program.args_info[0])
-            jax.block_until_ready(arguments)
-            start = time.perf_counter()
-            jax.block_until_ready(program(*arguments))
-            times.append(1e3 * (time.perf_counter() - start))
-    return [float(np.median(times[1:])) for times in samples]
 
 
 def _ones(x: Any) -> jax.Array:

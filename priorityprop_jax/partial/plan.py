@@ -6,11 +6,10 @@ import dataclasses
 import functools
 import math
 import os
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +22,20 @@ from priorityprop_jax.core.modules import first, pure_loss
 from priorityprop_jax.core.program import program_flops
 from priorityprop_jax.core.rows import is_row_sparse
 from priorityprop_jax.core.slots import Slots, find_slots
-from priorityprop_jax.core.tables import aligned, short
+from priorityprop_jax.core.tables import aligned, bytes_of, short
+from priorityprop_jax.core.timing import medians
+from priorityprop_jax.core.work import Work
 from priorityprop_jax.partial.engine import in_order
 from priorityprop_jax.partial.grad import ActiveLeaves, find_active, value_and_grad_of
 from priorityprop_jax.partial.policies import Situation, make_policy
 from priorityprop_jax.partial.stack import read, slots_of, unrolled
 from priorityprop_jax.partial.stages import Stages
 
-_PATIENCE = 10.0  # seconds after which no turn of measuring is begun
-LEGEND = "suffix(k): the output layer and k layers before it; cached: what the others give is kept"
+_PATIENCE = 5.0  # seconds of measuring
+LEGEND = (
+    "suffix(k): the output layer and k layers before it; cached: what the others give is kept\n"
+    "~: not run, but on the line between two that were, as layers are alike"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Choice:
     peak_bytes: int  # arguments, what the program has beside them, and its new results
     state_bytes: int  # of optimizer state
     fits: bool  # keeps to the limits given
+    measured: bool = True  # else it is on the line between two that were
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +70,11 @@ class Plan:
         heads = ("", "trained", "FLOPs", "of full", "ms", "peak memory", "optimizer")
         rows: list[tuple[str, ...]] = [(*heads, "fits") if limited else heads]
         for c in self.choices:
-            ms = "-" if c.milliseconds is None else f"{c.milliseconds:,.1f}"
-            sizes = (f"{_mebibytes(n):,.1f} MiB" for n in (c.peak_bytes, c.state_bytes))
-            row = (c.name, short(c.parameters), short(c.flops), f"{c.share:.0%}", ms, *sizes)
+            mark = "" if c.measured else "~"
+            ms = "-" if c.milliseconds is None else f"{mark}{c.milliseconds:,.1f}"
+            peak, state = (f"{_mebibytes(n):,.1f} MiB" for n in (c.peak_bytes, c.state_bytes))
+            counts = (short(c.parameters), short(c.flops), f"{c.share:.0%}")
+            row = (c.name, *counts, ms, mark + peak, state)
             rows.append((*row, "yes" if c.fits else "no") if limited else row)
         return "\n".join(line.rstrip() for line in aligned(rows))
 
@@ -116,7 +123,7 @@ def plan(
     batch: Any,
     optimizer: optax.GradientTransformation,
     *,
-    memory: float | None = None,
+    memory: float | str | None = None,
     milliseconds: float | None = None,
     beside: Mapping[str, tuple[Any, Any]] | None = None,
     repeats: int = 5,
@@ -125,25 +132,28 @@ def plan(
 ) -> Plan:
     """What each choice of layers to train would cost, on this model and this machine.
 
-    The choices are ``full``; ``suffix(k)`` for up to six k, the largest of which leaves out the
-    input layer (the embedding of a language model) alone; ``lisa(2)``; ``badam(1)`` at the
-    turn of the first layer that has one; and of `Stages`, ``suffix(k)`` in the last half with the
-    outputs of the frozen prefix cached, whose look-up is not timed. Each is compiled and run as a
-    loop of one's own would: gradients by `value_and_grad`, and optimizer state of what is trained
-    alone, as with `freeze`, and with the states ``"reset"`` and ``"offload"`` of `step`.
+    The choices are ``full``; ``suffix(k)``, the largest of which leaves out the input layer (the
+    embedding of a language model) alone; ``lisa(2)``; ``badam(1)`` at the turn of the first layer
+    that has one; and of `Stages`, ``suffix(k)`` in the last half with the outputs of the frozen
+    prefix cached, whose look-up is not timed. Each is compiled and run as a loop of one's own
+    would: gradients by `value_and_grad`, and optimizer state of what is trained alone, as with
+    `freeze`, and with the states ``"reset"`` and ``"offload"`` of `step`.
+
+    Of layers that are alike, in shapes and FLOPs, the first and the last k are run, and what those
+    between cost is on the line from one to the other. Of others there are at most six k.
 
     Args:
       model: a pytree of parameters, an `nnx.Module`, or `Stages`. It stays as it is.
       loss_fn: ``(model, batch) -> loss`` or ``(loss, metrics)``.
       batch: an example, a pytree of arrays; of `Stages`, with the inputs ``x``.
       optimizer: any Optax optimizer.
-      memory: bytes that a step may take, by default what the device says it has. What takes more
-        is not run.
+      memory: bytes that a step may take, or a text such as ``"4GiB"``; by default what the device
+        says it has. What takes more is not run.
       milliseconds: what a step may take.
       beside: other models to compare with by name, all of which is trained, each with a batch: the
         model with LoRA, or its last blocks on what those below make of a batch.
       repeats: how often each is timed, in turns, after one run to warm up; where a turn takes
-        longer than ten seconds, that one run counts.
+        longer than five seconds, that one run counts.
       stacked_axis: see `find_slots`.
       group: see `find_slots`. By default a slot is a layer: a stage, or leaves that share a depth.
 
@@ -168,6 +178,7 @@ def plan(
       >>> found.choices[1].state_bytes  # two moments of 8 x 8 float32, and a count
       516
     """
+    memory = bytes_of(memory) if isinstance(memory, str) else memory
     limits = {"memory": memory, "milliseconds": milliseconds, "repeats": repeats}
     for name, value in limits.items():
         if value is not None and not value > 0:
@@ -176,57 +187,77 @@ def plan(
     if not jax.tree.leaves(params):
         raise ValueError("the model has no parameters to train")
     params, rest, batch = jax.tree.map(jnp.asarray, (params, rest, batch))
+    if memory is None:  # what the device has, where it says so
+        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     stages = model if isinstance(model, Stages) else None
     where = {"stacked_axis": stacked_axis, "group": group}
     if stacked_axis is group is None:
         where = slots_of(model, params, stages is not None)
-    slots = find_slots(params, **where)
-    if stages is not None:
-        slots = in_order(slots, stages.names, params)
-    else:
-        work, _ = read(loss, params, rest, batch, None, 0, slots=slots)
+    slots, tx = find_slots(params, **where), optax.with_extra_args_support(optimizer)
+    work, stacks = read(loss, params, rest, batch, None, 0, slots=slots)
+    if stages is None:
         slots = dataclasses.replace(slots, depths=work.depths)
-    wanted = [(name, active, 0) for name, active in _choices(slots).items()]
-    if stages is not None and isinstance(batch, Mapping) and "x" in batch:
-        first = {s: stages.names.index(at) for s, at in zip(slots.names, slots.layers, strict=True)}
-        for name, active, _ in wanted[1:]:
-            start = min(first[slot] for slot in active)
-            # Of the last half, which has most to gain
-            if name.startswith("suffix") and 2 * start >= len(stages):
-                wanted.append((f"{name}, cached", active, start))
-    tx = optax.with_extra_args_support(optimizer)
+    else:
+        slots = in_order(slots, stages.names, params)
 
-    def candidate(name, active, start, loss, slots, *arrays):
-        chosen = find_active(arrays[0], slots, active)
-        step = _step(functools.partial(loss, start=start), chosen, tx)
-        size = dict(zip(slots.names, slots.sizes, strict=True))
-        arguments = functools.partial(_arguments, chosen, tx, *arrays)
-        return _Candidate(name, sum(size[slot] for slot in active), step, arguments)
+    def candidate(asked):
+        x = None
+        if stages is not None and asked.start:
+            x = _enters(stages, params, rest, batch, asked.start)
+        from_there, chosen = (
+            functools.partial(loss, start=asked.start),
+            find_active(params, slots, asked.active),
+        )
+        return _Candidate(from_there, chosen, tx, bool(stacks), params, rest, batch, x)
 
-    candidates = []
-    for name, active, start in wanted:
-        x = None if stages is None or not start else _enters(stages, params, rest, batch, start)
-        arrays = params, rest, batch, x
-        candidates.append(candidate(name, active, start, loss, slots, *arrays))
-    for name, (other, example) in (beside or {}).items():
-        loss, *arrays = _pure(other, loss_fn)
+    def other(model, example):
+        loss, *arrays = _pure(model, loss_fn)
         arrays = jax.tree.map(jnp.asarray, (*arrays, example, None))
         slots = find_slots(arrays[0])
-        candidates.append(candidate(name, frozenset(slots.names), 0, loss, slots, *arrays))
-    # Traced and lowered in this thread, where the caller's context holds; compiled in several.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(_Candidate.compile, candidates))
-    if memory is None:  # what the device has, where it says so
-        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    run = [c for c in candidates if memory is None or c.peak_bytes <= memory]
-    times = dict(zip((c.name for c in run), _timed(run, repeats), strict=True))
-    choices = []
-    for c in candidates:
-        ms, flops = times.get(c.name), c.flops
+        chosen = find_active(arrays[0], slots, slots.names)
+        return _Candidate(functools.partial(loss, start=0), chosen, tx, True, *arrays)
+
+    cached = stages if isinstance(batch, Mapping) and "x" in batch else None
+    choices = {asked.name: asked for asked in _choices(slots, work, cached)}
+    jobs = {name: functools.partial(candidate, asked) for name, asked in choices.items()
+            if asked.between is None}  # fmt: skip
+    jobs |= {name: functools.partial(other, *pair) for name, pair in (beside or {}).items()}
+    found = _compiled(jobs)
+    most = math.inf if memory is None else memory
+    for low, high in {asked.between[:2] for asked in choices.values() if asked.between}:
+        # Where the upper end does not fit, the last that does takes its place.
+        peaks = found[low].peak_bytes, found[high].peak_bytes
+        inside = {name: a.between[2] for name, a in choices.items()
+                  if a.between and a.between[:2] == (low, high)}  # fmt: skip
+        inside = {n: at for n, at in inside.items() if _on_line(at, *peaks) <= most < peaks[1]}
+        for end in list(inside)[-1:]:
+            found |= _compiled({end: functools.partial(candidate, choices[end])})
+            for name, at in inside.items():
+                between = None if name == end else (low, end, at / inside[end])
+                choices[name] = choices[name]._replace(between=between)
+    run = {name: c for name, c in found.items() if c.peak_bytes <= most}
+    for c in list(run.values())[:1]:
+        c.run(*c.arguments())  # the first run of all is slow
+    runs, given = ([getattr(c, part) for c in run.values()] for part in ("run", "arguments"))
+    times = medians(runs, _PATIENCE, given=given, warm=1, least=0, most=repeats)
+    milliseconds_of = {name: 1e3 * seconds for name, seconds in zip(run, times, strict=True)}
+    told = {name: (c.count, c.flops, milliseconds_of.get(name), c.peak_bytes, c.state_bytes)
+            for name, c in found.items()}  # fmt: skip
+    full, rows = found["full"].flops, []
+    for name in dict.fromkeys((*choices, *found)):
+        between = choices[name].between if name in choices else None
+        if between is None:
+            count, flops, ms, *sizes = told[name]
+        else:
+            pairs = zip(told[between[0]], told[between[1]], strict=True)
+            count, flops, ms, *sizes = (_on_line(between[2], *pair) for pair in pairs)
         fits = ms is not None and (milliseconds is None or ms <= milliseconds)
-        share, sizes = flops / candidates[0].flops, (c.peak_bytes, c.state_bytes)
-        choices.append(Choice(c.name, c.count, flops, share, ms, *sizes, fits))
-    return Plan(tuple(choices), memory, milliseconds)
+        peak, state = map(round, sizes)
+        measured = between is None
+        rows.append(
+            Choice(name, round(count), flops, flops / full, ms, peak, state, fits, measured)
+        )
+    return Plan(tuple(rows), memory, milliseconds)
 
 
 def _pure(model: Any, loss_fn: Any) -> tuple[Callable[..., Any], Any, Any]:
@@ -257,8 +288,17 @@ def _pure(model: Any, loss_fn: Any) -> tuple[Callable[..., Any], Any, Any]:
     return lambda params, rest, batch, x, start: loss(params, rest, batch), params, rest
 
 
-def _choices(slots: Slots) -> dict[str, frozenset[str]]:
-    """The active set of each choice, by its name."""
+class _Asked(NamedTuple):
+    """A choice, before it is compiled."""
+
+    name: str
+    active: frozenset[str]
+    start: int = 0  # the stage that a step begins at
+    between: tuple[str, str, float] | None = None  # two others, and where between them
+
+
+def _choices(slots: Slots, work: Work, cached: Stages | None) -> list[_Asked]:
+    """All choices, with those on the outputs of a frozen prefix in ``cached``."""
     deepest, zeros = max(slots.depths), np.zeros(len(slots))
     layers = zip(slots.layers, slots.depths, strict=True)
     input_layer = ", ".join(sorted({layer for layer, depth in layers if depth == deepest}))
@@ -267,17 +307,64 @@ def _choices(slots: Slots) -> dict[str, frozenset[str]]:
         at = Situation(slots, None, math.inf, math.inf, cycle, 1, zeros, zeros.astype(int))
         return make_policy(policy)(at)[0]
 
-    found = {"full": asked("full")}
-    for k in sorted(set(np.linspace(0, max(deepest - 1, 0), 6).round().astype(int).tolist())):
+    ends, others = _ends(slots, work)
+    suffixes = {}
+    for k in sorted({*ends, *others}):
         last = f", all but {input_layer}" if k == deepest - 1 and k else ""
-        found[f"suffix({k}){last}"] = asked(f"suffix({k})")
-    found["lisa(2)"] = asked("lisa(2)")
-    found["badam(1), dearest turn"] = asked("badam(1)", max(deepest - 2, 0))
+        suffixes[k] = _Asked(f"suffix({k}){last}", asked(f"suffix({k})"))
+    found = [
+        _Asked("full", asked("full")),
+        *_between(suffixes, ends),
+        _Asked("lisa(2)", asked("lisa(2)")),
+        _Asked("badam(1), dearest turn", asked("badam(1)", max(deepest - 2, 0))),
+    ]
     # Of few layers several choices are the same, and the first name is enough.
-    names: dict[frozenset[str], str] = {}
-    for name, active in found.items():
-        names.setdefault(active, name)
-    return {name: active for active, name in names.items()}
+    names: dict[frozenset[str], _Asked] = {}
+    for choice in found:
+        names.setdefault(choice.active, choice)
+    found = list(names.values())
+    if cached is not None:
+        first = {s: cached.names.index(at) for s, at in zip(slots.names, slots.layers, strict=True)}
+        starts = {k: min(first[slot] for slot in a.active) for k, a in suffixes.items()}
+        # Of the last half, which has most to gain
+        group = {k: _Asked(f"{a.name}, cached", a.active, starts[k]) for k, a in suffixes.items()
+                 if 2 * starts[k] >= len(cached)}  # fmt: skip
+        found += _between(group, ends)
+    return found
+
+
+def _ends(slots: Slots, work: Work) -> tuple[list[int], list[int]]:
+    """The k of which ``suffix(k)`` is run, and those on lines between: layers there are alike."""
+    last = max(max(slots.depths) - 1, 0)
+    at = [[i for i, depth in enumerate(slots.depths) if depth <= k] for k in range(last + 1)]
+    flops = [work.cost(chosen) for chosen in at]
+    kinds = [
+        sorted(slots.shapes[i] for i in at[k] if slots.depths[i] == k) for k in range(last + 1)
+    ]
+
+    def straight(k: int) -> bool:
+        before, after = flops[k] - flops[k - 1], flops[k + 1] - flops[k]
+        alike = kinds[k - 1] == kinds[k] == kinds[k + 1]
+        return alike and math.isclose(before, after, rel_tol=0.01)
+
+    others = [k for k in range(1, last) if straight(k)]
+    ends = [k for k in range(last + 1) if k not in others]
+    if len(ends) > 6:
+        return [ends[i] for i in np.linspace(0, len(ends) - 1, 6).round().astype(int)], []
+    return ends, others
+
+
+def _between(group: dict[int, _Asked], ends: list[int]) -> list[_Asked]:
+    """Choices by k: those that are no ends, between two that are, or the last."""
+    run = sorted({*ends, *list(group)[-1:]} & group.keys())
+    found = []
+    for k, asked in group.items():
+        if k not in run:
+            low, high = max(i for i in run if i < k), min(i for i in run if i > k)
+            where = (k - low) / (high - low)
+            asked = asked._replace(between=(group[low].name, group[high].name, where))
+        found.append(asked)
+    return found
 
 
 def _enters(stages: Stages, params: Any, rest: Any, batch: Any, start: int) -> Any:
@@ -308,29 +395,41 @@ def _arguments(chosen: ActiveLeaves, optimizer: Any, params: Any, *others: Any) 
     copied = lambda tree: jax.tree.map(lambda x: jnp.array(x, copy=True), tree)  # noqa: E731
     (part, frozen), (rest, batch, x) = chosen.split(params), others
     state = copied(optimizer.init(chosen.part(params)))
-    return copied(part), frozen, copied(rest), state, batch, x
+    return jax.block_until_ready((copied(part), frozen, copied(rest), state, batch, x))
 
 
 class _Candidate:
     """A choice, traced, and after `compile` ready to run."""
 
-    def __init__(self, name: str, count: int, step: Any, arguments: Any) -> None:
-        self.name, self.count, self.arguments = name, count, arguments
-        given, donated = arguments(), (0, 2, 3)
+    def __init__(self, loss: Any, chosen: ActiveLeaves, optimizer: Any, looped: bool, *arrays: Any):
+        step = _step(loss, chosen, optimizer)
+        self.arguments = functools.partial(_arguments, chosen, optimizer, *arrays)
+        given, donated = self.arguments(), (0, 2, 3)
         out = (*(layout_of(given[i]) for i in donated), None)
         traced = jax.jit(step, donate_argnums=donated, out_shardings=out).trace(*given)
         with unrolled():  # a stack's loop would count once
-            self.flops = program_flops(jax.make_jaxpr(step)(*given))
-        self._lowered = traced.lower()
+            program = jax.make_jaxpr(step)(*given) if looped else traced.jaxpr
+        self._lowered, self.flops = traced.lower(), program_flops(program)
         self.held_bytes, self.state_bytes = _bytes(given), _bytes(given[3])
+        own = jax.eval_shape(chosen.part, arrays[0])
+        self.count = sum(leaf.size for leaf in jax.tree.leaves(own))
 
-    def compile(self) -> None:
+    def compile(self) -> _Candidate:
         """Compiles the step, and asks for its memory."""
-        self.run = self._lowered.compile()
-        found: Any = self.run.memory_analysis()
+        program = self._lowered.compile()
+        self.run = lambda *given: jax.block_until_ready(program(*given))
+        found: Any = program.memory_analysis()
         beside = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
         # All arguments, as the compiler leaves out those that a program does not read.
         self.peak_bytes = self.held_bytes + beside
+        return self
+
+
+def _compiled(jobs: Mapping[str, Callable[[], _Candidate]]) -> dict[str, _Candidate]:
+    """Traced and lowered in this thread, where the caller's context holds; compiled in several."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        pending = {name: pool.submit(job().compile) for name, job in jobs.items()}
+    return {name: done.result() for name, done in pending.items()}
 
 
 def _bytes(tree: Any) -> int:
@@ -341,19 +440,8 @@ def _bytes(tree: Any) -> int:
     return sum(sizes)
 
 
-def _timed(candidates: list[_Candidate], repeats: int) -> list[float]:
-    """Milliseconds of each: the median, in turns, so that a drift is shared."""
-    samples: list[list[float]] = [[] for _ in candidates]
-    began = time.perf_counter()
-    for turn in range(repeats + 1):  # the first one warms up, which matters to short steps
-        if turn and time.perf_counter() - began > _PATIENCE:
-            break
-        for candidate, times in zip(candidates, samples, strict=True):
-            arguments = jax.block_until_ready(candidate.arguments())
-            start = time.perf_counter()
-            jax.block_until_ready(candidate.run(*arguments))
-            times.append(1e3 * (time.perf_counter() - start))
-    return [float(np.median(times[1:] or times)) for times in samples]
+def _on_line(where: float, low: Any, high: Any) -> Any:
+    return None if low is None or high is None else low + where * (high - low)
 
 
 def _mebibytes(size: float) -> float:

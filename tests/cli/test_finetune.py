@@ -285,7 +285,9 @@ def test_options(place):
 def test_a_plan_of_the_model_that_is_fine_tuned(place, capsys, monkeypatch):
     def planned(model, loss_fn, batch, optimizer, **limits):
         assert model.names == tuple(LAYERS) and batch["x"].shape == (BATCH, 48)
-        assert limits == {"memory": 1e6, "milliseconds": None, "beside": None}
+        ((lora, example),) = limits.pop("beside").values()
+        assert example is batch and len(lora.blocks) == 2
+        assert limits == {"memory": 1e6, "milliseconds": None}
         return partial.Plan((Choice("full", 1, 2.0, 1.0, 3.0, 4, 5, True),))
 
     monkeypatch.setattr(partial, "plan", planned)
