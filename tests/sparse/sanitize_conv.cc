@@ -1,5 +1,5 @@
 // Runs the sparse convolution on small random shapes, many calls at once on one pool, and compares
-// with sums written out in double. test_native_conv.py builds it under the sanitizers.
+// with sums written out in double. test_sanitizers.py builds it with the sanitizers.
 #include <cmath>
 #include <cstdio>
 #include <limits>
@@ -120,11 +120,29 @@ std::string run_case(Pool& pool, unsigned seed) {
   return "";
 }
 
+bool without_memory(Pool& pool) {
+  const ConvShape s{9, 2, 3, 1, {5, 5}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, {5, 5}};
+  const std::vector<int32_t> row_starts{0, 2, 3, 4}, columns{0, 9, 4, 17};
+  const Floats values(4, 2), x(9 * 25 * 2, 1), dy(9 * 25 * 3, 1);
+  Floats y(dy.size()), dx(x.size()), dv(4);
+  return survives_without_memory([&] {
+    return conv_forward(pool, s, x.data(), row_starts.data(), columns.data(), 4, values.data(),
+                        y.data());
+  }) && survives_without_memory([&] {
+    return conv_backward(pool, s, x.data(), dy.data(), row_starts.data(), columns.data(), 4,
+                         values.data(), dx.data(), dv.data());
+  });
+}
+
 }  // namespace
 
 int main() {
   Pool pool(3);
   std::atomic<int> failures{0};
+  if (!without_memory(pool)) {
+    std::printf("no memory was not an error\n");
+    failures++;
+  }
   std::vector<std::thread> callers;
   for (unsigned caller = 0; caller < 8; caller++) {
     callers.emplace_back([&, caller] {

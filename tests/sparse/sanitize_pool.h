@@ -1,15 +1,52 @@
-// A pool of threads for the drivers that run kernels under the sanitizers; the caller counts as one.
+// What the drivers share that run kernels under the sanitizers.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdlib>
 #include <deque>
 #include <functional>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <utility>
 #include <vector>
 
+// How many more times memory is given, by all threads together; from then on there is none.
+std::atomic<int64_t> allocations{INT64_MAX};
+
+inline void* given_or_thrown(void* memory) {
+  if (allocations.fetch_sub(1) > 0 && memory) return memory;
+  std::free(memory);
+  throw std::bad_alloc();
+}
+void* operator new(std::size_t size) { return given_or_thrown(std::malloc(size)); }
+void* operator new(std::size_t size, std::align_val_t align) {
+  const std::size_t to = static_cast<std::size_t>(align);
+  return given_or_thrown(std::aligned_alloc(to, (size + to - 1) / to * to));
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
+
+// Calls a kernel, which returns what is wrong, with ever more memory; tells whether no memory was an
+// error each time, at least once, and with enough of it all is well again.
+template <class F>
+bool survives_without_memory(F&& kernel) {
+  for (int64_t given = 0, failed = 0; given < 10000; given++) {
+    allocations = given;
+    const char* error = priorityprop::guarded(kernel);
+    const bool enough = allocations > 0;
+    allocations = INT64_MAX;
+    if (enough) return error == nullptr && failed > 0;
+    if (error != nullptr && error != priorityprop::kNoMemory) return false;
+    failed += error != nullptr;
+  }
+  return false;
+}
+
+// The caller counts as one of its threads.
 class Pool {
  public:
   explicit Pool(int threads) {
