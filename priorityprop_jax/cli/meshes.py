@@ -55,7 +55,7 @@ def together(arguments: argparse.Namespace) -> Iterator[None]:
         return
     import jax
 
-    from priorityprop_jax.training import WorkerLostError
+    from priorityprop_jax.training.processes import WorkerLostError, leave_soon
 
     auto = arguments.coordinator == "auto"
     with told(ValueError, RuntimeError, code=2):
@@ -63,7 +63,8 @@ def together(arguments: argparse.Namespace) -> Iterator[None]:
             None if auto else arguments.coordinator, arguments.processes, arguments.process
         )
     if jax.default_backend() == "cpu":
-        # The first alone would load a program, whose messages are not in the others' order.
+        # The first alone would load its programs: keys of the others have their own devices in
+        # them, and are never found. Messages of what is loaded are not in the others' order.
         jax.config.update("jax_enable_compilation_cache", False)
     try:
         with contextlib.ExitStack() as stack:
@@ -75,6 +76,9 @@ def together(arguments: argparse.Namespace) -> Iterator[None]:
         lost = "another process has ended or does not answer; start all of them with --resume RUN"
         print(f"priorityprop: {lost}", file=sys.stderr, flush=True)
         os._exit(1)  # JAX would wait for the lost one
+    except BaseException:
+        leave_soon()
+        raise
 
 
 def check(config: argparse.Namespace) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import os
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,6 +19,7 @@ from priorityprop_jax.core.paths import path_name
 
 # What JAX, gloo, NCCL and its coordinator say when a process does not answer.
 _LOST = ("gloo", "nccl", "unavailable", "connection", "heartbeat", "barrier", "deadline_exceeded")
+_GRACE = 10.0  # seconds for the others to end as well
 
 
 class WorkerLostError(RuntimeError):
@@ -33,22 +39,78 @@ def raise_if_lost(error: BaseException, saved_to: str | None) -> None:
         ) from None
 
 
-def wait_and_get(tree: Any) -> Any:
-    """`jax.device_get` that raises what has gone wrong at any device of this process.
+@contextlib.contextmanager
+def telling_others() -> Iterator[None]:
+    """Within, an error that nobody catches ends this process soon, for the others to know."""
+    try:
+        yield
+    except BaseException as error:
+        if jax.process_count() > 1:
+            leave_soon(error)
+        raise
 
-    Where a process is lost, some devices of the others learn of it and some wait on: to wait for
+
+def leave_soon(error: BaseException | None = None) -> None:
+    """Has this process end in seconds once it ends, if with this error, or in any case.
+
+    Other processes know nothing of the error: they wait for this one's part of a step, while JAX
+    has this one wait for theirs in minutes. As soon as it is gone, they are told.
+    """
+
+    def leave() -> None:
+        if error is not None and error not in _chain(getattr(sys, "last_value", None)):
+            return  # somebody has caught it
+        if jax.process_count() > 1 and not isinstance(error, WorkerLostError):
+            waiting = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+            waiting.start()
+            waiting.join(_GRACE)
+            if not waiting.is_alive():
+                return  # they all ended
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+    atexit.register(leave)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those in whose handling it was raised."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def wait_and_get(tree: Any) -> Any:
+    """`jax.device_get`, after `wait`."""
+    return jax.device_get(wait(tree))
+
+
+def wait(tree: Any) -> Any:
+    """Waits for arrays, returns them, and raises what went wrong at any device of this process.
+
+    Where one fails, or a process is lost, some devices learn of it and some wait on: to wait for
     one after the other could be to wait for the wrong one.
     """
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
     arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
-    left = [shard.data for array in arrays for shard in array.addressable_shards]
+    left: list[Any] = [shard.data for array in arrays for shard in array.addressable_shards]
+    if len(left) == len(arrays):
+        return jax.block_until_ready(tree)
+    left = [data for data in left if hasattr(data, "is_ready")]  # random keys have not
     while left:
         ready = [array.is_ready() for array in left]
-        jax.block_until_ready([array for array, done in zip(left, ready, strict=True) if done])
+        try:
+            jax.block_until_ready([array for array, done in zip(left, ready, strict=True) if done])
+        except BaseException as error:
+            if not all(ready):
+                error.add_note(
+                    "other devices wait for this one: arrays can be read, but nothing can be "
+                    "computed any more in this process, which XLA may end in a minute"
+                )
+                leave_soon(error)
+            raise
         left = [array for array, done in zip(left, ready, strict=True) if not done]
-        time.sleep(1e-3 if left else 0)
-    return jax.device_get(tree)
+        time.sleep(1e-4 if left else 0)
+    return tree
 
 
 def agreed(make: Callable[[], int]) -> int:

@@ -25,7 +25,13 @@ from priorityprop_jax.training.history import Books, History, NonFiniteLossError
 from priorityprop_jax.training.interrupts import Stop
 from priorityprop_jax.training.loader import check_epochs, check_iterable, check_rows, length, skip
 from priorityprop_jax.training.model import Evaluation, MetricFn, as_model, copy, fragile, loss_of
-from priorityprop_jax.training.processes import check_batch, check_params, raise_if_lost
+from priorityprop_jax.training.processes import (
+    check_batch,
+    check_params,
+    raise_if_lost,
+    telling_others,
+    wait,
+)
 from priorityprop_jax.training.step import LossFn, MakeStep, PlainStep, Setup, Step, StepResult
 
 
@@ -208,7 +214,7 @@ class Trainer:
         checkpoints.warn_without(self.checkpoint_dir, self._due)
         books, stop = self._books, Stop()
         self._stop = stop
-        with contextlib.ExitStack() as stack:
+        with telling_others(), contextlib.ExitStack() as stack:
             # Also of Ctrl-C after the last step, where there was nothing left to stop.
             stack.callback(lambda: setattr(self.history, "interrupted", stop.pressed))
             stack.enter_context(stop.catching())
@@ -309,7 +315,7 @@ class Trainer:
             self._books.tracing += time.perf_counter() - start
         if not self._careful:
             return self.step(*state, batch)
-        return jax.block_until_ready(self.step(*copy(state), batch))  # pyright: ignore
+        return wait(self.step(*copy(state), batch))  # pyright: ignore
 
     def _fetch(self, bar: tqdm) -> None:
         fetched = self._books.fetch(self._current()[0], self._opt_state)

@@ -133,18 +133,19 @@ def complaint(call):
     raise AssertionError("no error")
 
 
-def main(address, processes, process, folder, mode):
+def join(address, processes, process, **options):
+    """Becomes one of several processes, which have eight devices in all."""
     jax.config.update("jax_num_cpu_devices", 8 // int(processes))
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # A loaded machine may let one wait long for the other.
+    times = {"heartbeat_timeout_seconds": 100, "shutdown_timeout_seconds": 200} | options
     jax.distributed.initialize(
-        address,
-        int(processes),
-        int(process),
-        # A loaded machine may let one wait long for the other.
-        initialization_timeout=200,
-        heartbeat_timeout_seconds=100,
-        shutdown_timeout_seconds=200,
+        address, int(processes), int(process), initialization_timeout=200, **times
     )
+
+
+def main(address, processes, process, folder, mode):
+    join(address, processes, process)
     # A shell has its background processes ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stderr.isatty = lambda: True  # or no process would show its progress
