@@ -407,8 +407,8 @@ class _Candidate:
         given, donated = self.arguments(), (0, 2, 3)
         out = (*(layout_of(given[i]) for i in donated), None)
         traced = jax.jit(step, donate_argnums=donated, out_shardings=out).trace(*given)
-        with unrolled():  # a stack's loop would count once
-            program = jax.make_jaxpr(step)(*given) if looped else traced.jaxpr
+        with unrolled():  # a stack's loop would count once; another function, or JAX traces no more
+            program = jax.make_jaxpr(lambda *x: step(*x))(*given) if looped else traced.jaxpr
         self._lowered, self.flops = traced.lower(), program_flops(program)
         self.held_bytes, self.state_bytes = _bytes(given), _bytes(given[3])
         own = jax.eval_shape(chosen.part, arrays[0])

@@ -169,6 +169,23 @@ def test_layers_of_a_stack_and_one_layer_alone():
     assert [choice.name for choice in alone.choices] == ["full"]
 
 
+def test_what_is_frozen_of_a_stack_still_runs_forward():
+    params = {"blocks": jnp.ones((6, WIDTH, WIDTH)), "head": jnp.ones((WIDTH, 1))}
+
+    def loss_fn(params, x):
+        x = partial.stack(lambda w, x: jnp.tanh(x @ w), params["blocks"], x)
+        return (x @ params["head"]).mean()
+
+    stacked = lambda path: 0 if path == "blocks" else None  # noqa: E731
+    x, tx = jnp.ones((2, WIDTH)), optax.sgd(0.1)
+    rows = by_name(partial.plan(params, loss_fn, x, tx, repeats=1, stacked_axis=stacked))
+    forward = 6 * 2 * 2 * WIDTH * WIDTH
+    assert rows["suffix(0)"].flops == pytest.approx(forward, rel=0.15)
+    # The first trained block has its weights' product alone, each further one its chain too.
+    extra = rows["suffix(1)"].flops - rows["suffix(0)"].flops
+    assert extra == pytest.approx(forward / 6, rel=0.7) and extra > forward / 6
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
