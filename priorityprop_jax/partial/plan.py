@@ -236,8 +236,6 @@ def plan(
                 between = None if name == end else (low, end, at / inside[end])
                 choices[name] = choices[name]._replace(between=between)
     run = {name: c for name, c in found.items() if c.peak_bytes <= most}
-    for c in list(run.values())[:1]:
-        c.run(*c.arguments())  # the first run of all is slow
     runs, given = ([getattr(c, part) for c in run.values()] for part in ("run", "arguments"))
     times = medians(runs, _PATIENCE, given=given, warm=1, least=0, most=repeats)
     milliseconds_of = {name: 1e3 * seconds for name, seconds in zip(run, times, strict=True)}
