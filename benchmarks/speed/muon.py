@@ -51,14 +51,14 @@ def numbers(params: Any) -> Any:
     return jax.tree.map(lambda own: one if own else None, hidden(params))
 
 
-def arms() -> dict[str, optax.GradientTransformation]:
+def arms(rate: float = RATE) -> dict[str, optax.GradientTransformation]:
     """The optimizers compared; ratios are to the first."""
-    found: dict[str, Any] = {"nadam": optax.nadam(RATE)}
+    found: dict[str, Any] = {"nadam": optax.nadam(rate)}
     found["optax"] = optax.contrib.muon(
-        RATE, muon_weight_dimension_numbers=numbers, consistent_rms=0.2
+        rate, muon_weight_dimension_numbers=numbers, consistent_rms=0.2
     )
     for name, budget in {"1": 1, "1/4": 1 / 4, "1/8": 1 / 8}.items():
-        found[f"budget {name}"] = muon(RATE, budget, mask=hidden)
+        found[f"budget {name}"] = muon(rate, budget, mask=hidden)
     return found
 
 

@@ -24,7 +24,7 @@ from priorityprop_jax.partial.grad import active_rows, find_active, value_and_gr
 from priorityprop_jax.partial.offload import STATES, ActiveState
 from priorityprop_jax.partial.planner import Options, Planner
 from priorityprop_jax.partial.policies import SPENDING, Policy, make_policy
-from priorityprop_jax.partial.prefix import Prefix, arguments_key
+from priorityprop_jax.partial.prefix import Prefix, shapes_of
 from priorityprop_jax.partial.prefix_cache import PrefixCache
 from priorityprop_jax.partial.stack import read, slots_of
 from priorityprop_jax.partial.stages import Stages
@@ -35,7 +35,6 @@ from priorityprop_jax.partial.update import (
     update_active,
 )
 from priorityprop_jax.priority.per_slot import PerSlot
-from priorityprop_jax.priority.scores import priority
 
 
 def step(
@@ -263,9 +262,11 @@ class PartialStep:
         static, rows = self._by_rows(active)
         chosen = self._chosen(active)
         part, frozen = chosen.split(params)
-        batch = jax.tree.map(jnp.asarray, batch)
+        leaves, treedef = jax.tree.flatten((batch, x))
+        leaves = [_as_array(leaf) for leaf in leaves]
+        batch, x = treedef.unflatten(leaves)
         arguments = (part, frozen, rest, opt_state, batch, x, rows)
-        program = self._compiled(static, start, arguments)
+        program = self._compiled(static, start, arguments, (treedef, shapes_of(leaves)))
         part, rest, opt_state, values = program.run(*arguments)
         flops = forward + (self._flops(active, start) if rows else program.flops)
         cost = self._planner.charge(active, flops, cached)
@@ -294,24 +295,32 @@ class PartialStep:
             (loss, (metrics, rest)), grads = run(params, rest, batch, **entry)
             # Descent goes along the conjugate of what JAX gives for complex parameters.
             grads = jax.tree.map(jnp.conj, grads)
-            with slots_by(**self._where):
-                updates, opt_state = self._optimizer.update(
-                    grads, opt_state, params, uniform=self._uniform, value=loss
-                )
-            params = optax.apply_updates(params, updates)
+            params, opt_state = self._update(grads, opt_state, params, loss)
             return chosen.split(params)[0], rest, opt_state, {"loss": loss, **metrics}
 
         return step
 
-    def _compiled(self, active: frozenset[str], start: int, arguments: Any) -> Program:
-        """The program of an active set, but for the numbers of layers told by rows."""
+    def _update(self, grads: Any, opt_state: Any, params: Any, loss: Any) -> tuple[Any, Any]:
+        """The new parameters and the new state."""
+        with slots_by(**self._where):
+            updates, opt_state = self._optimizer.update(
+                grads, opt_state, params, uniform=self._uniform, value=loss
+            )
+        return optax.apply_updates(params, updates), opt_state
+
+    def _compiled(
+        self, active: frozenset[str], start: int, arguments: Any, shapes: Any
+    ) -> Program:
+        """The program of an active set, but for the numbers of layers told by rows.
+
+        ``shapes`` are those of the batch; all other arguments are known by the rest.
+        """
         key = active, start, tuple((at, len(rows)) for at, rows in arguments[-1].items())
         programs = self._programs.pop(key, {})
         self._programs[key] = programs
         if len(self._programs) > self._options.max_variants:
             self._evicted.add(out := next(iter(self._programs)))
             del self._programs[out]
-        shapes = arguments_key(arguments[4:6])  # of the batch; all others are known by the rest
         if shapes not in programs:
             if key in self._evicted and not self._warned:
                 self._warned = True
@@ -341,11 +350,6 @@ class PartialStep:
         """
         options = self._options
         self._arguments = rest, batch = jax.tree.map(abstract, (rest, batch))
-        everything = frozenset(self.slots.names)
-        part, frozen = self._chosen(everything).split(self._shapes)
-        traced = jax.make_jaxpr(self._program(everything, 0))
-        full = traced(part, frozen, rest, self._state, batch, None, {})
-        self._account.full_flops = full_flops = program_flops(full)
         loss = lambda params, arguments: self._loss(params, *arguments)  # noqa: E731
         example = self._shapes, self._arguments
         work, self._traced = read(loss, *example, slots=self.slots)
@@ -360,6 +364,10 @@ class PartialStep:
         if self._prefix is None:  # else the stages tell
             self.slots = dataclasses.replace(self.slots, depths=work.depths)
             self._planner.slots = self._account.slots = self.slots
+        full_flops = work.cost(range(len(self.slots))) + program_flops(
+            jax.make_jaxpr(self._update)(self._shapes, self._state, self._shapes, jnp.zeros(()))
+        )
+        self._account.full_flops = full_flops
         self._account.costs = counted = costs_of(work, self.slots, full_flops)
         self._work, costs = work, options.costs
         if costs is not None and costs.unit == "flops":
@@ -386,9 +394,11 @@ class PartialStep:
         values = expected_gains(state, self._gain_decay)
         counts = np.asarray(state.update_counts)
         granted = self._planner.new_cycle(values, counts)
+        # The formula of `priority` without a factor of depth, in NumPy: no program is started for it.
+        priorities = np.nan_to_num(values) / (counts + 1.0)
         return state._replace(
-            allocation=_like(granted, state.allocation),
-            priorities=_like(priority(np.nan_to_num(values), counts, 1.0), state.priorities),
+            allocation=np.asarray(granted, state.allocation.dtype),
+            priorities=priorities.astype(state.priorities.dtype),
         )
 
     def complete(self, opt_state: Any) -> Any:
@@ -453,5 +463,9 @@ def in_order(slots: Slots, names: tuple[str, ...], params: Any) -> Slots:
     return dataclasses.replace(slots, layers=tuple(layers), depths=depths)
 
 
-def _like(values: Any, reference: jax.Array) -> jax.Array:
-    return jax.device_put(np.asarray(values, reference.dtype), reference.sharding)
+def _as_array(x: Any) -> Any:
+    """A leaf of a batch as JAX has it; what a program takes as it is costs no call of JAX."""
+    if isinstance(x, jax.Array):
+        return x
+    fits = isinstance(x, np.ndarray) and x.dtype == jax.dtypes.canonicalize_dtype(x.dtype)
+    return x if fits else jnp.asarray(x)

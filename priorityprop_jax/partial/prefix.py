@@ -171,10 +171,14 @@ class Prefix:
 def arguments_key(arguments: Any) -> Hashable:
     """Tells arguments apart that need a program of their own."""
     leaves, treedef = jax.tree.flatten(arguments)
-    several = jax.device_count() > 1
-    return treedef, tuple(
-        (np.shape(x), x.dtype, x.sharding if several and spread(x) else None) for x in leaves
-    )
+    return treedef, shapes_of(leaves)
+
+
+def shapes_of(leaves: list[Any]) -> Hashable:
+    """Shapes and dtypes of arrays, and where they are if there are several devices."""
+    if jax.device_count() == 1:
+        return tuple([(x.shape, x.dtype) for x in leaves])
+    return tuple([(x.shape, x.dtype, x.sharding if spread(x) else None) for x in leaves])
 
 
 def _of(names: Iterable[str], *trees: Any) -> tuple[dict[str, Any], ...]:

@@ -125,11 +125,11 @@ def length(loader: Any) -> int:
 
 def check_rows(batch: Any) -> None:
     """Raises a ValueError for a batch without rows, whose mean loss would be NaN."""
-    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batch)]
-    if shapes and shapes[0][:1] == (0,):
+    leaves = jax.tree.leaves(batch)
+    if leaves and (shape := np.shape(leaves[0]))[:1] == (0,):
         raise ValueError(
-            "a batch has no rows: its first array has the shape "
-            f"{list(shapes[0])}; leave such batches out of the loader"
+            f"a batch has no rows: its first array has the shape {list(shape)}; leave such batches "
+            "out of the loader"
         )
 
 

@@ -81,8 +81,10 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def wait_and_get(tree: Any) -> Any:
-    """`jax.device_get`, after `wait`."""
-    return jax.device_get(wait(tree))
+    """`jax.device_get`, after `wait`; what is no array is left alone, as that takes time too."""
+    leaves, treedef = jax.tree.flatten(wait(tree))
+    arrays = iter(jax.device_get([x for x in leaves if isinstance(x, jax.Array)]))
+    return treedef.unflatten(next(arrays) if isinstance(x, jax.Array) else x for x in leaves)
 
 
 def wait(tree: Any) -> Any:
@@ -91,6 +93,8 @@ def wait(tree: Any) -> Any:
     Where one fails, or a process is lost, some devices learn of it and some wait on: to wait for
     one after the other could be to wait for the wrong one.
     """
+    if jax.device_count() == 1:
+        return jax.block_until_ready(tree)
     arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
     left: list[Any] = [shard.data for array in arrays for shard in array.addressable_shards]
     if len(left) == len(arrays):

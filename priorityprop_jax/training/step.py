@@ -126,6 +126,7 @@ class PlainStep(Step):
         result = self.compiled(params, rest, opt_state, batch)
         if self.traces > traces:
             self.compile_seconds += time.perf_counter() - start
+        result[-1].setdefault("updates", len(self.slots))  # where nobody counts them
         return result
 
     def _program(self, params, rest, opt_state, batch):
@@ -139,9 +140,9 @@ class PlainStep(Step):
             grads, opt_state, params, value=loss, grad=grads, value_fn=value_fn
         )
         before, after = counts(opt_state), counts(new_state)
-        spent = len(self.slots) if before is None else jnp.sum(after - before)
+        spent = {} if before is None else {"updates": jnp.sum(after - before)}
         params = optax.apply_updates(params, updates)
-        return params, new_rest, new_state, {"loss": loss, **metrics, "updates": spent}
+        return params, new_rest, new_state, {"loss": loss, **metrics, **spent}
 
 
 def counts(opt_state: Any) -> Any:
