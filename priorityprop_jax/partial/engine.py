@@ -394,8 +394,8 @@ class PartialStep:
         values = expected_gains(state, self._gain_decay)
         counts = np.asarray(state.update_counts)
         granted = self._planner.new_cycle(values, counts)
-        # The formula of `priority` without a factor of depth, in NumPy: no program is started for it.
-        priorities = np.nan_to_num(values) / (counts + 1.0)
+        # The formula of `priority` without a factor of depth, in NumPy: no program is started.
+        priorities = np.nan_to_num(values, posinf=0.0, neginf=0.0) / (counts + 1.0)
         return state._replace(
             allocation=np.asarray(granted, state.allocation.dtype),
             priorities=priorities.astype(state.priorities.dtype),
