@@ -308,9 +308,7 @@ class PartialStep:
             )
         return optax.apply_updates(params, updates), opt_state
 
-    def _compiled(
-        self, active: frozenset[str], start: int, arguments: Any, shapes: Any
-    ) -> Program:
+    def _compiled(self, active: frozenset[str], start: int, arguments: Any, shapes: Any) -> Program:
         """The program of an active set, but for the numbers of layers told by rows.
 
         ``shapes`` are those of the batch; all other arguments are known by the rest.
