@@ -28,7 +28,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import RESULTS, about, read_lines, write
+from benchmarks.records import RESULTS, about, add_line, read_lines, write
 
 FOLDER = RESULTS / "finetune_llm"
 ARMS = ("full", "lora:8", "suffix:15", "suffix:8", "suffix:4", "lisa:2", "badam:1")
@@ -114,8 +114,7 @@ def learn_one(arguments: argparse.Namespace) -> None:
             curve.append({"step": min(start + every, steps), **trainer.evaluate(dev)})
             print(arguments.arm, arguments.rate, curve[-1], flush=True)
     line = {"key": key_of(arguments, arguments.arm, arguments.rate), "curve": curve}
-    with (FOLDER / "runs.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    add_line(FOLDER / "runs.jsonl", line)
 
 
 def key_of(arguments: argparse.Namespace, arm: str, rate: float) -> dict:

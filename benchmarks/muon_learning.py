@@ -31,8 +31,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from benchmarks.records import RESULTS, about, read_lines, write
-from benchmarks.speed.muon import CONTEXT, DEPTH, TOKENS, arms
+from benchmarks.records import RESULTS, about, add_line, read_lines, write
+from benchmarks.speed.muon import CONTEXT, TOKENS, arms, loss_of, transformer
 from benchmarks.suite import statistics
 from benchmarks.tasks import char
 
@@ -45,27 +45,17 @@ SEEDS = (1, 2, 3, 4, 5)
 
 
 def program(arm: str, width: int) -> Any:
-    """Functions that start, take a step and evaluate; a rate of 1 is the argument's own."""
-    tokens, characters = char._tokens(None)
+    """Functions that start, take a step at a rate and evaluate."""
+    tokens, _ = char.read_tokens(None)
     n = len(tokens) * 90 // 100
     text = jnp.asarray(tokens[:n])
     starts = np.linspace(n, len(tokens) - CONTEXT - 1, 2048).astype(int)
     dev = jnp.asarray(tokens[starts[:, None] + np.arange(CONTEXT + 1)]).reshape(32, 64, -1)
-    tx = arms(rate=1.0)[arm]
-
-    def model(seed: Any) -> Any:
-        return char.CharTransformer(
-            characters, context=CONTEXT, width=width, depth=DEPTH, rngs=nnx.Rngs(seed)
-        )
-
-    graph, _, rest = nnx.split(nnx.eval_shape(lambda: model(0)), nnx.Param, ...)
-
-    def loss_fn(params: Any, windows: jax.Array) -> jax.Array:
-        logits = nnx.merge(graph, params, rest)(windows[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
+    tx = arms(rate=1.0)[arm]  # updates are multiplied by each step's own
+    loss_fn = loss_of(nnx.eval_shape(lambda: transformer(width)))
 
     def start(seed: int) -> Any:
-        params = nnx.as_pure(nnx.state(model(seed), nnx.Param))
+        params = nnx.as_pure(nnx.state(transformer(width, seed=seed), nnx.Param))
         return params, tx.init(params)
 
     def step(params: Any, state: Any, key: Any, rate: Any) -> Any:
@@ -112,9 +102,7 @@ def run_one(made: dict, width: int, arm: str, steps: int, rate: float, seed: int
     if arm not in made:
         made[arm] = program(arm, width)
     line |= train(made[arm], steps, rate, seed)
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    add_line(path, line)
     print(line, flush=True)
 
 
@@ -151,14 +139,15 @@ def report() -> dict[str, Any]:
     """For each width how many times sooner than NAdam, and than full Muon, an arm is."""
     done = read_lines(FOLDER / "runs.jsonl")
     steps = json.loads((RESULTS / "speed" / "muon-cpu.json").read_text(encoding="utf-8"))
-    found: dict[str, Any] = about("muon_learning") | {"steps_of": steps["date"], "widths": []}
+    found: dict[str, Any] = about("muon_learning")
+    found |= {"steps_measured_on": steps["date"], "widths": []}
     for result in steps["results"]:
         width, seconds = result["width"], {}
         runs = [run for run in done if run["width"] == width and run["seed"]]
         ends = [run["loss"] for run in runs if (run["arm"], run["steps"]) == ("nadam", TARGET)]
         if len(ends) < len(SEEDS):
             continue
-        target, arms = median(ends), {}
+        target, entries = median(ends), {}
         for arm in STEPS:
             losses: dict[int, dict[int, float]] = {seed: {} for seed in SEEDS}
             for run in runs:
@@ -170,15 +159,15 @@ def report() -> dict[str, Any]:
                 for seed, own in losses.items()
             }
             seconds[arm] = {s: None if n is None else n * per_step for s, n in needed.items()}
-            arms[arm] = {
+            entries[arm] = {
                 "rate": tuned(done, width, arm)[0], "milliseconds": 1e3 * per_step,
                 "losses": losses, "steps": needed,
             }  # fmt: skip
-        for arm, entry in arms.items():
+        for arm, entry in entries.items():
             for base in ("nadam", "budget 1"):
                 sooner = statistics.speed_up(seconds[base], seconds[arm], {})
                 entry[f"over {base}"] = dataclasses.asdict(sooner)
-        found["widths"].append({"width": width, "target": target, "arms": arms})
+        found["widths"].append({"width": width, "target": target, "arms": entries})
     return found
 
 
@@ -196,9 +185,11 @@ def markdown(record: dict[str, Any]) -> str:
             cells = []
             for base in ("nadam", "budget 1"):
                 sooner = entry[f"over {base}"]
-                low, high = sooner["interval"]
-                cells.append(f"{sooner['mean']:.2f}x ({low:.2f} to {high:.2f})")
-            steps = median(entry["steps"].values())
+                interval = "too few reach it"
+                if sooner["interval"] is not None:
+                    interval = "{:.2f} to {:.2f}".format(*sooner["interval"])
+                cells.append(f"{sooner['mean'] or math.nan:.2f}x ({interval})")
+            steps = median(n or math.inf for n in entry["steps"].values())
             lines.append(
                 f"| {result['width']} | {arm} | {entry['rate']:g} | {entry['milliseconds']:.0f} | "
                 f"{steps:.0f} | {' | '.join(cells)} |"

@@ -41,6 +41,13 @@ def write(path: Path, record: dict) -> None:
     temporary.replace(path)
 
 
+def add_line(path: Path, run: dict) -> None:
+    """Adds a run that is finished."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(run) + "\n")
+
+
 def read_lines(path: Path) -> list[dict]:
     """The runs that are finished, one a line; what a killed process left of its last is not."""
     if not path.exists():

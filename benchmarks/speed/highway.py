@@ -21,7 +21,6 @@ kept if the program is killed, and not run again: delete the `.jsonl` for a new 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -35,7 +34,7 @@ import jax.numpy as jnp
 from flax import nnx
 from tqdm import tqdm
 
-from benchmarks.records import RESULTS, about, read_lines, write
+from benchmarks.records import RESULTS, about, add_line, read_lines, write
 from priorityprop_jax.highway.quality import gradient_quality
 from priorityprop_jax.highway.scan import highway_scan
 from priorityprop_jax.rnn.lean import lean_rnn
@@ -260,8 +259,7 @@ def main() -> None:
     for case in tqdm(wanted, disable=None):
         if key_of(case) not in known:
             known[key_of(case)] = measure(case, 5 if options.quick else options.repeats)
-            with lines.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(known[key_of(case)]) + "\n")
+            add_line(lines, known[key_of(case)])
         results.append(known[key_of(case)])
     record = about("highway", load) | {"results": results}
     write(path, record)

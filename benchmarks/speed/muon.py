@@ -20,6 +20,7 @@ import argparse
 import os
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,23 +63,34 @@ def arms(rate: float = RATE) -> dict[str, optax.GradientTransformation]:
     return found
 
 
-def measure(width: int, repeats: int, depth: int = DEPTH) -> dict[str, Any]:
-    """Seconds and FLOPs of a step of every arm."""
-    model = CharTransformer(CHARACTERS, context=CONTEXT, width=width, depth=depth, rngs=nnx.Rngs(0))
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-    params = nnx.as_pure(params)
-    shape = (TOKENS // CONTEXT, CONTEXT + 1)
-    tokens = jax.random.randint(jax.random.key(1), shape, 0, CHARACTERS)
+def transformer(width: int, depth: int = DEPTH, seed: int = 0) -> CharTransformer:
+    """The model."""
+    rngs = nnx.Rngs(seed)
+    return CharTransformer(CHARACTERS, context=CONTEXT, width=width, depth=depth, rngs=rngs)
 
-    def loss_fn(params: Any) -> jax.Array:
+
+def loss_of(model: Any) -> Callable[[Any, jax.Array], jax.Array]:
+    """The loss of parameters on windows of a character more than the context."""
+    graph, _, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss_fn(params: Any, tokens: jax.Array) -> jax.Array:
         logits = nnx.merge(graph, params, rest)(tokens[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
+    return loss_fn
+
+
+def measure(width: int, repeats: int, depth: int = DEPTH) -> dict[str, Any]:
+    """Seconds and FLOPs of a step of every arm."""
+    model = transformer(width, depth)
+    params, loss_fn = nnx.as_pure(nnx.state(model, nnx.Param)), loss_of(model)
+    shape = (TOKENS // CONTEXT, CONTEXT + 1)
+    tokens = jax.random.randint(jax.random.key(1), shape, 0, CHARACTERS)
     programs, held, results = {}, {}, {}
     for name, tx in arms().items():
 
         def step(params: Any, state: Any, tx: Any = tx) -> Any:
-            loss, grads = jax.value_and_grad(loss_fn)(params)
+            loss, grads = jax.value_and_grad(loss_fn)(params, tokens)
             updates, state = tx.update(grads, state, params)
             return optax.apply_updates(params, updates), state, loss
 

@@ -125,7 +125,7 @@ class CharRNN(nnx.Module):
 
 
 @functools.lru_cache(maxsize=2)
-def _tokens(data_dir: str | None) -> tuple[np.ndarray, int]:
+def read_tokens(data_dir: str | None) -> tuple[np.ndarray, int]:
     """The text by numbers of characters, `[characters]`, and how many of these there are."""
     text = np.frombuffer(read_file(_SHAKESPEARE, data_dir=data_dir), np.uint8)
     alphabet, tokens = np.unique(text, return_inverse=True)
@@ -150,7 +150,7 @@ def load(
     if model not in MODELS:
         raise ValueError(f"model is {model!r}, not one of {', '.join(MODELS)}")
     context = 128
-    tokens, characters = _tokens(None if data_dir is None else os.fspath(data_dir))
+    tokens, characters = read_tokens(None if data_dir is None else os.fspath(data_dir))
     n = len(tokens)
 
     def windows(part: np.ndarray, stride: int) -> dict[str, np.ndarray]:

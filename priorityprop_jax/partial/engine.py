@@ -35,6 +35,7 @@ from priorityprop_jax.partial.update import (
     update_active,
 )
 from priorityprop_jax.priority.per_slot import PerSlot
+from priorityprop_jax.priority.scores import priority
 
 
 def step(
@@ -200,6 +201,7 @@ class PartialStep:
         self._account = Account(self.slots)
         self._planner = Planner(options, self.slots, self._account)
         self._work: Any = None  # what gradients take, once known
+        self._update_flops = 0.0  # of all slots
         self._front: list[float] = []  # FLOPs in front of each depth, of stages
         self._arguments: Any = None  # rest and batch of the first step, as shapes
 
@@ -362,9 +364,11 @@ class PartialStep:
         if self._prefix is None:  # else the stages tell
             self.slots = dataclasses.replace(self.slots, depths=work.depths)
             self._planner.slots = self._account.slots = self.slots
-        full_flops = work.cost(range(len(self.slots))) + program_flops(
-            jax.make_jaxpr(self._update)(self._shapes, self._state, self._shapes, jnp.zeros(()))
+        update = jax.make_jaxpr(self._update)
+        self._update_flops = program_flops(
+            update(self._shapes, self._state, self._shapes, jnp.zeros(()))
         )
+        full_flops = work.cost(range(len(self.slots))) + self._update_flops
         self._account.full_flops = full_flops
         self._account.costs = counted = costs_of(work, self.slots, full_flops)
         self._work, costs = work, options.costs
@@ -381,22 +385,19 @@ class PartialStep:
 
     def _counted(self, active: frozenset[str], start: int) -> float:
         """The FLOPs of a step whose program is also that of others."""
-        slots, everything = self.slots, range(len(self.slots))
-        chosen = [i for i in everything if slots.names[i] in active]
-        updates = self._account.full_flops - self._work.cost(everything)
+        slots = self.slots
+        chosen = [i for i, name in enumerate(slots.names) if name in active]
         share = sum(slots.sizes[i] for i in chosen) / max(sum(slots.sizes), 1)
         front = self._front[max(slots.depths[i] for i in chosen)] if start else 0.0
-        return self._work.cost(chosen) + updates * share - front
+        return self._work.cost(chosen) + self._update_flops * share - front
 
     def _new_cycle(self, state: ActiveUpdatesState) -> ActiveUpdatesState:
         values = expected_gains(state, self._gain_decay)
         counts = np.asarray(state.update_counts)
         granted = self._planner.new_cycle(values, counts)
-        # The formula of `priority` without a factor of depth, in NumPy: no program is started.
-        priorities = np.nan_to_num(values, posinf=0.0, neginf=0.0) / (counts + 1.0)
         return state._replace(
             allocation=np.asarray(granted, state.allocation.dtype),
-            priorities=priorities.astype(state.priorities.dtype),
+            priorities=np.asarray(priority(values, counts, 1.0), state.priorities.dtype),
         )
 
     def complete(self, opt_state: Any) -> Any:

@@ -204,10 +204,8 @@ def plan(
         x = None
         if stages is not None and asked.start:
             x = _enters(stages, params, rest, batch, asked.start)
-        from_there, chosen = (
-            functools.partial(loss, start=asked.start),
-            find_active(params, slots, asked.active),
-        )
+        from_there = functools.partial(loss, start=asked.start)
+        chosen = find_active(params, slots, asked.active)
         return _Candidate(from_there, chosen, tx, bool(stacks), params, rest, batch, x)
 
     def other(model, example):

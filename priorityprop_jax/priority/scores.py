@@ -143,6 +143,11 @@ def priority(
     References:
       PriorityProp 0.1.0 (Omur Bera Isik): ``|gradient| x (1 / update_count) x depth_factor``.
     """
+    return _priority(magnitudes, update_counts, depth_factors, costs)
+
+
+@functools.partial(jax.jit, inline=True)  # a host asks for it too, once a cycle
+def _priority(magnitudes, update_counts, depth_factors, costs):
     magnitudes = jnp.asarray(magnitudes)
     wide = precision([magnitudes])
     magnitudes = magnitudes.astype(wide)
