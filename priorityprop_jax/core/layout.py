@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -22,6 +23,16 @@ def layout_of(tree: Any) -> Any:
     if not any(map(spread, jax.tree.leaves(tree))):
         return None  # what the compiler takes whatever the structure of the results
     return jax.tree.map(lambda x: x.sharding if spread(x) else None, tree)
+
+
+def bytes_held(tree: Any) -> int:
+    """Bytes of arrays, or of what stands for them, on one device."""
+    total = 0
+    for x in jax.tree.leaves(tree):
+        sharding = getattr(x, "sharding", None)
+        shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
+        total += math.prod(shape) * x.dtype.itemsize
+    return total
 
 
 def put_beside(params: Any, tree: Any) -> Any:

@@ -28,6 +28,11 @@ def short(value: float) -> str:
     return f"{value / unit:.4g} {prefix}"
 
 
+def mebibytes(size: float) -> float:
+    """Bytes in MiB."""
+    return size / 2**20
+
+
 def bytes_of(size: str) -> float:
     """A size such as ``"4GiB"``, ``"500 MB"`` or ``"1e9"``; a ValueError if it is none above 0."""
     match = re.fullmatch(r"([\d.e+]+) ?(?:([kKMGT]?)(i?)B)?", size)

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from priorityprop_jax.core.program import abstract
+from priorityprop_jax.core.layout import bytes_held
+from priorityprop_jax.core.program import abstract, bytes_beside
 from priorityprop_jax.core.slots import Slots
 from priorityprop_jax.core.timing import medians
 from priorityprop_jax.core.work import Work, read_loss
@@ -27,7 +28,7 @@ class StepCosts:
       own: ``[slots]``, what a slot adds to a step whose chain reaches it anyway: its weight
         gradients.
       floors: ``[depths]``, forward pass and chain back to each depth, not decreasing.
-      unit: ``"flops"`` or ``"milliseconds"``.
+      unit: ``"flops"``, ``"milliseconds"`` or ``"bytes"``.
 
     Example:
       >>> from priorityprop_jax import find_slots
@@ -76,14 +77,16 @@ def measure_costs(
     FLOPs are read from one trace of the loss (see `program_flops`), and nothing is compiled: a
     slot's own cost is the work that its gradient alone needs, and what is left of a step with all
     slots up to a depth is the floor that they share. Milliseconds are the median of runs on this
-    machine; slots share the time between two depths as they share its FLOPs. Only shapes are read.
+    machine; slots share the time between two depths as they share its FLOPs. Bytes are what a
+    compiled program takes at its peak on one device, its arguments included; a slot's own are its
+    gradient's. Only shapes are read.
 
     Args:
       loss_fn: ``(params, batch) -> loss``, or ``(loss, aux)`` with ``has_aux``.
       params: pytree of arrays or `jax.ShapeDtypeStruct`, as is ``batch``.
       batch: what the loss is given.
       slots: the slots of ``params``, see `find_slots`, with the depths that `read_loss` gives.
-      unit: ``"flops"`` or ``"milliseconds"``.
+      unit: ``"flops"``, ``"milliseconds"`` or ``"bytes"``.
       has_aux: as in `jax.value_and_grad`.
       repeats: how often to run a step to time it.
 
@@ -104,8 +107,8 @@ def measure_costs(
       >>> costs.of(slots, ["Dense_1"]) < costs.full
       True
     """
-    if unit not in ("flops", "milliseconds"):
-        raise ValueError(f"unit must be flops or milliseconds, got {unit!r}")
+    if unit not in ("flops", "milliseconds", "bytes"):
+        raise ValueError(f"unit must be flops, milliseconds or bytes, got {unit!r}")
     if not slots.names:
         raise ValueError("there are no slots to measure")
     params, batch = jax.tree.map(abstract, (params, batch))
@@ -116,13 +119,22 @@ def measure_costs(
     pairs = list(zip(slots.names, slots.depths, strict=True))
     upto = [[name for name, d in pairs if d <= depth] for depth in range(len(costs.floors))]
     totals = [costs.of(slots, active) for active in upto]
-    # Of many depths some are run, and those between them lie between them as their FLOPs do.
+    # Of many depths some are compiled; those between them lie between them as their FLOPs do.
     run = np.unique(np.linspace(0, len(upto) - 1, 4).astype(int))
     programs = []
     for depth in run:
         chosen = find_active(params, slots, upto[depth])
         step = value_and_grad_of(loss_fn, chosen, has_aux=has_aux)
         programs.append(jax.jit(step).lower(params, batch).compile())
+    if unit == "bytes":
+        held, leaves = bytes_held((params, batch)), jax.tree.leaves(params)
+        peaks = np.maximum.accumulate([held + bytes_beside(program) for program in programs])
+        peaks = np.interp(totals, np.take(totals, run), peaks).tolist()
+        own = [0.0] * len(slots)
+        for bundle in slots.bundles:
+            each = bytes_held([leaves[leaf] for leaf in bundle.leaves]) / max(bundle.slots, 1)
+            own[bundle.start : bundle.start + bundle.slots] = [each] * bundle.slots
+        return _costs(peaks, own, slots, unit)
     arguments = jax.tree.map(_ones, (params, batch))
     runs = [lambda run=run: jax.block_until_ready(run(*arguments)) for run in programs]
     times = 1e3 * np.array(medians(runs, 0.0, warm=1, least=repeats, most=repeats))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,15 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from priorityprop_jax.core.layout import layout_of, put_beside
+from priorityprop_jax.core.layout import bytes_held, layout_of, put_beside, spread
 from priorityprop_jax.core.program import Program, abstract, build, program_flops
 from priorityprop_jax.core.slots import Bundle, Slots, find_slots
+from priorityprop_jax.core.tables import bytes_of
 from priorityprop_jax.partial.account import Account, state_bytes
 from priorityprop_jax.partial.costs import StepCosts, costs_of, measure_costs
 from priorityprop_jax.partial.grad import active_rows, find_active, value_and_grad_of
 from priorityprop_jax.partial.offload import STATES, ActiveState
-from priorityprop_jax.partial.planner import Options, Planner
-from priorityprop_jax.partial.policies import SPENDING, Policy, make_policy
+from priorityprop_jax.partial.planner import Options, Planner, budget_of
+from priorityprop_jax.partial.policies import Policy, make_policy
 from priorityprop_jax.partial.prefix import Prefix, shapes_of
 from priorityprop_jax.partial.prefix_cache import PrefixCache
 from priorityprop_jax.partial.stack import read, slots_of
@@ -44,6 +44,7 @@ def step(
     share: float | None = None,
     flops: float | None = None,
     milliseconds: float | None = None,
+    memory: float | str | None = None,
     recalc_every: int = 10,
     costs: StepCosts | None = None,
     max_variants: int = 8,
@@ -72,10 +73,14 @@ def step(
     Args:
       policy: who is active when: a name that `make_policy` knows, or a function.
       share: the budget: what a step may cost on average, as a share of a full one, in (0, 1]. The
-        policies priority and random need a share, `flops` or `milliseconds`; suffix, lisa, badam
-        and full cost what they cost, and take none.
+        policies priority and random need a share, `flops`, `milliseconds` or `memory`; suffix,
+        lisa, badam and full cost what they cost, and take `memory` alone.
       flops: the same as FLOPs of a step.
       milliseconds: the same as milliseconds of a step, as measured on this machine.
+      memory: what no step may exceed: bytes, or a text such as ``"4GiB"``. They are those of one
+        device, as the compiler counts them for each program before it runs: parameters, optimizer
+        state, batch, and all that a step makes. Within it priority and random train what fits, and
+        priority has no steps that score all slots, but tries those whose worth is unknown.
       recalc_every: steps in a cycle, for which the policy plans.
       costs: what steps cost, from `measure_costs`, in the unit of the budget; by default they are
         measured at the first step where there is a budget.
@@ -96,7 +101,8 @@ def step(
 
     Raises:
       TypeError, ValueError: an option is of the wrong kind or makes no sense; at the first step, if
-        the budget does not pay for the cheapest step.
+        the budget does not pay for the cheapest step; before a step that exceeds `memory`, with
+        the bytes that it takes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -111,31 +117,13 @@ def step(
       ([1, 1, 1], True)
     """
     make_policy(policy)
-    units = {"share": share, "flops": flops, "milliseconds": milliseconds}
-    given = [(unit, value) for unit, value in units.items() if value is not None]
-    for unit, value in given:
-        if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-            raise TypeError(f"{unit} must be a number, got {value!r}")
-        if not 0 < value < math.inf or (unit == "share" and value > 1):
-            most = "at most 1" if unit == "share" else "finite"
-            raise ValueError(f"{unit} must be above 0 and {most}, got {value}")
-    fixed = isinstance(policy, str) and policy not in SPENDING
-    if len(given) > 1 or (fixed and given) or (policy in SPENDING and not given):
-        asked = ", ".join(f"{unit}={value:g}" for unit, value in given) or "no budget"
-        raise ValueError(
-            f"the policy {policy!r} was given {asked}: priority and random need one of share, "
-            "flops and milliseconds, a function takes at most one, and the others take none"
-        )
+    memory = bytes_of(memory) if isinstance(memory, str) else memory
+    units = {"share": share, "flops": flops, "milliseconds": milliseconds, "memory": memory}
+    budget = budget_of(policy, {unit: x for unit, x in units.items() if x is not None}, costs)
     if isinstance(recalc_every, bool) or not isinstance(recalc_every, int | np.integer):
         raise TypeError(f"recalc_every must be a whole number, got {recalc_every!r}")
     if recalc_every < 1:
         raise ValueError(f"recalc_every must be at least 1, got {recalc_every}")
-    if costs is not None and not isinstance(costs, StepCosts):
-        raise TypeError(f"costs must come from measure_costs, got {costs!r}")
-    if costs is not None and given and given[0][0] not in ("share", costs.unit):
-        raise ValueError(
-            f"the budget is in {given[0][0]}, but costs are in {costs.unit}: measure them in that"
-        )
     if isinstance(max_variants, bool) or not isinstance(max_variants, int) or max_variants < 1:
         raise ValueError(f"max_variants must be a whole number of at least 1, got {max_variants!r}")
     if state not in STATES:
@@ -143,7 +131,6 @@ def step(
     if cache is not None and not isinstance(cache, PrefixCache):
         raise TypeError(f"cache must be a PrefixCache or None, got {cache!r}")
     update_active(optax.identity(), gain_decay=gain_decay)
-    budget = (given[0][0], float(given[0][1])) if given else None
     options = Options(
         policy, budget, int(recalc_every), costs, max_variants, state, cache, gain_decay, seed,
         {"stacked_axis": stacked_axis, "group": group},
@@ -204,6 +191,7 @@ class PartialStep:
         self._update_flops = 0.0  # of all slots
         self._front: list[float] = []  # FLOPs in front of each depth, of stages
         self._arguments: Any = None  # rest and batch of the first step, as shapes
+        self._fit: set[Any] = set()  # active sets and shapes of batches that memory suffices for
 
     def init(self, params: Any) -> Any:
         """The optimizer state before the first step."""
@@ -248,7 +236,7 @@ class PartialStep:
         """One step, which donates parameters, rest and state; see `Step`."""
         if self._arguments is None:
             start = time.perf_counter()
-            self._prepare(rest, batch)
+            self._prepare(params, rest, opt_state, batch)
             self.compile_seconds += time.perf_counter() - start
         if not self._planner.plan:
             opt_state = _changed(opt_state, self._new_cycle)
@@ -256,7 +244,7 @@ class PartialStep:
         if self._states is not None:
             opt_state = _changed(opt_state, lambda s: self._states.move(s, active, params))
         rest, opt_state = put_beside(params, (rest, opt_state))
-        x, start, forward, cached = None, 0, 0.0, False
+        before, x, start, forward, cached = rest, None, 0, 0.0, False
         if self._prefix is not None:
             start = self._prefix.start(active)
             upcoming = map(self._prefix.start, self._planner.plan)
@@ -268,7 +256,13 @@ class PartialStep:
         leaves = [_as_array(leaf) for leaf in leaves]
         batch, x = treedef.unflatten(leaves)
         arguments = (part, frozen, rest, opt_state, batch, x, rows)
-        program = self._compiled(static, start, arguments, (treedef, shapes_of(leaves)))
+        shapes = treedef, shapes_of(leaves)
+        program = self._compiled(static, start, arguments, shapes)
+        if self._planner.limit is not None and (active, shapes) not in self._fit:
+            beside = max(program.beside, self._prefix.beside if self._prefix is not None else 0)
+            if not self._planner.fits(active, bytes_held(arguments) + beside):
+                return self(params, before, opt_state, batch)  # as it is planned anew
+            self._fit.add((active, shapes))
         part, rest, opt_state, values = program.run(*arguments)
         flops = forward + (self._flops(active, start) if rows else program.flops)
         cost = self._planner.charge(active, flops, cached)
@@ -343,13 +337,14 @@ class PartialStep:
         self.compile_seconds += program.seconds
         return program
 
-    def _prepare(self, rest: Any, batch: Any) -> None:
+    def _prepare(self, params: Any, rest: Any, opt_state: Any, batch: Any) -> None:
         """Finds out how deep slots are, and what steps cost.
 
-        By shapes, whatever the layout: a mesh changes no choice.
+        By shapes, whatever the layout: a mesh changes no choice but that of memory.
         """
         options = self._options
-        self._arguments = rest, batch = jax.tree.map(abstract, (rest, batch))
+        given = rest, batch
+        self._arguments = rest, batch = jax.tree.map(abstract, given)
         loss = lambda params, arguments: self._loss(params, *arguments)  # noqa: E731
         example = self._shapes, self._arguments
         work, self._traced = read(loss, *example, slots=self.slots)
@@ -375,13 +370,26 @@ class PartialStep:
         if costs is not None and costs.unit == "flops":
             self._account.costs = costs
         elif costs is None and options.budget is not None:
-            costs = counted
-            if options.budget[0] == "milliseconds":
-                costs = measure_costs(loss, *example, self.slots, unit="milliseconds", has_aux=True)
+            costs, unit = counted, options.budget[0]
+            if unit == "milliseconds":
+                costs = measure_costs(loss, *example, self.slots, unit=unit, has_aux=True)
+            elif unit == "memory" and not self._planner.fixed:
+                laid, beside = jax.tree.map(_laid_out, (params, given))
+                costs = measure_costs(loss, laid, beside, self.slots, unit="bytes", has_aux=True)
+                costs = self._with_state(costs, opt_state)
         if self._prefix is not None:
             self._front = self._prefix.flops(self._shapes, rest, batch["x"])
         if costs is not None:
             self._planner.know(costs, self._front if options.cache else None)
+
+    def _with_state(self, costs: StepCosts, opt_state: Any) -> StepCosts:
+        """Costs in bytes with those of optimizer state: of all slots, or of the active ones."""
+        held, own, per_slot = bytes_held(opt_state), np.array(costs.own), self._per_slot
+        for bundle in per_slot.slots.bundles if self._states is not None else ():
+            state = [per_slot.state_shapes[i] for i in per_slot.owned(bundle)]
+            own[bundle.start : bundle.start + bundle.slots] += bytes_held(state)
+        floors = tuple(floor + held for floor in costs.floors)
+        return dataclasses.replace(costs, own=tuple(own.tolist()), floors=floors)
 
     def _counted(self, active: frozenset[str], start: int) -> float:
         """The FLOPs of a step whose program is also that of others."""
@@ -460,6 +468,12 @@ def in_order(slots: Slots, names: tuple[str, ...], params: Any) -> Slots:
         layers.append(stages.pop())
     depths = tuple(len(trained) - 1 - trained.index(layer) for layer in layers)
     return dataclasses.replace(slots, layers=tuple(layers), depths=depths)
+
+
+def _laid_out(x: Any) -> Any:
+    """Shape and dtype, and the layout on several devices."""
+    at = {"sharding": x.sharding} if spread(x) else {}
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, **at) if at else abstract(x)
 
 
 def _as_array(x: Any) -> Any:

@@ -17,12 +17,12 @@ import numpy as np
 import optax
 from flax import nnx
 
-from priorityprop_jax.core.layout import layout_of
+from priorityprop_jax.core.layout import bytes_held, layout_of
 from priorityprop_jax.core.modules import first, pure_loss
-from priorityprop_jax.core.program import program_flops
+from priorityprop_jax.core.program import bytes_beside, program_flops
 from priorityprop_jax.core.rows import is_row_sparse
 from priorityprop_jax.core.slots import Slots, find_slots
-from priorityprop_jax.core.tables import aligned, bytes_of, short
+from priorityprop_jax.core.tables import aligned, bytes_of, mebibytes, short
 from priorityprop_jax.core.timing import medians
 from priorityprop_jax.core.work import Work
 from priorityprop_jax.partial.engine import in_order
@@ -72,7 +72,7 @@ class Plan:
         for c in self.choices:
             mark = "" if c.measured else "~"
             ms = "-" if c.milliseconds is None else f"{mark}{c.milliseconds:,.1f}"
-            peak, state = (f"{_mebibytes(n):,.1f} MiB" for n in (c.peak_bytes, c.state_bytes))
+            peak, state = (f"{mebibytes(n):,.1f} MiB" for n in (c.peak_bytes, c.state_bytes))
             counts = (short(c.parameters), short(c.flops), f"{c.share:.0%}")
             row = (c.name, *counts, ms, mark + peak, state)
             rows.append((*row, "yes" if c.fits else "no") if limited else row)
@@ -89,10 +89,10 @@ class Plan:
         choices = self.choices
         figure = Figure(figsize=(9, 1.4 + 0.3 * len(choices)), layout="constrained")
         FigureCanvasAgg(figure)
-        memory = None if self.memory is None else _mebibytes(self.memory)
+        memory = None if self.memory is None else mebibytes(self.memory)
         panels = [
             ("milliseconds a step", [c.milliseconds or 0 for c in choices], self.milliseconds),
-            ("peak memory, MiB", [_mebibytes(c.peak_bytes) for c in choices], memory),
+            ("peak memory, MiB", [mebibytes(c.peak_bytes) for c in choices], memory),
         ]
         colors = ["#0072B2" if c.fits else "#B3CDE0" for c in choices]
         for axes, (label, values, limit) in zip(
@@ -406,7 +406,7 @@ class _Candidate:
         with unrolled():  # a stack's loop would count once; another function, or JAX traces no more
             program = jax.make_jaxpr(lambda *x: step(*x))(*given) if looped else traced.jaxpr
         self._lowered, self.flops = traced.lower(), program_flops(program)
-        self.held_bytes, self.state_bytes = _bytes(given), _bytes(given[3])
+        self.held_bytes, self.state_bytes = bytes_held(given), bytes_held(given[3])
         own = jax.eval_shape(chosen.part, arrays[0])
         self.count = sum(leaf.size for leaf in jax.tree.leaves(own))
 
@@ -414,10 +414,8 @@ class _Candidate:
         """Compiles the step, and asks for its memory."""
         program = self._lowered.compile()
         self.run = lambda *given: jax.block_until_ready(program(*given))
-        found: Any = program.memory_analysis()
-        beside = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
         # All arguments, as the compiler leaves out those that a program does not read.
-        self.peak_bytes = self.held_bytes + beside
+        self.peak_bytes = self.held_bytes + bytes_beside(program)
         return self
 
 
@@ -428,17 +426,5 @@ def _compiled(jobs: Mapping[str, Callable[[], _Candidate]]) -> dict[str, _Candid
     return {name: done.result() for name, done in pending.items()}
 
 
-def _bytes(tree: Any) -> int:
-    """On one device."""
-    sizes = (
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
-    return sum(sizes)
-
-
 def _on_line(where: float, low: Any, high: Any) -> Any:
     return None if low is None or high is None else low + where * (high - low)
-
-
-def _mebibytes(size: float) -> float:
-    return size / 2**20

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from priorityprop_jax.core.slots import Slots
+from priorityprop_jax.core.tables import mebibytes
 from priorityprop_jax.partial.account import Account
 from priorityprop_jax.partial.costs import StepCosts
 from priorityprop_jax.partial.policies import SPENDING, Policy, Situation, make_policy
@@ -43,10 +44,40 @@ class Options:
         }
 
 
+def budget_of(
+    policy: str | Policy, units: Mapping[str, Any], costs: StepCosts | None
+) -> tuple[str, float] | None:
+    """The one budget among those given by unit; raises where it fits neither policy nor costs."""
+    for unit, value in units.items():
+        if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+            raise TypeError(f"{unit} must be a number, got {value!r}")
+        if not 0 < value < math.inf or (unit == "share" and value > 1):
+            most = "at most 1" if unit == "share" else "finite"
+            raise ValueError(f"{unit} must be above 0 and {most}, got {value}")
+    spends, fixed = policy in SPENDING, isinstance(policy, str) and policy not in SPENDING
+    if len(units) > 1 or (fixed and units.keys() - {"memory"}) or (spends and not units):
+        asked = ", ".join(f"{unit}={value:g}" for unit, value in units.items()) or "no budget"
+        raise ValueError(
+            f"the policy {policy!r} was given {asked}: priority and random need one of share, "
+            "flops, milliseconds and memory, a function takes at most one, and the others memory "
+            "or none"
+        )
+    if costs is not None and not isinstance(costs, StepCosts):
+        raise TypeError(f"costs must come from measure_costs, got {costs!r}")
+    unit, amount = next(iter(units.items()), ("", 0.0))
+    paid = {"share": ("flops", "milliseconds"), "memory": ("bytes",)}.get(unit, (unit,))
+    if costs is not None and unit and not fixed and costs.unit not in paid:
+        raise ValueError(
+            f"the budget is in {unit}, but costs are in {costs.unit}: measure them in that"
+        )
+    return (unit, float(amount)) if unit else None
+
+
 class Planner:
     """At the start of a cycle tells the policy what it may spend, and takes what it asks for.
 
-    It may spend the budget of all steps so far and of this cycle, less what has been spent.
+    It may spend the budget of all steps so far and of this cycle, less what has been spent. Of
+    memory, every step may take all.
     """
 
     def __init__(self, options: Options, slots: Slots, account: Account) -> None:
@@ -58,6 +89,11 @@ class Planner:
         self._cached = 0  # steps that found their prefix there, before this cycle
         self._full = 0.0  # what a step with all slots costs; 0 where only its FLOPs are known
         self._allowed = math.inf  # what a step may cost on average
+        memory = options.budget is not None and options.budget[0] == "memory"
+        self.limit = options.budget[1] if options.budget and memory else None  # bytes of a step
+        self.fixed = isinstance(options.policy, str) and options.policy not in SPENDING
+        self._beyond = 0.0  # bytes that a program has taken beyond its expected cost
+        self._refused: set[frozenset[str]] = set()
         self.plan: list[frozenset[str]] = []  # the active sets of the steps left of the cycle
 
     def know(self, costs: StepCosts, front: Sequence[float] | None) -> None:
@@ -72,7 +108,7 @@ class Planner:
                 f"model has {len(slots)} slots; measure them for these slots"
             )
         self._full = self._account.full_flops if costs.unit == "flops" else costs.full
-        if front is not None:
+        if front is not None and costs.unit != "bytes":
             rate = self._full / self._account.full_flops
             self._front = [rate * flops for flops in front]
         self._measured = costs
@@ -82,7 +118,7 @@ class Planner:
             self._allowed = amount * self._full if unit == "share" else amount
         pairs = zip(slots.names, slots.depths, strict=True)
         cheapest = self.cost(frozenset(name for name, depth in pairs if depth == 0))
-        if options.policy in SPENDING and self._allowed < cheapest:
+        if options.policy in SPENDING and self.limit is None and self._allowed < cheapest:
             raise ValueError(
                 f"the budget allows a step {self._allowed:.4g}, but the cheapest, with the output "
                 f"layer alone, costs {cheapest:.4g}, {cheapest / self._full:.0%} of a full one: "
@@ -104,6 +140,29 @@ class Planner:
         costs = self._of_hits(float(cached))
         return flops if costs is None or costs.unit == "flops" else costs.of(self.slots, active)
 
+    def fits(self, active: frozenset[str], taken: float) -> bool:
+        """Whether memory suffices for a step that takes so many bytes.
+
+        If not, the next plan is for less; raises where the policy asks for this in any case.
+        """
+        if self.limit is None or taken <= self.limit:
+            return True
+        if self.fixed or active in self._refused:
+            depths = dict(zip(self.slots.names, self.slots.depths, strict=True))
+            part = f"{len({depths[name] for name in active})} of {max(depths.values()) + 1} layers"
+            least = "a step" if self.fixed else "the smallest step"
+            state = ", or a state of 'reset' or 'offload'" * (self._options.state == "keep")
+            raise ValueError(
+                f"memory is {mebibytes(self.limit):,.1f} MiB, but {least} that the policy "
+                f"{self._options.policy!r} asks for, of {part}, takes {math.ceil(taken)} bytes, "
+                f"{mebibytes(taken):,.1f} MiB: raise memory to that, or take smaller batches, a "
+                f"policy of fewer layers{state}; partial.plan tells what each choice takes"
+            )
+        self._refused.add(active)
+        self._beyond = max(self._beyond, taken - self.cost(active))
+        self.plan = []
+        return False
+
     def new_cycle(self, values: np.ndarray, counts: np.ndarray) -> list[int]:
         """Plans the next cycle; returns the updates that each slot has in it.
 
@@ -113,9 +172,11 @@ class Planner:
         # As many find their prefix in the cache as did in the cycle before.
         cached, self._cached = self._cached, self._account.total.cached_steps
         self.costs = self._of_hits((self._cached - cached) / steps)
-        allowed = max(self._allowed * (done + steps) - self._account.charged, 0.0)
+        allowed = max(self._allowed * (done + steps) - self._account.charged, 0.0) / steps
+        if self.limit is not None:
+            allowed = max(self.limit - self._beyond, 0.0)
         situation = Situation(
-            self.slots, self.costs, allowed / steps, self._full or self._account.full_flops,
+            self.slots, self.costs, allowed, self._full or self._account.full_flops,
             done // steps, steps, values, counts, self._options.seed,
         )  # fmt: skip
         wanted = [frozenset(names) for names in self._policy(situation)]
@@ -125,14 +186,15 @@ class Planner:
                 f"the policy must give {steps} sets of slots that are not empty; got "
                 + (f"the unknown slot {min(unknown)!r}" if unknown else f"{len(wanted)} sets")
             )
-        self.plan = wanted
+        self.plan = wanted[done % steps :]  # the rest, where the cycle is planned anew
         return [sum(name in active for active in wanted) for name in self.slots.names]
 
     def record(self) -> dict[str, Any]:
         """What a resumed run needs, ready for JSON."""
-        return {"plan": [sorted(active) for active in self.plan], "cached": self._cached}
+        plan = [sorted(active) for active in self.plan]
+        return {"plan": plan, "cached": self._cached, "beyond": self._beyond}
 
     def restore(self, record: Mapping[str, Any]) -> None:
         """The inverse of `record`."""
         self.plan = [frozenset(active) for active in record["plan"]]
-        self._cached = record["cached"]
+        self._cached, self._beyond = record["cached"], record["beyond"]

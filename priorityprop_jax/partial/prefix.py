@@ -35,6 +35,7 @@ class Prefix:
         self._key: str | None = None  # of the cache as it was opened; None before
         self._checked = False  # whether what is cached has been found to be of each example alone
         self._programs: dict[Hashable, Program] = {}
+        self.beside = 0  # the most bytes that a program has taken, see `bytes_beside`
 
     def start(self, active: Iterable[str]) -> int:
         """The first stage that these slots train."""
@@ -87,6 +88,7 @@ class Prefix:
         if key not in self._programs:
             self._programs[key] = self._build(forward, arguments, (None, layout_of(arguments[1])))
         program = self._programs[key]
+        self.beside = max(self.beside, program.beside)
         y, changed = program.run(*arguments)
         return y, {**rest, **changed}, program.flops
 

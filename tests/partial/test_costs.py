@@ -252,7 +252,7 @@ def test_errors():
     def loss(params, x):
         return jnp.sum(x @ params["w"])
 
-    with pytest.raises(ValueError, match="unit must be flops or milliseconds"):
+    with pytest.raises(ValueError, match="unit must be flops, milliseconds or bytes"):
         measure_costs(loss, params, array(2, 2), find_slots(params), unit="seconds")
     with pytest.raises(ValueError, match="no slots"):
         measure_costs(loss, {}, array(2, 2), find_slots({}))
