@@ -96,13 +96,13 @@ def learn_one(arguments: argparse.Namespace) -> None:
 
     config = config_of(arguments, arguments.arm, arguments.rate)
     task = task_of(arguments, config)
-    loader = decoders.batches(config, task.train, train=True)
+    loader = decoders.batches(config, task, task.train, train=True)
     steps = config.epochs * len(loader)
     with tempfile.TemporaryDirectory() as folder:
         trainer = decoders.trainer_of(Path(folder), config, task, steps)
         trainer._progress = False
-        loader = decoders.batches(config, task.train, train=True)
-        dev = decoders.batches(config, task.dev, train=False)
+        loader = decoders.batches(config, task, task.train, train=True)
+        dev = decoders.batches(config, task, task.dev, train=False)
         order = []
         for epoch in range(config.epochs):
             loader.set_epoch(epoch)
@@ -152,23 +152,24 @@ def step_one(arguments: argparse.Namespace) -> None:
 
     config = config_of(arguments, arguments.arm)
     from priorityprop_jax.models import load_decoder, load_language
-    from priorityprop_jax.models.prompts import label_tokens
+    from priorityprop_jax.models.prompts import answer_loss, label_tokens
 
     path = tuning.model_path(config)
     language = load_language(path)
     labels = ["negative", "positive"]
     rng, length = np.random.default_rng(0), arguments.length
     x = [rng.integers(0, 49152, length).astype(np.int32) for _ in range(BATCH)]
-    answer = label_tokens(language, labels)[0]
-    y = [np.array([-1] * (length - 1) + [answer], np.int32) for _ in x]
-    part = {"x": x, "y": y, "id": list(np.arange(BATCH, dtype=np.int32))}
+    answers = label_tokens(language, labels)
+    y = [np.array([-1] * (length - 1) + [answers[0]], np.int32) for _ in x]
+    part = {"x": x, "y": y}
     model = load_decoder(path)
-    task = decoders.Task(model, language, "label", labels, part, dict(part), length)
+    loss_fn = answer_loss(answers)
+    task = decoders.Task(model, language, "label", labels, loss_fn, part, dict(part), length)
     del model
     with tempfile.TemporaryDirectory() as folder:
         trainer = decoders.trainer_of(Path(folder), config, task, 100)
         trainer._progress = False
-        batch = next(iter(decoders.batches(config, task.train, train=False)))
+        batch = next(iter(decoders.batches(config, task, task.train, train=False)))
         compiled = []
         keep = jax.stages.Lowered.compile
 

@@ -33,16 +33,10 @@ class Task:
     language: Language
     kind: str  # of the texts
     labels: list[str]  # none where the answer is free
-    train: dict[str, list[Any]]  # x, y and id, by row
+    loss_fn: Any  # of answers, with their accuracy where they are labels
+    train: dict[str, list[Any]]  # x and y, and segments where rows are packed, by row
     dev: dict[str, list[Any]]
     length: int  # tokens, at most
-
-    @functools.cached_property
-    def loss_fn(self) -> Any:
-        """The loss of answers, and their accuracy where they are labels."""
-        from priorityprop_jax.models.prompts import answer_loss, label_tokens
-
-        return answer_loss(label_tokens(self.language, self.labels) if self.labels else None)
 
 
 def load(config: Config, path: Path) -> Task:
@@ -50,48 +44,68 @@ def load(config: Config, path: Path) -> Task:
     import jax.numpy as jnp
 
     from priorityprop_jax.models import load_decoder, load_language
-    from priorityprop_jax.models.prompts import answer_rows, label_tokens
+    from priorityprop_jax.models.prompts import answer_loss, answer_rows, class_rows, label_tokens
     from priorityprop_jax.models.tokenizer import check_tokens
 
     train, dev = runs.texts(config)[:2]
     kind = train.kind
     if kind not in ("label", "completion", "messages"):
         raise Failure(f"the rows of {config.data} have no label, completion or messages", 1)
+    if config.head and kind != "label":
+        raise Failure(f"--head tells labels, and the rows of {config.data} have none", 2)
     with told(ValueError):
         language = load_language(path)
-        with meshes.on_host(config.mesh):
-            model = load_decoder(path, dtype=jnp.dtype(config.dtype), remat=config.remat)
         labels = runs.labels(train, dev) if kind == "label" else []
-        if labels:
-            label_tokens(language, labels)
+        about = {"dtype": jnp.dtype(config.dtype), "remat": config.remat, "seed": config.seed}
+        with meshes.on_host(config.mesh):
+            model = load_decoder(path, classes=len(labels) if config.head else None, **about)
+        if model.config.classes and not config.head:
+            raise Failure(f"{path} tells classes and cannot write: train it with --head", 2)
+        answers = list(range(len(labels))) if config.head else label_tokens(language, labels)
         context = model.config.max_position_embeddings
         if (length := config.max_length or min(256, context)) > context:
             raise Failure(f"--max-length {length} is longer than the model's context, {context}", 2)
-        parts = []
-        for texts in (train, dev):
-            rows = answer_rows(language, kind, texts.rows, length)
+        if config.head:
+            found = [class_rows(language, part.rows, length, labels) for part in (train, dev)]
+        else:
+            found = [answer_rows(language, kind, part.rows, length) for part in (train, dev)]
+        for rows in found:
             check_tokens(rows.x, model.config.vocab_size)
-            if rows.cut:
-                print(f"{rows.cut} of {len(rows.x)} texts are cut to {length} tokens")
-            start = len(parts[0]["x"]) if parts else 0
-            ids = list(np.arange(start, start + len(rows.x), dtype=np.int32))
-            parts.append({"x": rows.x, "y": rows.y, "id": ids})
-    if len(train.rows) < config.batch_size:
+    runs.tell_cut(sum(rows.cut for rows in found), sum(len(rows.x) for rows in found), length)
+    parts = [{"x": rows.x, "y": rows.y} for rows in found]
+    if config.pack:
+        parts[0] = _packed(parts[0], length)
+        parts[1]["segments"] = [np.ones_like(row) for row in parts[1]["x"]]
+    if (count := len(parts[0]["x"])) < config.batch_size:
         raise Failure(
-            f"there are {len(train.rows)} rows to train on, less than a batch of "
-            f"{config.batch_size}; --batch-size sets another", 2
+            f"there are {count} {'packed ' if config.pack else ''}rows to train on, less than a "
+            f"batch of {config.batch_size}; --batch-size sets another", 2
         )  # fmt: skip
-    return Task(model, language, kind, labels, parts[0], parts[1], length)
+    loss_fn = answer_loss(answers if labels else None)
+    return Task(model, language, kind, labels, loss_fn, parts[0], parts[1], length)
 
 
-def batches(config: Config, part: Mapping[str, list[Any]], *, train: bool) -> Any:
-    """The rows in batches of a few lengths."""
+def _packed(part: dict[str, list[Any]], length: int) -> dict[str, list[Any]]:
+    """As few rows as hold all examples, without the padding at their ends."""
+    from priorityprop_jax.training import packed
+
+    found = packed(part, length)
+    sizes = np.count_nonzero(found["segments"], axis=1)
+    print(f"{len(part['x'])} texts are packed into {len(sizes)} rows of up to {length} tokens")
+    return {
+        name: [row[:size] for row, size in zip(rows, sizes, strict=True)]
+        for name, rows in found.items()
+    }
+
+
+def batches(config: Config, task: Task, part: Mapping[str, list[Any]], *, train: bool) -> Any:
+    """The rows of a part of the task in batches of a few lengths."""
     from priorityprop_jax.training import buckets
 
     pad = {"y": -1} if "y" in part else None
     loader = buckets(
-        part, config.batch_size, by="x", most=4, pad=pad, shuffle=train, seed=config.seed,
-        drop_last=train,
+        part, config.batch_size, by="x", most=4, longest=task.length, pad=pad, shuffle=train,
+        seed=config.seed, drop_last=train,
     )  # fmt: skip
     return loader if config.mesh is None else meshes.Spread(loader, config.mesh)
 
@@ -181,11 +195,11 @@ def _flops(task: Task, config: Config, policy: str) -> float:
     return program_flops(grad(params, rest, {"x": x, "y": y}))
 
 
-def with_lora(model: Any, rank: int) -> Any:
+def with_lora(model: Any, rank: int, alpha: float | None = None) -> Any:
     """The model, with matrices of `add_lora` in it."""
     from priorityprop_jax.models.lora import add_lora
 
-    add_lora(model, rank=rank, alpha=2.0 * rank)
+    add_lora(model, rank=rank, alpha=alpha or 2.0 * rank)
     return model
 
 
@@ -218,18 +232,24 @@ def hidden_rows(model: Any, task: Task, config: Config, blocks: int, folder: Pat
 
     both = [*task.train["x"], *task.dev["x"]]
     starts = np.cumsum([0, *map(len, both)])
-    run = nnx.jit(lambda model, x: model.below(x, blocks).astype(jnp.float32))
     everything = {"x": both, "id": list(np.arange(len(both)))}
+    if "segments" in task.train:
+        everything["segments"] = [*task.train["segments"], *task.dev["segments"]]
+
+    @nnx.jit
+    def run(model, batch):
+        found = model.below(batch["x"], blocks, batch.get("segments"))
+        return found.astype(jnp.float32)
 
     def made() -> Iterator[tuple[int, np.ndarray]]:
         from tqdm import tqdm
 
         placed = meshes.place(model, config.mesh)
-        loader = batches(config, everything, train=False)
+        loader = batches(config, task, everything, train=False)
         quiet = True if jax.process_index() else None
         for batch in tqdm(loader, "frozen blocks", disable=quiet, leave=False):
             # Hidden first: two programs that talk to other processes may not run at once.
-            hidden, ids = meshes.gathered((run(placed, batch["x"]), batch["id"]))
+            hidden, ids = meshes.gathered((run(placed, batch), batch["id"]))
             yield from zip(ids, hidden, strict=True)
 
     def fill(path: Path) -> None:
@@ -269,7 +289,7 @@ def trainer_of(directory: Path, config: Config, task: Task, steps: int) -> Any:
         del task.model  # what is below is not in memory
     elif name == "lora":
         with meshes.on_host(config.mesh):
-            with_lora(model, number)
+            with_lora(model, number, config.alpha)
     elif name != "full":
         step = tuning.make_step(config)
         tx = tuning.optimizer(config.learning_rate, steps, active=True)
@@ -290,7 +310,8 @@ def train(directory: Path, config: Config, task: Task, steps: int, share: float 
     tokens = sum(map(len, task.train["x"]))
     trainer = trainer_of(directory, config, task, steps)
     data = runs.Data(
-        batches(config, task.train, train=True), batches(config, task.dev, train=False), None
+        batches(config, task, task.train, train=True),
+        batches(config, task, task.dev, train=False),
     )
     results = runs.train_arm(directory, config.policy, trainer, data, config.epochs)
     results["tokens_per_second"] = tokens * config.epochs / max(results["seconds"], 1e-9)
@@ -304,11 +325,12 @@ def train(directory: Path, config: Config, task: Task, steps: int, share: float 
         return
     with meshes.on_host(config.mesh):
         if config.policy.startswith("suffix"):
-            whole = load_decoder(tuning.model_path(config))
+            whole = load_decoder(tuning.model_path(config), classes=trainer.model.config.classes)
             whole.put_top(trainer.model)
         elif config.policy.startswith("lora"):
             merge_lora(whole)
-        save_decoder(whole, directory / "model", task.language)
+        labels = task.labels if config.head else None
+        save_decoder(whole, directory / "model", task.language, labels=labels)
     about = {"model": "decoder", "kind": task.kind, "labels": task.labels, "length": task.length}
     runs.write(directory / "model" / "task.json", json.dumps(about, indent=1))
     record = {

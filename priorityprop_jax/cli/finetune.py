@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from priorityprop_jax.cli import meshes, runs
-from priorityprop_jax.cli.runs import COMMON, Failure, Report, fraction, told, whole
+from priorityprop_jax.cli.runs import COMMON, Failure, Report, fraction, rate, told, whole
 from priorityprop_jax.cli.tuning import is_decoder, make_step, model_path, optimizer, path_or_name
 from priorityprop_jax.core.tables import short
 
@@ -74,6 +74,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "policies that train the same last layers for long, such as suffix",
     },
     "max_length": {"type": whole(2), "help": "tokens of a text (default: 256, encoders 48)"},
+    "head": {
+        "action": "store_true",
+        "help": "a decoder tells labels by a head of its own on the last token, as "
+        "LlamaForSequenceClassification of transformers does, not by a word behind the text",
+    },
+    "pack": {
+        "action": "store_true",
+        "help": "a decoder trains on rows of up to --max-length tokens that several texts share, "
+        "without seeing each other; --batch-size counts these rows",
+    },
+    "alpha": {
+        "type": rate, "help": "how much the matrices of lora count (default: twice their rank)"
+    },
     "accumulate": {
         "type": whole(1), "default": 1,
         "help": "for a decoder with full, suffix or lora: batches whose gradients make one update",
@@ -147,10 +160,12 @@ def _check_options(config: Config, decoder: bool) -> None:
     """An option that would change nothing is an error."""
     from priorityprop_jax.cli.decoders import parts_of
 
-    unused, of = ["accumulate", "dtype", "remat"], "an encoder"
+    unused, of = ["head", "pack", "alpha", "accumulate", "dtype", "remat"], "an encoder"
     if decoder:
         name, number = parts_of("suffix" if config.policy is None else config.policy)
         unused, of = ["cache", "numbers"], f"{name} of a decoder"
+        if name != "lora":
+            unused.append("alpha")
         if name in ("full", "suffix", "lora"):
             unused += ["state", "recalc_every"]
         if name in ("full", "lora") or (name == "suffix" and number):
@@ -179,7 +194,7 @@ def _decoder(arguments: argparse.Namespace, config: Config, path: Path) -> int:
     config.learning_rate = config.learning_rate or decoders.RATES.get(name, decoders.RATES["full"])
     meshes.check(config)
     task = decoders.load(config, path)
-    steps = len(decoders.batches(config, task.train, train=True))
+    steps = len(decoders.batches(config, task, task.train, train=True))
     if config.accumulate > config.epochs * steps:
         raise Failure(
             f"--accumulate {config.accumulate} is more than all {config.epochs * steps} batches: "
@@ -214,6 +229,7 @@ def load(config: Config) -> Task:
         name = Path(config.data).stem
         task = encoded(name, parts, folder, length=length, seed=config.seed, labels=labels)
     task = task.adjusted(config)
+    runs.tell_cut(task.cut, sum(len(part["x"]) for part in task.parts), length)
     if (rows := len(task.parts[0]["x"])) < task.batch_size:
         raise Failure(
             f"there are {rows} rows to train on, less than a batch of {task.batch_size}", 2

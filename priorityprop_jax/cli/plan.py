@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         elif is_decoder(path := model_path(config)):
             config.batch_size = config.batch_size or 16
             task = decoders.load(config, path)
-            loader = decoders.batches(config, task.train, train=True)
+            loader = decoders.batches(config, task, task.train, train=True)
             model, batch = task.model, max(loader, key=lambda batch: batch["x"].shape[1])
             beside = decoders.others(model, batch)
         else:

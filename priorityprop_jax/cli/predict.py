@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from priorityprop_jax.cli.runs import Failure, reading, told, whole, write
+from priorityprop_jax.cli.runs import Failure, reading, tell_cut, told, whole, write
 
 TEXT = "Labels the texts of a file with a model that was fine-tuned, and writes a CSV file."
 POSITIONAL: dict[str, dict[str, Any]] = {
@@ -78,23 +78,28 @@ def run(arguments: argparse.Namespace) -> int:
 def _decoder(
     folder: Path, texts: list[str], labels: list[str], length: int, arguments: argparse.Namespace
 ) -> np.ndarray:
-    """Scores `[texts, labels]` by the first token of an answer."""
+    """Scores `[texts, labels]` by the first token of an answer, or by a head."""
     import jax.numpy as jnp
     from flax import nnx
 
     from priorityprop_jax.models import load_decoder, load_language
-    from priorityprop_jax.models.prompts import answer_rows, label_logits, label_tokens
+    from priorityprop_jax.models.prompts import answer_rows, class_rows, label_logits, label_tokens
     from priorityprop_jax.models.tokenizer import check_tokens
     from priorityprop_jax.training import buckets
 
     model, language = load_decoder(folder), load_language(folder)
-    tokens = label_tokens(language, labels)
-    x = answer_rows(language, "text", [{"text": text} for text in texts], length).x
+    rows: Any = [{"text": text} for text in texts]
+    if model.config.classes:
+        tokens, rows = range(len(labels)), class_rows(language, rows, length, labels)
+    else:
+        tokens, rows = label_tokens(language, labels), answer_rows(language, "text", rows, length)
+    tell_cut(rows.cut, len(texts), length)
+    x = rows.x
     check_tokens(x, model.config.vocab_size)
     score = nnx.jit(lambda model, x, last: label_logits(model.outputs(x), last, tokens))
     rows = {"x": x, "last": [len(row) - 1 for row in x], "id": list(range(len(x)))}
     scores = np.zeros((len(x), len(labels)), np.float32)
-    for batch in buckets(rows, arguments.batch_size, by="x", most=4):
+    for batch in buckets(rows, arguments.batch_size, by="x", most=4, longest=length):
         found = score(model, batch["x"], jnp.asarray(batch["last"]))
         scores[np.asarray(batch["id"])] = np.asarray(found)
     return scores
@@ -106,11 +111,12 @@ def _encoder(
     """Scores `[texts, labels]`, or the number itself `[texts, 1]`."""
     from flax import nnx
 
-    from priorityprop_jax.models import load_bert, load_tokenizer, tokenize
-    from priorityprop_jax.models.tokenizer import check_tokens
+    from priorityprop_jax.models import load_bert, load_tokenizer
+    from priorityprop_jax.models.tokenizer import check_tokens, cut_rows
     from priorityprop_jax.training import ArrayLoader
 
-    model, x = load_bert(folder), tokenize(load_tokenizer(folder), texts, length)
+    model, (x, cut) = load_bert(folder), cut_rows(load_tokenizer(folder), texts, length)
+    tell_cut(cut, len(texts), length)
     check_tokens(x, model.config.vocab_size)
     model.eval()
     score = nnx.jit(lambda model, x: model(x))

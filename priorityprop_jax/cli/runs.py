@@ -166,6 +166,12 @@ def texts(config: argparse.Namespace) -> tuple[Any, ...]:
     return tuple(part._replace(rows=part.rows[: config.limit]) for part in parts)
 
 
+def tell_cut(cut: int, rows: int, length: int) -> None:
+    """Says how many texts are seen in part alone, if any."""
+    if cut:
+        print(f"{cut} of {rows} texts are cut to {length} tokens")
+
+
 def labels(train: Any, *others: Any) -> list[str]:
     """The labels to learn; an error if others occur where the model is tried."""
     from priorityprop_jax.models.texts import check_labels, labels_of

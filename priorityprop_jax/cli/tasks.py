@@ -18,7 +18,7 @@ from flax import nnx
 from priorityprop_jax.models.files import DataFile, package, read_file
 from priorityprop_jax.models.packages import find_model
 from priorityprop_jax.models.texts import Texts, numbers_of
-from priorityprop_jax.models.tokenizer import check_tokens, load_tokenizer, tokenize
+from priorityprop_jax.models.tokenizer import check_tokens, cut_rows, load_tokenizer
 from priorityprop_jax.models.weights import load_bert
 from priorityprop_jax.training.loader import ArrayLoader
 
@@ -71,6 +71,7 @@ class Task:
     loss_fn: Callable[[Any, Any], Any] = cross_entropy
     labels: Sequence[str] = ()  # of the numbers in `y`, where they have names
     spread: tuple[float, float] = (0.0, 1.0)  # `y` is numbers less the first, by the second
+    cut: int = 0  # texts whose end is left out
 
     def adjusted(self, config: Any) -> Task:
         """With the learning rate, batch size and epochs that are not None."""
@@ -155,24 +156,24 @@ def encoded(
     all parts, so that what a frozen layer makes of it can be kept. What is wrong with the files
     raises as `load_bert` does.
     """
-    tokenizer, rows, start = load_tokenizer(folder), [], 0
+    tokenizer, rows, start, cut = load_tokenizer(folder), [], 0, 0
     mean, deviation = 0.0, 1.0
     if not labels:
         numbers = numbers_of(parts[0])
         mean, deviation = float(numbers.mean()), float(numbers.std()) or 1.0
     for part in parts:
-        x = tokenize(tokenizer, [row["text"] for row in part.rows], length)  # [rows, length]
+        x, more = cut_rows(tokenizer, [row["text"] for row in part.rows], length)  # [rows, length]
         if labels:
             y = np.array([labels.index(row["label"]) for row in part.rows], np.int32)
         else:
             y = ((numbers_of(part) - mean) / deviation).astype(np.float32)
         ids = np.arange(start, start + len(y), dtype=np.int32)  # [rows]
         rows.append({"x": x, "y": y, "id": ids})
-        start += len(y)
+        start, cut = start + len(y), cut + more
     model = load_bert(folder, classes=len(labels) or 1, seed=seed)
     check_tokens([row for part in rows for row in part["x"]], model.config.vocab_size)
     loss_fn = cross_entropy if labels else squared_error
-    about = {"loss_fn": loss_fn, "labels": labels, "spread": (mean, deviation)}
+    about = {"loss_fn": loss_fn, "labels": labels, "spread": (mean, deviation), "cut": cut}
     return Task(name, model, tuple(rows), seed, 32, 1e-4, 2, **about)
 
 

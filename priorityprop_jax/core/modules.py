@@ -11,6 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 
+class FrozenWeight(nnx.Variable):
+    """A weight that is not trained. Checkpoints do not hold it: whoever made the model has it."""
+
+
 def check_module(model: Any) -> None:
     """Raises a TypeError for a model that is no `nnx.Module`."""
     if not isinstance(model, nnx.Module):

@@ -20,11 +20,17 @@ from priorityprop_jax.models.generate import generate
 from priorityprop_jax.models.hub import Language, load_decoder, load_language, save_decoder
 from priorityprop_jax.models.lora import add_lora, merge_lora
 from priorityprop_jax.models.packages import find_model, get_model
-from priorityprop_jax.models.prompts import answer_loss, answer_rows, label_logits, label_tokens
+from priorityprop_jax.models.prompts import (
+    answer_loss,
+    answer_rows,
+    class_rows,
+    label_logits,
+    label_tokens,
+)
 from priorityprop_jax.models.tensors import read_tensors, write_tensors
 from priorityprop_jax.models.texts import Texts, labels_of, read_texts
 from priorityprop_jax.models.tokenizer import load_tokenizer, tokenize
-from priorityprop_jax.models.weights import find_minilm, load_bert, read_labels, save_bert
+from priorityprop_jax.models.weights import load_bert, read_labels, save_bert
 
 __all__ = [
     "BertBlock",
@@ -45,7 +51,7 @@ __all__ = [
     "add_lora",
     "answer_loss",
     "answer_rows",
-    "find_minilm",
+    "class_rows",
     "find_model",
     "generate",
     "get_model",

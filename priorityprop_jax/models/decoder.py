@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from priorityprop_jax.core.modules import trainable
+from priorityprop_jax.core.modules import FrozenWeight, trainable
 from priorityprop_jax.exact.products import dot_general
 from priorityprop_jax.partial.stack import Stack
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
+_CLASSIFIER = "ForSequenceClassification"
 _REMAT = {"none": None, "products": jax.checkpoint_policies.dots_saveable, "all": None}
 
 
@@ -39,11 +40,13 @@ class DecoderConfig:
       rope_theta: base of the rotary positions.
       rope_scaling: factor, low and high frequency factor and original length of Llama 3's longer
         contexts; or a factor alone, by which positions are divided.
-      tie_word_embeddings: whether the output layer is the embedding.
+      tie_word_embeddings: whether the output layer is the embedding, where there is no head.
       qkv_bias: whether queries, keys and values have a bias.
       out_bias: whether the attention's output has one.
       sliding_window: how many tokens a token attends to, itself included; None for all before it.
       initializer_range: standard deviation of fresh weights.
+      classes: how many a head tells of a text by its last token; None for an output layer of
+        tokens.
 
     Raises:
       ValueError: a value is one that the decoder cannot work with.
@@ -66,6 +69,7 @@ class DecoderConfig:
     out_bias: bool = False
     sliding_window: int | None = None
     initializer_range: float = 0.02
+    classes: int | None = None
 
     def __post_init__(self) -> None:
         """Checks the values against each other."""
@@ -89,9 +93,15 @@ class DecoderConfig:
             raise ValueError(f"num_key_value_heads={shared} do not divide {heads} heads")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, an even number is needed")
-        window = self.sliding_window
-        if window is not None and (not isinstance(window, int) or window < 1):
-            raise ValueError(f"sliding_window is {window!r}, a whole number from 1 on is needed")
+        for name in ("sliding_window", "classes"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} is {value!r}, a whole number from 1 on is needed")
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output layer is the embedding."""
+        return self.tie_word_embeddings and self.classes is None
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> DecoderConfig:
@@ -103,7 +113,8 @@ class DecoderConfig:
         given = {
             f.name: config[f.name]
             for f in dataclasses.fields(cls)
-            if config.get(f.name) is not None and f.name not in ("rope_scaling", "sliding_window")
+            if config.get(f.name) is not None
+            and f.name not in ("rope_scaling", "sliding_window", "classes")
         }
         kind, heads = given.get("model_type", "llama"), given.get("num_attention_heads")
         # Only Qwen's have biases though they do not say so.
@@ -114,6 +125,9 @@ class DecoderConfig:
             given.setdefault("head_dim", given["hidden_size"] // heads)
         if config.get("use_sliding_window", kind == "mistral"):
             given["sliding_window"] = config.get("sliding_window")
+        if str(config.get("architectures")).rstrip("']").endswith(_CLASSIFIER):
+            labels = config.get("id2label")
+            given["classes"] = len(labels) if isinstance(labels, Mapping) else 2
         act = config.get("hidden_act", "silu")
         if act != "silu":
             raise ValueError(f"hidden_act {act!r} is not supported, only 'silu' is")
@@ -138,9 +152,10 @@ class DecoderConfig:
         config["use_sliding_window"] = self.sliding_window is not None
         config["hidden_act"] = "silu"
         kind = self.model_type
-        config["architectures"] = [
-            f"{ {'llama': 'Llama', 'mistral': 'Mistral'}.get(kind, kind.title()) }ForCausalLM"
-        ]
+        what = "ForCausalLM" if (classes := config.pop("classes")) is None else _CLASSIFIER
+        config["architectures"] = [kind.title() + what]
+        if classes is not None:
+            config["id2label"] = {str(i): f"LABEL_{i}" for i in range(classes)}
         if (scaling := self.rope_scaling) is not None:
             names = ["factor", "low_freq_factor", "high_freq_factor"]
             found = dict(zip(names, scaling, strict=False))
@@ -238,14 +253,15 @@ class DecoderBlock(nnx.Module):
 
 
 class DecoderHead(nnx.Module):
-    """The last norm, and the output layer where that is not the embedding; see `Decoder`."""
+    """The last norm, and the output layer or head where that is no embedding; see `Decoder`."""
 
     def __init__(self, config: DecoderConfig, *, dtype: Any = None, rngs: nnx.Rngs):
         c = config
         self.norm = nnx.RMSNorm(c.hidden_size, epsilon=c.rms_norm_eps, dtype=dtype, rngs=rngs)
-        if not c.tie_word_embeddings:
+        if not c.tied:
             init = nnx.initializers.normal(c.initializer_range)
-            self.kernel = nnx.Param(init(rngs.params(), (c.hidden_size, c.vocab_size)))
+            shape = c.hidden_size, c.classes or c.vocab_size
+            self.kernel = nnx.Param(init(rngs.params(), shape))
 
 
 class DecoderTop(nnx.Module):
@@ -268,17 +284,15 @@ class DecoderTop(nnx.Module):
         return DecoderOutput(hidden, kernel[...].astype(hidden.dtype))
 
 
-class Frozen(nnx.Variable):
-    """A weight that is not trained."""
-
-
 class Decoder(nnx.Module):
     """A language model of the Llama family.
 
     Blocks are a `partial.Stack`, `[blocks, ...]` each of their variables, so that they compile once
     and one program trains whichever of them. Inputs are tokens, int32 `[batch, time]`, filled up at
-    the end with any token; or a pair of tokens and segments, int32 of the same shape, where several
-    texts share a row: 0 is padding, and a token attends to those of its own number alone.
+    the end with any token. Where several texts share a row there are segments beside them, int32 of
+    the same shape: 0 is padding, and a token attends to those of its own number alone. With
+    `classes` in the configuration there are logits of these instead of tokens, and those behind the
+    last token of a text count.
 
     Args:
       config: of the decoder.
@@ -318,21 +332,19 @@ class Decoder(nnx.Module):
         self.blocks = Stack(nnx.vmap(lambda key: one(rngs=nnx.Rngs(key)))(keys))
         self.head = DecoderHead(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Any) -> jax.Array:
-        """Maps tokens, or a pair of tokens and segments, to logits `[batch, time, vocabulary]`."""
-        hidden, kernel = self.outputs(x)
+    def __call__(self, tokens: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+        """Maps tokens, and segments if there are any, to logits `[batch, time, vocabulary]`."""
+        hidden, kernel = self.outputs(tokens, segments)
         return hidden @ kernel
 
-    def outputs(self, x: Any) -> DecoderOutput:
+    def outputs(self, tokens: jax.Array, segments: jax.Array | None = None) -> DecoderOutput:
         """What makes the logits; the loss at some positions needs no others' logits."""
-        tokens, segments = _pair(x)
         angles, mask = places(self.config, tokens, segments)
         hidden = self.head.norm(self.blocks(self.embed(tokens), angles, mask))
         return DecoderOutput(hidden, self._kernel().astype(hidden.dtype))
 
-    def below(self, x: Any, blocks: int) -> jax.Array:
+    def below(self, tokens: jax.Array, blocks: int, segments: jax.Array | None = None) -> jax.Array:
         """What the first `blocks` blocks make of the tokens: hidden `[batch, time, width]`."""
-        tokens, segments = _pair(x)
         angles, mask = places(self.config, tokens, segments)
         hidden = self.embed(tokens)
         return self._part(0, blocks)(hidden, angles, mask) if blocks else hidden
@@ -343,7 +355,7 @@ class Decoder(nnx.Module):
         if not 0 < blocks <= count:
             raise ValueError(f"blocks is {blocks}, from 1 to the decoder's {count} are needed")
         head = nnx.clone(self.head)
-        kernel = Frozen(self._kernel()) if self.config.tie_word_embeddings else None
+        kernel = FrozenWeight(self._kernel()) if self.config.tied else None
         return DecoderTop(self.config, self._part(count - blocks, count), head, kernel)
 
     def put_top(self, top: DecoderTop) -> None:
@@ -358,8 +370,7 @@ class Decoder(nnx.Module):
         return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[start:stop], state))
 
     def _kernel(self) -> jax.Array:
-        tied = self.config.tie_word_embeddings
-        return self.embed.embedding[...].T if tied else self.head.kernel[...]
+        return self.embed.embedding[...].T if self.config.tied else self.head.kernel[...]
 
     def empty_cache(self, batch: int, length: int) -> tuple[jax.Array, jax.Array]:
         """Keys and values of no token: two arrays `[blocks, batch, length, heads, head_dim]`."""
@@ -413,10 +424,6 @@ def places(
     start = jax.lax.cummax(jnp.where(fresh, index, 0), axis=1)
     same = segments[:, None, :, None] == segments[:, None, None, :]
     return _angles(config, index - start), mask & same
-
-
-def _pair(x: Any) -> tuple[jax.Array, jax.Array | None]:
-    return (x[0], x[1]) if isinstance(x, tuple | list) else (x, None)
 
 
 def _near(config: DecoderConfig, query: jax.Array, key: jax.Array) -> jax.Array:

@@ -40,11 +40,13 @@ def generate(
       Pieces of the text.
 
     Raises:
-      ValueError: the prompt is empty, the context does not hold it and `tokens` more, or an option
-        is out of range.
+      ValueError: the prompt is empty, the context does not hold it and `tokens` more, the model
+        tells classes, or an option is out of range.
     """
     if tokens < 1 or not 0 <= temperature < np.inf:
         raise ValueError(f"tokens is {tokens} and temperature {temperature}: at least 1 and 0")
+    if model.config.classes:
+        raise ValueError("the model tells classes by a head, and cannot write")
     given = language.encode(prompt)
     context = model.config.max_position_embeddings
     if not given:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ _LAYERS = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+_HEAD = "score.weight"
 _ENDS = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
@@ -45,22 +47,31 @@ def is_gguf(path: str | os.PathLike[str]) -> bool:
 
 
 def load_decoder(
-    path: str | os.PathLike[str], *, dtype: Any = None, remat: str = "none"
+    path: str | os.PathLike[str],
+    *,
+    classes: int | None = None,
+    dtype: Any = None,
+    remat: str = "none",
+    seed: int = 0,
 ) -> Decoder:
     """Loads a pretrained decoder: Llama, Mistral, Qwen 2 or 3, SmolLM2.
 
     Args:
       path: a folder with `config.json` and `model.safetensors`, or its shards and their index, by
         the names of the Hugging Face hub; or a GGUF file, whose weights are dequantized.
+      classes: puts a head that tells so many classes in the place of the output layer; by default
+        there is one if `save_decoder` or `transformers` wrote one (`LlamaForSequenceClassification`
+        and its like). A head that was saved with another number gives way to a fresh one.
       dtype: of the computation; see `Decoder`.
       remat: see `Decoder`.
+      seed: of a fresh head's weights.
 
     Returns:
       The model; its weights are float32, whatever the file holds.
 
     Raises:
-      ValueError: the configuration is not supported, or a tensor is missing or has another shape
-        than it says.
+      ValueError: the configuration is not supported, `classes` is below 1, or a tensor is missing
+        or has another shape than it says.
       DataError: a file is missing or damaged.
       ImportError: the package `safetensors` or `gguf` is not installed.
     """
@@ -71,12 +82,18 @@ def load_decoder(
     else:
         contents, tensors = read_json(needed(path, "config.json")), read_tensors(path)
     try:
-        config = DecoderConfig.from_dict(contents)
+        saved = config = DecoderConfig.from_dict(contents)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if classes is not None:
+        config = dataclasses.replace(config, classes=classes)
     make = lambda: Decoder(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0))  # noqa: E731
     model = nnx.eval_shape(make)
     for name, variable, turn, stacked in _variables(model):
+        if name == _HEAD and config != saved:
+            init = nnx.initializers.normal(config.initializer_range)
+            variable.set_value(init(jax.random.key(seed), variable.shape))
+            continue
         rows = range(config.num_hidden_layers) if stacked else [None]
         found = [_tensor(tensors, name.format(row), path) for row in rows]
         value = np.stack(found) if stacked else found[0]
@@ -91,7 +108,11 @@ def load_decoder(
 
 
 def save_decoder(
-    model: Decoder, directory: str | os.PathLike[str], language: Language | None = None
+    model: Decoder,
+    directory: str | os.PathLike[str],
+    language: Language | None = None,
+    *,
+    labels: Sequence[str] | None = None,
 ) -> None:
     """Writes a decoder into a folder, as `load_decoder` and `transformers` read it.
 
@@ -99,7 +120,17 @@ def save_decoder(
       model: the decoder.
       directory: is made where it does not exist.
       language: what goes beside it, if anything.
+      labels: names of the classes that a head tells; by default `LABEL_0`, `LABEL_1` and so on.
+
+    Raises:
+      ValueError: `labels` are not as many as the classes.
     """
+    contents = {**model.config.as_dict(), "torch_dtype": "float32"}
+    if labels is not None:
+        if len(labels) != model.config.classes:
+            raise ValueError(f"{len(labels)} labels, and the model has {model.config.classes}")
+        contents["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        contents["label2id"] = {label: i for i, label in enumerate(labels)}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -109,10 +140,11 @@ def save_decoder(
             # What is transposed has to be laid out anew.
             tensors[name.format(row)] = np.ascontiguousarray(part.T if turn else part)
     write_tensors(directory / "model.safetensors", tensors)
-    contents = {**model.config.as_dict(), "torch_dtype": "float32"}
     if language is not None:
+        if model.config.classes:  # `transformers` tells the last token of a text by its padding
+            language = language._replace(pad_token=language.pad_token or language.eos_token)
         config = {k: v for k, v in language._asdict().items() if k != "tokenizer" and v}
-        for name in ("eos", "bos"):
+        for name in ("eos", "bos", "pad"):
             if token := config.get(f"{name}_token"):
                 contents[f"{name}_token_id"] = language.tokenizer.token_to_id(token)
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -133,8 +165,8 @@ def _variables(model: Decoder) -> Iterator[tuple[str, Any, bool, bool]]:
             if variable is not None:
                 yield f"model.layers.{{}}.{theirs}.{end}", variable, kind == "kernel", True
     yield "model.norm.weight", model.head.norm.scale, False, False
-    if not model.config.tie_word_embeddings:
-        yield "lm_head.weight", model.head.kernel, True, False
+    if not model.config.tied:
+        yield _HEAD if model.config.classes else "lm_head.weight", model.head.kernel, True, False
 
 
 def _tensor(tensors: Mapping[str, np.ndarray], name: str, path: Path) -> np.ndarray:

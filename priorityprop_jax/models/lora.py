@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from priorityprop_jax.models.decoder import Frozen
+from priorityprop_jax.core.modules import FrozenWeight
 
 
 class LoRALinear(nnx.Module):
@@ -34,7 +34,7 @@ def add_lora(model: Any, *, rank: int = 8, alpha: float = 16.0, seed: int = 0) -
     .. math:: y = x W + b + \frac{\alpha}{r} (x A) B
 
     with `A`, ``[inputs, rank]``, at random and `B`, ``[rank, outputs]``, zero, so that the model
-    computes at first what it did before. A fresh head of an encoder is trained too.
+    computes at first what it did before. A head that tells classes is trained too.
 
     Args:
       model: a `Decoder` or a `BertClassifier`.
@@ -50,11 +50,12 @@ def add_lora(model: Any, *, rank: int = 8, alpha: float = 16.0, seed: int = 0) -
     """
     if rank < 1 or not 0 < alpha < math.inf:
         raise ValueError(f"rank is {rank} and alpha {alpha}: at least 1 and above 0 are needed")
-    fresh = model.head.out if hasattr(model.head, "out") else None
+    classes = getattr(model.config, "classes", None)
+    fresh = model.head.out if hasattr(model.head, "out") else model.head if classes else None
     for module in _modules(model):
         for name, value in list(vars(module).items()):
             if isinstance(value, nnx.Param) and module is not fresh:
-                setattr(module, name, Frozen(value[...]))
+                setattr(module, name, FrozenWeight(value[...]))
     rngs = nnx.Rngs(seed)
     for module in _modules(model.blocks):
         for name, value in list(vars(module).items()):
@@ -72,7 +73,7 @@ def merge_lora(model: Any) -> None:
                 setattr(module, name, base)
     for module in _modules(model):
         for name, value in list(vars(module).items()):
-            if isinstance(value, Frozen):
+            if isinstance(value, FrozenWeight):
                 setattr(module, name, nnx.Param(value[...]))
 
 

@@ -72,6 +72,25 @@ def answer_rows(
     return Rows(xs, ys, cut)
 
 
+def class_rows(
+    language: Language, rows: Iterable[Mapping[str, Any]], length: int, labels: Sequence[str]
+) -> Rows:
+    """Makes tokens of texts alone, for a head that tells classes.
+
+    `y` has the number of a row's label, where it has one, at its last token; a text that is longer
+    than `length` loses its end.
+    """
+    xs, ys, cut = [], [], 0
+    for row in rows:
+        ids = language.encode(row["text"]) or [language.end]
+        cut += len(ids) > length
+        xs.append(np.array(ids[:length], np.int32))
+        ys.append(np.full(len(xs[-1]), -1, np.int32))
+        if "label" in row:
+            ys[-1][-1] = labels.index(row["label"])
+    return Rows(xs, ys, cut)
+
+
 def label_tokens(language: Language, labels: Sequence[str]) -> list[int]:
     """The first token of each label, by which an answer is told.
 
@@ -103,19 +122,23 @@ def answer_loss(tokens: Sequence[int] | None = None) -> Callable[[Any, Any], Any
     """A loss on batches of `x` and `y`, `-1` where there is no answer, of a `Decoder` or its top.
 
     It is the mean cross-entropy of the tokens of answers, in nats; other logits are not computed.
-    With the first tokens of labels, `label_tokens`, there is an `accuracy` of these too.
+    With the first tokens of labels, `label_tokens`, there is an `accuracy` of these too; for a head
+    that tells classes they are 0, 1 and so on. A batch may have `segments`, see `Decoder`.
     """
 
     def loss_fn(model: Any, batch: Any) -> Any:
-        y, outputs = batch["y"], model.outputs(batch["x"])
+        y, segments = batch["y"], batch.get("segments")
+        hidden, kernel = model.outputs(batch["x"], segments)
         chunk = 256 if tokens is None else 64
-        hidden, kernel = outputs
         loss = cross_entropy(hidden, kernel, jnp.maximum(y, 0), y >= 0, chunk=chunk)
         if tokens is None:
             return loss
-        places = jnp.argmax(y >= 0, axis=1)  # of the first token of the answer
-        likeliest = jnp.array(tokens)[label_logits(outputs, places, tokens).argmax(axis=1)]
-        right = likeliest == y[jnp.arange(len(y)), places]
-        return loss, {"accuracy": right.mean(dtype=jnp.float32)}
+        before = lambda a: jnp.pad(a[:, :-1], ((0, 0), (1, 0)), constant_values=-1)  # noqa: E731
+        begins = before(y) < 0
+        if segments is not None:
+            begins |= before(segments) != segments
+        known = jnp.array(tokens)
+        right = known[(hidden @ kernel[:, known]).argmax(-1)] == y  # [batch, time]
+        return loss, {"accuracy": jnp.average(right, weights=(y >= 0) & begins)}
 
     return loss_fn

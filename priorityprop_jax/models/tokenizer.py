@@ -100,6 +100,13 @@ def tokenize(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], length: int)
       array([[2, 5, 6, 3],
              [2, 6, 3, 0]], dtype=int32)
     """
+    return cut_rows(tokenizer, texts, length)[0]
+
+
+def cut_rows(
+    tokenizer: tokenizers.Tokenizer, texts: Sequence[str], length: int
+) -> tuple[np.ndarray, int]:
+    """What `tokenize` returns, and how many texts were cut."""
     if isinstance(texts, str):
         raise TypeError("texts is one string; give a list of them")
     least = tokenizer.num_special_tokens_to_add(False) + 1
@@ -110,11 +117,12 @@ def tokenize(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], length: int)
         raise ValueError("the tokenizer has no token [PAD] or <pad>")
     tokenizer.enable_truncation(length)
     try:
-        rows = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+        found = tokenizer.encode_batch(list(texts))
     finally:
         tokenizer.no_truncation()
-    full = [row + [pad] * (length - len(row)) for row in rows]
-    return np.array(full, np.int32).reshape(-1, length)
+    full = [row.ids + [pad] * (length - len(row.ids)) for row in found]
+    cut = sum(bool(row.overflowing) for row in found)
+    return np.array(full, np.int32).reshape(-1, length), cut
 
 
 def _padding(tokenizer: tokenizers.Tokenizer) -> int | None:

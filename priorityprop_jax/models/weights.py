@@ -16,7 +16,6 @@ from flax import nnx
 
 from priorityprop_jax.models.bert import BertClassifier, BertConfig
 from priorityprop_jax.models.files import DataError, needed, read_json, written
-from priorityprop_jax.models.packages import find_model
 from priorityprop_jax.models.tensors import read_tensors, write_tensors
 from priorityprop_jax.models.tokenizer import FILES
 
@@ -170,7 +169,7 @@ def save_bert(
 
 
 def read_labels(directory: str | os.PathLike[str]) -> list[str]:
-    """The names of the classes of a folder that `save_bert` wrote, in their order.
+    """The names of the classes of a folder of `save_bert` or `save_decoder`, in their order.
 
     Raises:
       DataError: its `config.json` is missing or damaged, or has none.
@@ -180,24 +179,6 @@ def read_labels(directory: str | os.PathLike[str]) -> list[str]:
     if not isinstance(labels, dict) or any(labels.get(str(i)) is None for i in range(len(labels))):
         raise DataError(f"{path} has no id2label with the names of classes 0, 1 and so on")
     return [str(labels[str(i)]) for i in range(len(labels))]
-
-
-def find_minilm() -> Path:
-    """Finds MiniLM, as `find_model` does; `load_bert(find_minilm())` loads it.
-
-    It is sentence-transformers' all-MiniLM-L6-v2: 6 blocks, width 384, 12 heads, 22.6 million
-    weights.
-
-    Returns:
-      The directory, for `load_bert` and `load_tokenizer`.
-
-    Raises:
-      ImportError: it is not here.
-
-    References:
-      Wang et al., [MiniLM](https://arxiv.org/abs/2002.10957), 2020.
-    """
-    return find_model("minilm")
 
 
 def _prefix(config: BertConfig) -> str:

@@ -10,7 +10,10 @@ from priorityprop_jax.training.loader import ArrayLoader
 
 
 def bucket_lengths(
-    lengths: Sequence[int] | np.ndarray, most: int = 8, multiple: int = 8
+    lengths: Sequence[int] | np.ndarray,
+    most: int = 8,
+    multiple: int = 8,
+    longest: int | None = None,
 ) -> list[int]:
     """The few lengths to pad rows to that leave the least padding, found exactly.
 
@@ -18,12 +21,13 @@ def bucket_lengths(
       lengths: of the rows.
       most: lengths to choose.
       multiple: each chosen length is a multiple of this.
+      longest: no chosen length is above this, a model's context, which may be no multiple.
 
     Returns:
       At most `most` lengths, ascending; the last has room for the longest row.
 
     Raises:
-      ValueError: there is no row, or a number is too small.
+      ValueError: there is no row, a number is too small, or a row is longer than `longest`.
 
     Example:
       >>> bucket_lengths([3, 5, 5, 6, 30, 31, 90], most=3)
@@ -31,7 +35,10 @@ def bucket_lengths(
     """
     if len(lengths) == 0 or min(lengths) < 0 or most < 1 or multiple < 1:
         raise ValueError("lengths, at least 0, most and multiple, at least 1, are needed")
+    if longest is not None and max(1, max(lengths)) > longest:
+        raise ValueError(f"a row of {max(lengths)} is longer than longest={longest}")
     rounded = np.maximum(-(-np.asarray(lengths) // multiple), 1) * multiple
+    rounded = rounded if longest is None else np.minimum(rounded, longest)
     sizes, counts = np.unique(rounded, return_counts=True)  # [sizes]
     rows = np.concatenate([[0], np.cumsum(counts)])  # [sizes + 1], rows of the first i sizes
     # best[i]: the fewest tokens, padding and all, of the first i sizes with so many buckets.
@@ -60,6 +67,7 @@ def buckets(
     by: str | None = None,
     most: int = 8,
     multiple: int = 8,
+    longest: int | None = None,
     pad: Mapping[str, int] | None = None,
     shuffle: bool = False,
     seed: int = 0,
@@ -84,6 +92,7 @@ def buckets(
       by: the name whose lengths count; by default the first.
       most: different lengths of batches.
       multiple: each length of a batch is a multiple of this.
+      longest: no length of a batch is above this, a model's context, which may be no multiple.
       pad: what fills up the arrays of a name; by default 0.
       shuffle: whether rows and batches are shuffled anew each epoch.
       seed: of the order.
@@ -100,11 +109,11 @@ def buckets(
       [((2, 8), [0, 1]), ((2, 16), [0, 1])]
     """
     options = {"shuffle": shuffle, "seed": seed, "drop_last": drop_last}
-    return _Buckets(arrays, batch_size, by, most, multiple, pad or {}, **options)
+    return _Buckets(arrays, batch_size, by, (most, multiple, longest), pad or {}, **options)
 
 
 class _Buckets(ArrayLoader):
-    def __init__(self, arrays, batch_size, by, most, multiple, pad, **options):
+    def __init__(self, arrays, batch_size, by, limits, pad, **options):
         numbers = {name: np.arange(len(rows)) for name, rows in arrays.items()}
         super().__init__(numbers, batch_size, **options)
         by = next(iter(arrays)) if by is None else by
@@ -112,7 +121,7 @@ class _Buckets(ArrayLoader):
             raise ValueError(f"by or pad names {sorted(unknown)}, the arrays are {list(arrays)}")
         self.columns = {name: [np.asarray(row) for row in rows] for name, rows in arrays.items()}
         sizes = _sizes(self.columns, by, numbers=True)  # [rows]
-        self.pad, self.lengths = pad, bucket_lengths(sizes, most, multiple)
+        self.pad, self.lengths = pad, bucket_lengths(sizes, *limits)
         self.bucket = np.searchsorted(self.lengths, sizes)  # [rows]
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:

@@ -1,7 +1,8 @@
 """Checkpoints of a run: a folder that holds the latest two, written and read with Orbax.
 
 Records of steps are appended to one file beside them, so that a save takes as long at the end of a
-long run as at its start; a checkpoint says how much of the file is its own.
+long run as at its start; a checkpoint says how much of the file is its own. Weights that are not
+trained are left out: a checkpoint has a checksum of them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from priorityprop_jax.core.modules import FrozenWeight
 from priorityprop_jax.core.paths import path_name
 
 try:
@@ -133,6 +135,7 @@ def save(
 
     Of these only what is new since ``written``, what this returned or `load` did before.
     """
+    arrays, frozen = _parted(arrays)
     present = {
         key: jax.random.key_data(leaf) if _is_key(leaf) else leaf for key, leaf in _numbered(arrays)
     }
@@ -144,6 +147,7 @@ def save(
         written = Written(folder, f"steps-{number}.jsonl")
     written = _append(manager.directory / written.name, written, steps)
     about = {**about, "format": _FORMAT, "leaves": _describe(arrays), "steps_in": written[1:]}
+    about["frozen"] = frozen
     items = {"arrays": ocp.args.StandardSave(present), "about": ocp.args.JsonSave(about)}
     manager.save(number, args=ocp.args.Composite(**items))
     return written
@@ -188,6 +192,12 @@ def load(source: Path, like: Any, made_by: str) -> tuple[Any, dict[str, Any], li
                 f"{where} does not fit this trainer: it was written with the step "
                 f"{about['made_by']}, but this one's is {made_by}. Give the trainer the same step"
             )
+        whole, (like, frozen) = like, _parted(like)
+        if about.get("frozen", frozen) != frozen:
+            raise ValueError(
+                f"{where} does not fit this trainer: the weights that are not trained are others. "
+                "Resume with the model that the run began with"
+            )
         pairs = itertools.zip_longest(about["leaves"], _describe(like), fillvalue=["nothing", ""])
         for theirs, ours in pairs:
             if list(theirs) != list(ours):
@@ -206,7 +216,31 @@ def load(source: Path, like: Any, made_by: str) -> tuple[Any, dict[str, Any], li
         if _is_key(leaf):
             array = jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
         leaves[int(key)] = array
-    return treedef.unflatten(leaves), about, steps, written
+    return _joined(whole, treedef.unflatten(leaves)), about, steps, written
+
+
+def _parted(tree: Any) -> tuple[Any, list[int]]:
+    """A tree without its `FrozenWeight`s, and the checksum of each of these."""
+    frozen = [leaf[...] for leaf in jax.tree.leaves(tree, is_leaf=_is_frozen) if _is_frozen(leaf)]
+    kept = jax.tree.map(lambda x: None if _is_frozen(x) else x, tree, is_leaf=_is_frozen)
+    return kept, [int(_checksum(array)) for array in frozen]
+
+
+def _joined(whole: Any, kept: Any) -> Any:
+    return jax.tree.map(
+        lambda old, new: old if _is_frozen(old) else new, whole, kept, is_leaf=_is_frozen
+    )
+
+
+def _is_frozen(leaf: Any) -> bool:
+    return isinstance(leaf, FrozenWeight)
+
+
+@jax.jit
+def _checksum(array: jax.Array) -> jax.Array:
+    """The sum of the bits: the same wherever the parts of an array lie."""
+    bits = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
+    return jnp.sum(bits.astype(jnp.uint32))
 
 
 def _records(path: Any, written: Written, where: str) -> list[Any]:

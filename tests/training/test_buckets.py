@@ -27,14 +27,17 @@ def padding(lengths, chosen):
 class TestBucketLengths:
     @few
     @given(
-        st.lists(st.integers(0, 40), min_size=1, max_size=12), st.integers(1, 4), st.integers(1, 8)
-    )
-    def test_least_padding(self, lengths, most, multiple):
-        chosen = bucket_lengths(lengths, most, multiple)
+        st.lists(st.integers(0, 40), min_size=1, max_size=12), st.integers(1, 4), st.integers(1, 8),
+        st.none() | st.integers(0, 9),
+    )  # fmt: skip
+    def test_least_padding(self, lengths, most, multiple, room):
+        longest = None if room is None else max(1, *lengths, 1) + room
+        chosen = bucket_lengths(lengths, most, multiple, longest)
         assert len(chosen) <= most and chosen == sorted(set(chosen))
-        assert all(c % multiple == 0 and c > 0 for c in chosen)
+        assert all(c % multiple == 0 and c > 0 for c in chosen[:-1])
         top = chosen[-1]
-        assert top == max(1, -(-max(lengths) // multiple)) * multiple
+        rounded = max(1, -(-max(lengths) // multiple)) * multiple
+        assert top == (rounded if longest is None else min(rounded, longest))
         every = range(multiple, top, multiple)
         least = min(
             padding(lengths, (*some, top))
@@ -51,6 +54,8 @@ class TestBucketLengths:
         for wrong in (([],), ([-1],), ([1], 0), ([1], 8, 0)):
             with pytest.raises(ValueError, match="needed"):
                 bucket_lengths(*wrong)
+        with pytest.raises(ValueError, match="a row of 14 is longer than longest=13"):
+            bucket_lengths([3, 14], longest=13)
 
 
 class TestBuckets:
@@ -91,6 +96,8 @@ class TestBuckets:
                 np.testing.assert_array_equal(one[name], two[name])
 
     def test_order_without_shuffle(self):
+        (batch,) = buckets({"x": tokens([13, 2])}, 2, longest=13)
+        assert batch["x"].shape == (2, 13)  # a model's context, which is no multiple of 8
         loader = buckets({"x": tokens([20, 3, 9, 4, 5, 20, 2, 1])}, 3)
         assert loader.lengths == [8, 16, 24]
         found = [(batch["x"].shape, np.count_nonzero(batch["x"], 1).tolist()) for batch in loader]

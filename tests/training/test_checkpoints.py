@@ -9,10 +9,14 @@ import multiprocessing
 import os
 import types
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+from flax import nnx
 
+from priorityprop_jax.core.modules import FrozenWeight
 from priorityprop_jax.training import Trainer, checkpoints
 from tests.training.test_trainer import Loader, _assert_same, _batches, _pure, _state
 
@@ -139,6 +143,53 @@ class TestRecordsOfSteps:
             file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:2]))
         with pytest.raises(ValueError, match=match):
             _pure().restore(tmp_path)
+
+
+class WithFrozen(nnx.Module):
+    def __init__(self, scale):
+        self.frozen = FrozenWeight(scale * jnp.arange(4096.0))
+        self.counted = nnx.Variable(jnp.zeros(()))
+        self.slope = nnx.Param(jnp.zeros(()))
+
+
+def slope_loss(model, batch):
+    model.counted[...] += 1.0
+    return jnp.mean((batch * model.slope[...] - model.frozen[...][: len(batch)]) ** 2)
+
+
+def with_frozen(scale=1.0, **options):
+    return Trainer(WithFrozen(scale), optax.adam(0.1), slope_loss, progress=False, **options)
+
+
+class TestFrozenWeights:
+    def test_are_left_out(self, tmp_path):
+        batches = [jnp.ones(8)] * 3
+        trainer = with_frozen(checkpoint_dir=tmp_path)
+        trainer.train(batches)
+        held = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+        assert held < 4096 * 4
+        again = with_frozen()
+        again.train(batches, 2, resume_from=tmp_path)
+        trainer.train(batches)
+        assert again.history.loss == trainer.history.loss
+        assert again.model.counted[...] == 6
+        np.testing.assert_array_equal(again.model.frozen[...], jnp.arange(4096.0))
+
+    def test_of_another_model_are_told(self, tmp_path):
+        with_frozen(checkpoint_dir=tmp_path).train([jnp.ones(8)])
+        with pytest.raises(ValueError, match="the weights that are not trained are others"):
+            with_frozen(2.0).restore(tmp_path)
+
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+    def test_have_one_checksum_wherever_they_lie(self, dtype):
+        array = jax.random.normal(jax.random.key(0), (16, 6)).astype(dtype)
+        mesh = jax.make_mesh((8,), ("data",))
+        layout = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+        (one,), (other,) = (
+            checkpoints._parted(FrozenWeight(x))[1] for x in (array, jax.device_put(array, layout))
+        )
+        bits = np.asarray(array).view(np.uint32 if dtype == jnp.float32 else np.uint16)
+        assert one == other == int(bits.sum(dtype=np.uint64)) % 2**32
 
 
 def hold(folder, held, done):
