@@ -107,7 +107,7 @@ def batches(config: Config, task: Task, part: Mapping[str, list[Any]], *, train:
         part, config.batch_size, by="x", most=4, longest=task.length, pad=pad, shuffle=train,
         seed=config.seed, drop_last=train,
     )  # fmt: skip
-    return loader if config.mesh is None else meshes.Spread(loader, config.mesh)
+    return meshes.spread(loader, config.mesh)
 
 
 # What a step costs.
@@ -301,8 +301,6 @@ def trainer_of(directory: Path, config: Config, task: Task, steps: int) -> Any:
 def train(directory: Path, config: Config, task: Task, steps: int, share: float | None) -> None:
     """Trains, saves the model, and writes the report."""
     import jax
-    import jax.numpy as jnp
-    from flax import nnx
 
     from priorityprop_jax.models import load_decoder, save_decoder
     from priorityprop_jax.models.lora import merge_lora
@@ -317,10 +315,7 @@ def train(directory: Path, config: Config, task: Task, steps: int, share: float 
     results["tokens_per_second"] = tokens * config.epochs / max(results["seconds"], 1e-9)
     results["peak_bytes"] = runs.peak_bytes()
     whole: Any = trainer.model
-    if config.mesh is not None:
-        found = meshes.gathered(nnx.state(whole))
-        with meshes.on_host(config.mesh):
-            nnx.update(whole, jax.tree.map(jnp.asarray, found))
+    meshes.collect(whole, config.mesh)
     if jax.process_index():
         return
     with meshes.on_host(config.mesh):

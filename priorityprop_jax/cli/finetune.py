@@ -1,4 +1,4 @@
-"""The command `priorityprop finetune`: a pretrained BERT, fine-tuned on a budget of compute."""
+"""The command `priorityprop finetune`: a pretrained model, fine-tuned on a budget of compute."""
 
 from __future__ import annotations
 
@@ -139,13 +139,12 @@ def _run(arguments: argparse.Namespace) -> int:
         config.state = "reset" if (config.policy or "").startswith("badam") else "keep"
     if decoder:
         return _decoder(arguments, config, path)
-    if config.mesh or arguments.coordinator:
-        raise Failure("several devices train decoders, not encoders: leave out --mesh", 2)
     make_step(config)  # what is wrong with a policy shows before the data are read
     task = load(config)
     # What the data and the task decide is written down, so that a resumed run cannot differ.
     for name in ("epochs", "learning_rate", "batch_size"):
         setattr(config, name, getattr(task, name))
+    meshes.check(config)
     config.recalc_every = config.recalc_every or max(1, len(task.train_data) // 4)
     print(
         f"{task.name}: policy {config.policy}, {config.epochs} x {len(task.train_data)} steps in "
@@ -227,7 +226,8 @@ def load(config: Config) -> Task:
             )
         labels = [] if config.numbers else runs.labels(*parts)
         name = Path(config.data).stem
-        task = encoded(name, parts, folder, length=length, seed=config.seed, labels=labels)
+        with meshes.on_host(config.mesh):
+            task = encoded(name, parts, folder, length=length, seed=config.seed, labels=labels)
     task = task.adjusted(config)
     runs.tell_cut(task.cut, sum(len(part["x"]) for part in task.parts), length)
     if (rows := len(task.parts[0]["x"])) < task.batch_size:
@@ -239,6 +239,8 @@ def load(config: Config) -> Task:
 
 def _train(directory: Path, config: Config, task: Task) -> None:
     """Trains, saves the model, and writes the report."""
+    import jax
+
     from priorityprop_jax.models.weights import save_bert
     from priorityprop_jax.partial import PrefixCache, nnx_stages
     from priorityprop_jax.training.trainer import Trainer
@@ -246,11 +248,16 @@ def _train(directory: Path, config: Config, task: Task) -> None:
     examples = int(task.parts[0]["id"].max()) + 1
     cache = PrefixCache(directory / "cache", examples=examples) if config.cache else None
     with cache or contextlib.nullcontext():
-        model: Any = task.model
+        model: Any = meshes.place(task.model, config.mesh)
         tx = optimizer(config.learning_rate, config.epochs * len(task.train_data), active=True)
         stages = nnx_stages(model.stages())
         trainer = Trainer(stages, tx, task.loss_fn, make_step(config, cache))
-        results = runs.train_arm(directory, config.policy, trainer, task, config.epochs)
+        parts = task.train_data, task.eval_data, task.test_data
+        data = runs.Data(*(meshes.spread(part, config.mesh) for part in parts))
+        results = runs.train_arm(directory, config.policy, trainer, data, config.epochs)
+    meshes.collect(model, config.mesh)
+    if jax.process_index():
+        return
     labels = list(task.labels)
     if not labels:  # the model that is saved has the numbers themselves
         mean, deviation = task.spread

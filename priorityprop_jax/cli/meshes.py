@@ -1,4 +1,4 @@
-"""Several devices and several processes: where a decoder's arrays lie, and who writes."""
+"""Several devices and several processes: where a model's arrays lie, and who writes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def grid(text: str) -> str:
 
 MESH: dict[str, Any] = {
     "type": grid, "metavar": "data=D,model=M",
-    "help": "train a decoder on D x M devices, all that there are: batches are split over data, "
+    "help": "train on D x M devices, all that there are: batches are split over data, "
     "weights and optimizer state over both; to resume on others, give it again",
 }  # fmt: skip
 # What starts one of several processes; they belong to the machines and not to the run.
@@ -88,8 +88,8 @@ def check(config: argparse.Namespace) -> None:
     several = jax.process_count() > 1
     if several and config.mesh is None:
         raise Failure(f"several processes need a mesh: --mesh data={jax.device_count()}", 2)
-    if several and config.state != "keep":
-        raise Failure(f"several processes share no host memory: --state keep, not {config.state}")
+    if several and (config.cache or config.state != "keep"):
+        raise Failure("several processes share no host memory: --state keep, and no --cache", 2)
     if config.mesh is None:
         return
     sizes = _sizes(config.mesh)
@@ -128,26 +128,40 @@ def on_host(text: str | None) -> contextlib.AbstractContextManager[Any]:
 def place(model: Any, text: str | None) -> Any:
     """Splits every array of a model, in place: its largest axis over `model`, the next over `data`.
 
-    The layers of `blocks` stay together, as parts of them are trained.
+    The layers of a stack of `blocks` stay together, as parts of them are trained.
     """
     import jax
     from flax import nnx
 
     if text is None:
         return model
-    mesh = make(text)
+    mesh, stack = make(text), getattr(model.blocks, "block", None)
 
     def put(path: Any, leaf: Any) -> Any:
         axes: list[str | None] = [None] * leaf.ndim
         for name in reversed(AXES):
-            free = [i for i in range(path[0].key == "blocks", leaf.ndim) if axes[i] is None]
+            first = stack is not None and path[0].key == "blocks"
+            free = [i for i in range(first, leaf.ndim) if axes[i] is None]
             if fits := [i for i in free if leaf.shape[i] % mesh.shape[name] == 0]:
                 axes[max(fits, key=lambda i: leaf.shape[i])] = name
         return _global(np.asarray(leaf), _layout(mesh, *axes))
 
     nnx.update(model, jax.tree_util.tree_map_with_path(put, nnx.state(model)))
-    model.blocks.block.layout = _layout(mesh, "data")
+    for block in model.blocks if stack is None else [stack]:
+        block.layout = _layout(mesh, "data")
     return model
+
+
+def collect(model: Any, text: str | None) -> None:
+    """Brings what `place` has split back to the host, in place; every process must call it."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    if text is not None:
+        found = gathered(nnx.state(model))
+        with on_host(text):
+            nnx.update(model, jax.tree.map(jnp.asarray, found))
 
 
 def _layout(mesh: jax.sharding.Mesh, *axes: str | None) -> jax.sharding.NamedSharding:
@@ -179,6 +193,11 @@ class Spread:
             rows = len(next(iter(batch.values())))
             layout = _layout(self.mesh, None if rows % self.mesh.shape["data"] else "data")
             yield {name: _global(array, layout) for name, array in batch.items()}
+
+
+def spread(loader: Any, text: str | None) -> Any:
+    """A loader whose batches are spread over a mesh, if there are both."""
+    return loader if text is None or loader is None else Spread(loader, text)
 
 
 def gathered(tree: Any) -> Any:

@@ -206,6 +206,8 @@ class BertBlock(nnx.Module):
     than a fused product, whose result has to be taken apart. See `BertClassifier`.
     """
 
+    layout: Any = None  # of hidden, where weights are split over the devices that batches are
+
     def __init__(self, config: BertConfig, *, dropout: float = 0.0, rngs: nnx.Rngs):
         width, inner = config.hidden_size, config.intermediate_size
         linear = partial(_linear, config=config, rngs=rngs)
@@ -226,6 +228,8 @@ class BertBlock(nnx.Module):
     def __call__(self, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Maps (hidden `[batch, time, width]`, mask `[batch, time]`) to the same shapes."""
         hidden, mask = inputs
+        if self.layout is not None:
+            hidden = jax.lax.with_sharding_constraint(hidden, self.layout)
         attended = self.attention_out(self._attend(hidden, mask))  # [batch, time, width]
         hidden = self.attention_norm(hidden + self.attention_dropout(attended))
         inner = _ACTIVATIONS[self.activation](self.mlp_in(hidden))  # [batch, time, inner]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from priorityprop_jax.core.layout import spread
 from priorityprop_jax.core.slots import Bundle, find_slots
 from priorityprop_jax.partial.grad import Names, active_rows, check_axis, choose
 from priorityprop_jax.partial.update import ActiveUpdatesState, new_state
@@ -75,6 +76,7 @@ class ActiveState:
             check_axis(bundle)
         self.per_slot = PerSlot(optax.with_extra_args_support(inner), params, self.slots)
         self.waiting: dict[str, Row] = {}
+        self._laid_out = False  # whether what is resident lies where the parameters do
 
     def empty(self) -> ActiveUpdatesState:
         """The state before the first step, with no slot's own state on the device."""
@@ -98,7 +100,7 @@ class ActiveState:
           ValueError: if there is no slot of a name.
         """
         active = choose(self.slots.names, active)
-        if active == self.resident:
+        if active == self.resident and self._laid_out:
             return state
         leaves, flat = self.per_slot.flatten(params), self._flat(state)
         for bundle in self.slots.bundles:
@@ -112,7 +114,11 @@ class ActiveState:
             for layer in set(after) - set(before):
                 rows[layer] = self._enter(flat, bundle, layer, leaves)
             self._put(flat, bundle, after, rows, jnp.stack)
-        self.resident = active
+        for bundle in self.slots.bundles:
+            for i in self.per_slot.owned(bundle):
+                param = leaves[self.per_slot.owners[i]]
+                flat[i] = _place(flat[i], param, bundle.layers is not None)
+        self.resident, self._laid_out = active, True
         return self._with(state, flat)
 
     def _enter(self, flat: list[Any], bundle: Bundle, layer: int, params: list[Any]) -> Row:
@@ -120,8 +126,7 @@ class ActiveState:
         owned, stacked = self.per_slot.owned(bundle), bundle.layers is not None
         waiting = self.waiting.pop(self._name(bundle, layer), None)
         if waiting is not None:
-            likes = [None if stacked else params[self.per_slot.owners[i]] for i in owned]
-            return {i: _place(waiting[i], like) for i, like in zip(owned, likes, strict=True)}
+            return {i: jnp.array(waiting[i], copy=True) for i in owned}
         own = [params[i][layer] if stacked else params[i] for i in bundle.leaves]
         fresh = self.per_slot.init_slot(bundle, own, layer)
         for i in self.per_slot.shared:
@@ -158,7 +163,7 @@ class ActiveState:
           waiting: the slots whose state was waiting.
         """
         self.resident, waiting = frozenset(resident), frozenset(waiting)
-        self.waiting = {}
+        self.waiting, self._laid_out = {}, False
         flat = self._flat(complete)
         for bundle in self.slots.bundles:
             rows = self._rows(flat, bundle, range(bundle.slots))
@@ -201,8 +206,14 @@ def _copied(row: Row) -> dict[int, np.ndarray]:
     return {i: np.array(x, copy=True) for i, x in row.items()}
 
 
-def _place(x: np.ndarray, like: Any) -> jax.Array:
-    """On the device, laid out as the parameter is if it has its shape."""
-    if isinstance(like, jax.Array) and like.shape == x.shape:
-        return jax.device_put(x, like.sharding)
-    return jnp.array(x, copy=True)
+def _place(x: Any, param: Any, stacked: bool) -> Any:
+    """On several devices, laid out as the parameter is if it has its shape, but for the layers."""
+    if x is None or not spread(param) or x.shape[stacked:] != param.shape[stacked:]:
+        return x
+    layout = param.sharding
+    if stacked:  # of which some are here
+        if not isinstance(layout, jax.sharding.NamedSharding):
+            return x
+        spec = jax.sharding.PartitionSpec(None, *layout.spec[1:])
+        layout = jax.sharding.NamedSharding(layout.mesh, spec)
+    return jax.device_put(x, layout)

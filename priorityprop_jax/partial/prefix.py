@@ -66,7 +66,7 @@ class Prefix:
             x, rest, flops = self._forward(params, rest, x, 0, at)
             cache.store(ids, inputs, jax.device_get(x))
         else:
-            x = jax.tree.map(jnp.asarray, found)
+            x = _beside(jax.tree.leaves(batch["x"])[0], found)
         if start > at:
             x, rest, more = self._forward(params, rest, x, at, start)
             flops += more
@@ -168,6 +168,15 @@ class Prefix:
     def restore(self, at: int | None) -> None:
         """Goes on with the place of another run's cache, its `at`."""
         self.at, self._key = at, None
+
+
+def _beside(inputs: Any, found: Any) -> Any:
+    """What the cache gave, with its rows on the devices that those of the inputs are on."""
+    sharding = getattr(inputs, "sharding", None)
+    if not isinstance(sharding, jax.sharding.NamedSharding) or not spread(inputs):
+        return jax.tree.map(jnp.asarray, found)
+    rows = jax.sharding.PartitionSpec(*sharding.spec[:1])
+    return jax.device_put(found, jax.sharding.NamedSharding(sharding.mesh, rows))
 
 
 def arguments_key(arguments: Any) -> Hashable:

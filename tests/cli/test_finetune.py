@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from priorityprop_jax import partial
-from priorityprop_jax.cli import finetune, tasks, tuning
+from priorityprop_jax.cli import finetune, runs, tasks, tuning
 from priorityprop_jax.cli import main as cli
 from priorityprop_jax.models.files import DataFile, cache_folder
 from priorityprop_jax.partial.plan import Choice
@@ -441,6 +441,46 @@ def test_minilm(place, capsys, monkeypatch):
     report = check_ledger(place / "runs" / "sst2-suffix1-1")
     assert report["results"]["steps"] == 2 and report["compute"]["share"] < 0.7
     assert "block_1, head" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--policy", "suffix(1)", "--cache"),
+        ("--policy", "priority", "--budget", "0.6"),
+        pytest.param(("--policy", "badam(1)", "--state", "offload"), marks=pytest.mark.once),
+    ],
+)
+def test_a_mesh_trains_as_one_device(place, monkeypatch, options):
+    train, parts = runs.train_arm, []
+
+    def spy(directory, name, trainer, *more):
+        results = train(directory, name, trainer, *more)
+        leaves = jax.tree.leaves((trainer.params, trainer.optimizer_state))
+        parts.append([(x.shape, x.sharding.shard_shape(x.shape)) for x in leaves if x.ndim == 2])
+        return results
+
+    monkeypatch.setattr(runs, "train_arm", spy)
+    assert tune(*options) == 0
+    assert tune(*options, "--mesh", "data=4,model=2") == 0
+    one, other = sorted((place / "runs").iterdir())
+    assert parts[1] and all(shape != part for shape, part in parts[1] if shape[0] > 2)
+    both = [[r["loss"] for r in records(folder)] for folder in (one, other)]
+    assert len(both[0]) == STEPS + 2
+    np.testing.assert_allclose(both[1], both[0], rtol=1e-4)
+    alike = ("steps", "updates", "validation", "test")
+    results = [read_report(folder)["results"] for folder in (one, other)]
+    assert [results[0][k] for k in alike] == [results[1][k] for k in alike]
+    layers = [
+        [layer["updates"] for layer in read_report(folder)["compute"]["layers"]]
+        for folder in (one, other)
+    ]
+    assert layers[0] == layers[1]
+    models = [
+        safetensors.load_file(folder / "model" / "model.safetensors") for folder in (one, other)
+    ]
+    for name, array in models[0].items():
+        np.testing.assert_allclose(models[1][name], array, atol=2e-3)
 
 
 def test_texts_that_are_cut_are_counted(place, capsys):
