@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap as custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning as custom_partitioning
 from jax.extend.random import define_prng_impl
+from jax.interpreters import partial_eval
 
 _MOST = 2**31 - 1
 
@@ -112,6 +113,20 @@ def is_cast(eqn: Any) -> bool:
 def is_stop(eqn: Any) -> bool:
     """Whether an equation is a `jax.lax.stop_gradient`."""
     return eqn.primitive.name == "stop_gradient"
+
+
+def bind(eqn: Any, operands: Sequence[Any], *_: Any) -> Sequence[Any]:
+    """The results of an equation of a jaxpr, of other operands than its own."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = params if isinstance(params, tuple) else ((), params)
+    with eqn.ctx.manager:
+        results = eqn.primitive.bind(*functions, *operands, **params)
+    return results if eqn.primitive.multiple_results else [results]
+
+
+def needed_part(jaxpr: Any, results: Collection[int]) -> tuple[Any, Sequence[bool]]:
+    """The jaxpr of some results, what is inside of it cut too, and which arguments it takes."""
+    return partial_eval.dce_jaxpr(jaxpr, [i in results for i in range(len(jaxpr.outvars))])
 
 
 def _never(*_: Any) -> Any:

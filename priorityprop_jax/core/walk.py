@@ -77,7 +77,7 @@ class Walk:
         _mark(known, start, marks)
         for eqn in jaxpr.eqns if forward else reversed(jaxpr.eqns):
             near, far = self.ends(eqn)
-            found, effect = _get(known, near), always if _acts(eqn) else 0
+            found, effect = _get(known, near), always if acts(eqn) else 0
             if any(map(_whole, found)) or effect:
                 counts, arriving = self._equation(eqn, found, effect, always)
                 parts.update(counts)
@@ -195,7 +195,7 @@ def _rows(eqn: Any, name: str, marks: Sequence[Mark]) -> tuple[int, ...]:
     return own[first : first + shape[0]]
 
 
-def _acts(eqn: Any) -> bool:
+def acts(eqn: Any) -> bool:
     """Whether an operation does something beside its results; to speak of a mesh is nothing."""
     return any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
 

@@ -85,7 +85,7 @@ class ActiveState:
             params = [jnp.zeros(shape) for shape in self.slots.shapes[0]]
             first = self.per_slot.init_slot(self.slots.bundles[0], params)
             for i in self.per_slot.shared:
-                flat[i] = self.per_slot.for_every_slot(i, first[i])
+                flat[i] = self.per_slot.for_every_slot(first[i])
         return new_state(self.slots, self.per_slot.state_treedef.unflatten(flat))
 
     def move(self, state: ActiveUpdatesState, active: Names, params: Any) -> ActiveUpdatesState:
@@ -128,7 +128,7 @@ class ActiveState:
         if waiting is not None:
             return {i: jnp.array(waiting[i], copy=True) for i in owned}
         own = [params[i][layer] if stacked else params[i] for i in bundle.leaves]
-        fresh = self.per_slot.init_slot(bundle, own, layer)
+        fresh = self.per_slot.init_slot(bundle, own)
         for i in self.per_slot.shared:
             flat[i] = flat[i].at[bundle.start + layer].set(fresh[i])
         # The step donates its state, and an optimizer may keep the parameters themselves.

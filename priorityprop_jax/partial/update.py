@@ -23,6 +23,7 @@ from priorityprop_jax.core.rows import (
 )
 from priorityprop_jax.core.slots import Bundle, Slots, find_slots
 from priorityprop_jax.partial.grad import Names, active_rows, check_axis, choose
+from priorityprop_jax.priority.one_slot import OneSlot
 from priorityprop_jax.priority.per_slot import PerSlot
 from priorityprop_jax.priority.scores import gain
 
@@ -146,18 +147,14 @@ def update_active(
                 raise ValueError("uniform=True promises that all slots are active; some are not")
             return _update_all(per_slot, grads, state, params, extra_args)
         inner_state = per_slot.state_treedef.flatten_up_to(state.inner_state)
-        for i in per_slot.shared:
-            # A hyperparameter that a user has set to one value holds for every slot.
-            if jnp.shape(inner_state[i]) == per_slot.state_shapes[i].shape:
-                inner_state[i] = per_slot.for_every_slot(i, jnp.asarray(inner_state[i]))
+        per_slot.fill_in(inner_state)
+        one = OneSlot(per_slot, grads, inner_state, leaves, extra_args)
         new_updates: list[Any] = [Frozen()] * len(leaves)
         gains, updated = [], []
         for bundle, own in zip(slots.bundles, rows, strict=True):
             if not own:
                 continue
-            new, gained = _update_rows(
-                per_slot, bundle, own, grads, leaves, inner_state, extra_args
-            )
+            new, gained = _update_rows(per_slot, one, bundle, own, grads, leaves, inner_state)
             for leaf, update in zip(bundle.leaves, new, strict=True):
                 part = len(own) < bundle.slots
                 shape = np.shape(leaves[leaf])
@@ -193,14 +190,15 @@ def _update_all(
     """One inner update of all slots at once, where their counts are known to be equal."""
     treedef = per_slot.state_treedef
     flat = treedef.flatten_up_to(state.inner_state)
+    per_slot.fill_in(flat)
     for i in per_slot.shared:
-        flat[i] = flat[i][0] if flat[i].shape != per_slot.state_shapes[i].shape else flat[i]
+        flat[i] = flat[i][0]
     updates, inner_state = per_slot.inner.update(
         per_slot.treedef.unflatten(grads), treedef.unflatten(flat), params, **extra
     )
     flat = jax.tree.leaves(inner_state)
     for i in per_slot.shared:
-        flat[i] = per_slot.for_every_slot(i, flat[i])
+        flat[i] = per_slot.for_every_slot(flat[i])
     return updates, state._replace(
         step=optax.safe_increment(state.step),
         inner_state=treedef.unflatten(flat),
@@ -267,7 +265,13 @@ def _rows_of(grad: Any, bundle: Bundle) -> Any:
 
 
 def _update_rows(
-    per_slot: PerSlot, bundle: Bundle, rows: Any, grads: Any, params: Any, state: Any, extra: Any
+    per_slot: PerSlot,
+    one_slot: OneSlot,
+    bundle: Bundle,
+    rows: Any,
+    grads: Any,
+    params: Any,
+    state: Any,
 ) -> tuple[list[jax.Array], jax.Array]:
     """Updates active layers of a bundle. Puts their state into ``state``; returns the gains too."""
     owned, shared = per_slot.owned(bundle), per_slot.shared
@@ -277,15 +281,15 @@ def _update_rows(
         if state[i] is None:
             raise ValueError(f"slot {bundle.name!r} is active, but its optimizer state is absent")
 
-    def one(grads, params, mine):
-        updates, new = per_slot.update_slot(bundle, grads, params, mine, extra)
+    def one(layer, grads, params, mine):
+        updates, new = one_slot.run(bundle, layer, grads, params, mine)
         updates = [u.astype(g.dtype) for u, g in zip(updates, grads, strict=True)]
         return updates, new, gain(grads, updates)
 
     if bundle.layers is None:
         cut, at = [], 0
         mine = {i: state[i] for i in owned} | {i: state[i][bundle.start] for i in shared}
-        updates, new, gains = one(own_grads, own_params, mine)
+        updates, new, gains = one(0, own_grads, own_params, mine)
     else:
         k, axes = len(rows), list(bundle.axes)
         at = rows.array if isinstance(rows, Held) else np.asarray(rows)
@@ -298,8 +302,8 @@ def _update_rows(
         mine |= {i: state[i][bundle.start + at] for i in shared}
         in_axes = {i: per_slot.state_axis.get(i, 0) for i in mine}
         updates, new, gains = jax.vmap(
-            one, in_axes=(axes, axes, in_axes), out_axes=(axes, in_axes, 0), axis_size=k
-        )(own_grads, own_params, mine)
+            one, in_axes=(0, axes, axes, in_axes), out_axes=(axes, in_axes, 0), axis_size=k
+        )(jnp.asarray(at, jnp.int32), own_grads, own_params, mine)
     for i in owned:
         state[i] = state[i].at[at].set(new[i]) if i in cut else new[i]
     for i in shared:

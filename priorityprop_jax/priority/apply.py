@@ -9,10 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
 from priorityprop_jax.core.slots import Bundle
+from priorityprop_jax.priority.one_slot import OneSlot
 from priorityprop_jax.priority.per_slot import PerSlot, layer_of, like
 from priorityprop_jax.priority.scores import precision
 
@@ -27,6 +29,22 @@ class Work:
     params: Sequence[Any] | None  # flat
     extra_args: dict[str, Any]  # handed on to the inner optimizer
 
+    def __post_init__(self) -> None:
+        self._one = OneSlot(self.per_slot, self.grads, self.state, self.params, self.extra_args)
+
+    def leave_out_frozen(self) -> np.ndarray:
+        """Takes out the gradients of slots whose updates are zeros, as by a label.
+
+        Returns which slots these are: ``bool[slots]``.
+        """
+        frozen = np.zeros(len(self.per_slot.slots), bool)
+        for bundle in self.per_slot.slots.bundles:
+            if self._one.is_frozen(bundle):
+                frozen[bundle.start : bundle.start + bundle.slots] = True
+                for leaf in bundle.leaves:
+                    self.grads[leaf] = None
+        return frozen
+
     def _update_one(self, bundle, slot, grads, params, own, shared):
         """One inner update of one slot. ``own`` is its state, ``shared`` the vectors over slots.
 
@@ -35,7 +53,8 @@ class Work:
         mine = dict(own)
         for i, vector in shared.items():
             mine[i] = lax.dynamic_index_in_dim(vector, slot, keepdims=False)
-        updates, new = self.per_slot.update_slot(bundle, grads, params, mine, self.extra_args)
+        layer = jnp.maximum(slot - bundle.start, 0)
+        updates, new = self._one.run(bundle, layer, grads, params, mine)
         shared = {
             i: lax.dynamic_update_index_in_dim(vector, new[i], slot, 0)
             for i, vector in shared.items()

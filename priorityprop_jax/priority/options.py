@@ -104,20 +104,20 @@ class Options:
                 f"slot at every step, but the gradient of {absent!r} is absent; lower min_updates"
             )
 
-    def check_feasible(self, slots: Slots) -> None:
+    def check_feasible(self, slots: int) -> None:
         """Raises a ValueError where the number of slots makes a static budget infeasible."""
-        if _is_static(self.min_updates) and len(slots) * int(self.min_updates) >= 2**31:
+        if _is_static(self.min_updates) and slots * int(self.min_updates) >= 2**31:
             raise ValueError(
-                f"min_updates={self.min_updates} for each of {len(slots)} slots are "
+                f"min_updates={self.min_updates} for each of {slots} slots are "
                 "2**31 updates a cycle or more: lower min_updates"
             )
         known = self.total_budget is None or _is_static(self.total_budget)
         known = known and _is_static(self.min_updates, self.max_updates, self.recalc_every)
-        if not (known and len(slots)):
+        if not (known and slots):
             return
-        budget = self.budget(self.total_budget, len(slots))
+        budget = self.budget(self.total_budget, slots)
         low, high = self.min_updates, self.max_updates
-        least, most = len(slots) * low, len(slots) * high
+        least, most = slots * low, slots * high
         if max(budget, least) >= 2**31:
             raise ValueError(f"a cycle can hand out less than 2**31 updates, not {budget}")
         if least <= budget <= most:
@@ -127,7 +127,7 @@ class Options:
         else:
             why = f"max_updates={high} can take {most}: lower total_budget, raise max_updates"
         raise ValueError(
-            f"total_budget={self.total_budget} is {budget} updates a cycle, but {len(slots)} slots "
+            f"total_budget={self.total_budget} is {budget} updates a cycle, but {slots} slots "
             f"with {why}, give the budget as a fraction, such as 0.5, or leave total_budget out: "
             "the default fits every number of slots"
         )

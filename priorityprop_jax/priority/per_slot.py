@@ -1,13 +1,13 @@
 """An Optax optimizer on one slot at a time, with one shared state.
 
 The state has the inner optimizer's own structure. What belongs to a parameter (Adam's moments) is
-stored as the optimizer stores it; what belongs to none (Adam's count) becomes a vector over slots.
+stored as the optimizer stores it; what belongs to none (Adam's count) becomes a vector over slots,
+but for what an update leaves as it is (a learning rate that was injected), which stays one value.
 """
 
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,8 +17,8 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from priorityprop_jax.core.cut import Cut
 from priorityprop_jax.core.fragile import laid_out, spec_of
-from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.core.slots import Bundle, Slots
 
 _SHARED = -1
@@ -55,16 +55,18 @@ class PerSlot:
                 raise TypeError(f"slots are updated one at a time, {advice}")
         self.state_shapes, self.state_treedef = jax.tree.flatten(state)
         self.owners = self._owners(state)
-        # The leaves of the state that belong to no parameter, one value a slot.
-        self.shared = [i for i, owner in enumerate(self.owners) if owner == _SHARED]
+        self._programs: dict[Any, Cut] = {}
+        nobodys = [i for i, owner in enumerate(self.owners) if owner == _SHARED]
+        # The leaves of the state that no update changes, one value for all slots.
+        self.fixed = self._fixed(nobodys)
+        # The other ones that belong to no parameter, one value a slot.
+        self.shared = [i for i in nobodys if i not in self.fixed]
         # The layers of a state leaf lie along its parameter's axis if it has its parameter's shape.
         self.state_axis = {
             i: self.stack_axis[owner] if x.shape == self.shapes[owner].shape else 0
             for i, (x, owner) in enumerate(zip(self.state_shapes, self.owners, strict=True))
             if owner in self.stack_axis
         }
-        paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
-        self._random = {i for i in self.shared if _is_key(paths[i], self.state_shapes[i])}
 
     def _owners(self, state: Any) -> list[int]:
         """For every leaf of the inner state, the parameter that it belongs to, or _SHARED."""
@@ -79,18 +81,88 @@ class PerSlot:
                 raise TypeError(f"it keeps {jax.tree.structure(part)} for one parameter")
             return mark.owner
 
-        stand_ins = map(self._stand_in, range(len(self.shapes)))
+        stand_ins = map(self.stand_in, range(len(self.shapes)))
         try:
             marked = self.inner.init(self.treedef.unflatten(stand_ins))
             return jax.tree.leaves(jax.tree.map(owner, marked, state, is_leaf=is_mark))
-        except (TypeError, ValueError, AttributeError) as error:
+        except Exception as error:  # a function of the tree may raise what it likes
+            if (found := self._owners_by_structure(state)) is not None:
+                return found
             raise TypeError(
                 "cannot tell which part of the inner optimizer's state belongs to which parameter "
                 f"({error}); its state must hold one array for each parameter, or none"
             ) from error
 
-    def _stand_in(self, i: int) -> _StandIn:
+    def _owners_by_structure(self, state: Any) -> list[int] | None:
+        """The owners where the state has trees like that of the parameters, and numbers beside.
+
+        For masks and labels that are a function of the tree and count its leaves, which stand-ins
+        have not. None where the state is no such one.
+        """
+        if jax.tree_util.treedef_is_leaf(self.treedef):
+            return None
+        hidden = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+        like = lambda x: jax.tree.structure(x, is_leaf=hidden) == self.treedef  # noqa: E731
+        found = []
+        for part in jax.tree.leaves(state, is_leaf=like):
+            if like(part):
+                own = enumerate(jax.tree.leaves(part, is_leaf=hidden))
+                found += [i for i, x in own if not hidden(x)]
+            elif part.ndim == 0:
+                found.append(_SHARED)
+            else:
+                return None
+        return found
+
+    def stand_in(self, i: int) -> optax.MaskedNode:
+        """What hides a parameter, and has its shape."""
         return _StandIn(i, self.shapes[i])
+
+    def _fixed(self, nobodys: list[int]) -> dict[int, jax.ShapeDtypeStruct]:
+        """The leaves of the state that the inner update hands on as they came.
+
+        Counts always change: without a real number there is nothing to look for. An update that
+        can't be told without its extra arguments has none.
+        """
+        real = [i for i in nobodys if jnp.issubdtype(self.state_shapes[i].dtype, jnp.inexact)]
+        if not real:
+            return {}
+        try:
+            program = self.program(self.shapes, self.state_shapes, self.shapes, {})
+        except Exception:
+            return {}
+        place = len(self.shapes)
+        passed = [i for i in real if program.passes(place + i, place + i)]
+        return {i: self.state_shapes[i] for i in passed}
+
+    def program(
+        self, grads: list[Any], state: list[Any], params: list[Any] | None, extra_args: Any
+    ) -> Cut:
+        """The inner update of all slots: gradients, state, parameters; to updates and state.
+
+        Of all but the extra arguments types are read, of one layer where they are stacked.
+        """
+        count, given = len(grads), [*grads, *state, *(params or ())]
+        key = None if extra_args else (params is None, *given)
+        if key in self._programs:
+            return self._programs[key]
+
+        def update(args):
+            inner = self.state_treedef.unflatten(args[count : count + len(state)])
+            own = None if params is None else self.treedef.unflatten(args[count + len(state) :])
+            args = self.treedef.unflatten(args[:count]), inner, own
+            new = self.inner.update(*args, **extra_args)
+            if jax.tree.structure(new) != jax.tree.structure(args[:2]):
+                raise TypeError(
+                    "the inner optimizer changed the structure of its updates or of its state: "
+                    f"from {jax.tree.structure(args[:2])} to {jax.tree.structure(new)}"
+                )
+            return jax.tree.leaves(new)
+
+        program = Cut(update, given)
+        if key is not None:
+            self._programs[key] = program
+        return program
 
     def flatten(self, tree: Any) -> list[Any]:
         """The leaves of a tree of the parameters' structure; None where a leaf is absent."""
@@ -119,24 +191,12 @@ class PerSlot:
             for i, value in init_all(*(leaves[i] for i in bundle.leaves)).items():
                 state[i] = value
         for i in self.shared:
-            state[i] = self.for_every_slot(i, jnp.asarray(state[i]))
+            state[i] = self.for_every_slot(jnp.asarray(state[i]))
         return treedef.unflatten(state)
 
-    def for_every_slot(self, i: int, value: jax.Array) -> jax.Array:
-        """``[slots, ...]``: one value of a shared leaf of the inner state, for every slot.
-
-        A random key becomes one of its own for every slot, or all would draw the same noise. The
-        first keeps its own, so that ordinary training is the inner optimizer's.
-        """
-        slots = jnp.arange(len(self.slots), dtype=jnp.uint32)
-        values = jnp.broadcast_to(value, (len(self.slots), *value.shape))
-        if i not in self._random:
-            return values
-        # Folded twice: the first slot's key is split in small numbers, and these are not.
-        far = jax.random.fold_in(value, jnp.uint32(2**32 - 1))
-        own = jax.vmap(functools.partial(jax.random.fold_in, far))(slots)
-        first = (slots == 0).reshape(-1, *[1] * value.ndim)
-        return jnp.where(first, values, own)
+    def for_every_slot(self, value: jax.Array) -> jax.Array:
+        """``[slots, ...]``: one value of a shared leaf of the inner state, for every slot."""
+        return jnp.broadcast_to(value, (len(self.slots), *value.shape))
 
     def owned(self, bundle: Bundle) -> list[int]:
         """The leaves of the inner state that belong to the bundle's parameters."""
@@ -150,70 +210,39 @@ class PerSlot:
                 "the inner state does not fit these parameters: expected the structure "
                 f"{self.state_treedef}, got {treedef}"
             )
-        for i in self.shared:
-            # A hyperparameter that a user has set to one value holds for every slot.
-            one = self.state_shapes[i]
-            if jnp.shape(flat[i]) == one.shape:
-                flat[i] = self.for_every_slot(i, jnp.asarray(flat[i], one.dtype))
+        self.fill_in(flat)
         return flat
 
-    def update_slot(
-        self,
-        bundle: Bundle,
-        grads: Sequence[jax.Array],
-        params: Sequence[jax.Array] | None,
-        mine: dict[int, jax.Array],
-        extra_args: dict[str, Any],
-    ) -> tuple[list[jax.Array], dict[int, jax.Array]]:
-        """One inner update of one slot, all others hidden.
+    def fill_in(self, flat: list[Any]) -> None:
+        """Puts what a user has set into the leaves of a state as it belongs there.
 
-        Gradients, parameters and updates are those of the slot's leaves; ``mine``, and what it is
-        afterwards, its part of the inner state by the number of the state's leaf.
+        A hyperparameter that is set to one value holds for every slot.
         """
+        for i in (*self.fixed, *self.shared):
+            one, value = self.state_shapes[i], flat[i]
+            if jnp.shape(value) == one.shape:
+                value = jnp.asarray(value, one.dtype)
+                flat[i] = value if i in self.fixed else self.for_every_slot(value)
+            elif i in self.fixed:
+                raise ValueError(
+                    f"a hyperparameter is one value of shape {one.shape} for all slots, got one of "
+                    f"shape {jnp.shape(value)}"
+                )
 
-        def run(hide):
-            tree = lambda leaves: self._masked(bundle, leaves, hide)  # noqa: E731
-            hidden = [hide(owner) for owner in self.owners]
-            state = self.state_treedef.unflatten([mine.get(i, x) for i, x in enumerate(hidden)])
-            parameters = None if params is None else tree(params)
-            return self.inner.update(tree(grads), state, parameters, **extra_args)
-
-        try:
-            updates, state = run(lambda leaf: optax.MaskedNode())
-        except AttributeError as error:
-            if optax.MaskedNode.__name__ not in str(error):
-                raise
-            # A mask or labels that are a function of the tree: it asks what is hidden for a shape.
-            updates, state = run(self._stand_in)
-        updates, state = jax.tree.leaves(updates), jax.tree.leaves(state)
-        if len(updates) != len(bundle.leaves) or len(state) != len(mine):
-            raise TypeError(
-                "the inner optimizer changed the structure of its updates or of its state "
-                f"when it updated slot {bundle.name!r} alone"
-            )
-        new = dict(zip(sorted(mine), state, strict=True))
-        return updates, {i: like(new[i], mine[i]) for i in new}
-
-    def _masked(self, bundle: Bundle, leaves: Sequence[Any], hide: Callable[[int], Any]) -> Any:
-        """A tree of the parameters' structure in which all but one slot is hidden."""
-        own = dict(zip(bundle.leaves, leaves, strict=True))
-        every = range(self.treedef.num_leaves)
-        return self.treedef.unflatten([own[i] if i in own else hide(i) for i in every])
-
-    def init_slot(self, bundle: Bundle, params: Sequence[Any], layer: int = 0) -> dict[int, Any]:
+    def init_slot(self, bundle: Bundle, params: Sequence[Any]) -> dict[int, Any]:
         """A fresh state of one slot, by the number of the state's leaf; the shared part included.
 
         ``params`` are those of the slot's leaves, of the one layer where they are stacked.
         """
-        tree = self._masked(bundle, params, self._stand_in)
+        if "init" not in self._programs:
+            init = lambda args: jax.tree.leaves(self.inner.init(self.treedef.unflatten(args)))  # noqa: E731
+            self._programs["init"] = Cut(init, self.shapes)
         mine = sorted({*self.owned(bundle), *self.shared})
-        state = jax.tree.leaves(self.inner.init(tree))
-        if len(state) != len(mine):
-            raise TypeError("the inner optimizer has another state for one slot than for all")
-        new = {i: jnp.asarray(x) for i, x in zip(mine, state, strict=True)}
-        for i in self._random:
-            new[i] = self.for_every_slot(i, new[i])[bundle.start + layer]
-        return new
+        part = self._programs["init"].part(mine, bundle.leaves)
+        if part is None:
+            raise TypeError("the inner optimizer makes the state of one slot from all parameters")
+        fresh = part.run(dict(zip(bundle.leaves, params, strict=True)))
+        return dict(zip(mine, map(jnp.asarray, fresh), strict=True))
 
 
 def _free(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -233,6 +262,9 @@ _NOT_BY_SLOT = {
     optax.ScaleByBacktrackingLinesearchState: _SEARCH,
     optax.ScaleByZoomLinesearchState: _SEARCH,
     optax.contrib.HutchinsonState: _SEARCH,
+    optax.contrib.DifferentiallyPrivateAggregateState: "but private gradients are those of each "
+    "example together: put optax.contrib.differentially_private_aggregate in front, as in "
+    "optax.chain(differentially_private_aggregate(...), priorityprop(optax.sgd(0.1)))",
     optax.LookaheadState: "but optax.lookahead has two copies of each: put it around, as in "
     "optax.lookahead(priorityprop(optax.adam(1e-3)), 5, 0.5)",
 }
@@ -252,14 +284,6 @@ class _StandIn(optax.MaskedNode):
 
 
 jax.tree_util.register_pytree_node(_StandIn, lambda x: ((), x), lambda x, _: x)
-
-
-def _is_key(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> bool:
-    """Whether a leaf of a state is a random key: by its type, or the old ones by their name."""
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return True
-    named = re.search(r"(^|[/_])(key|p?rng|seed)s?(_state)?$", path_name(path))
-    return bool(named) and x.dtype == jnp.uint32 and x.shape == (2,)
 
 
 def layer_of(x: Any, axis: int | None, layer: Any) -> Any:

@@ -17,6 +17,7 @@ from priorityprop_jax.core.slots import Slots, find_slots
 from priorityprop_jax.priority.allocation import allocate, repeats
 from priorityprop_jax.priority.apply import Work
 from priorityprop_jax.priority.ledger import find_state
+from priorityprop_jax.priority.one_slot import frozen_slots
 from priorityprop_jax.priority.options import DEFAULT_BUDGET, Budget, Options, times
 from priorityprop_jax.priority.per_slot import PerSlot
 from priorityprop_jax.priority.scores import (
@@ -85,8 +86,12 @@ def priorityprop(
     not do: momentum would go on moving it. The inner state is the inner optimizer's, but with a
     step count for every slot, so that bias correction is right for each. Learning-rate schedules
     inside ``inner`` therefore run on the slot's own count; for one on the clock of steps, chain
-    `optax.scale_by_learning_rate` behind this transformation. The inner optimizer sees one slot at
-    a time: put what must see all gradients, such as `optax.clip_by_global_norm`, in front.
+    `optax.scale_by_learning_rate` behind this transformation. What no update changes, such as a
+    rate by `optax.inject_hyperparams`, is one value. Each update is a part of the inner optimizer's
+    on all parameters: masks, labels and random numbers are those of the whole tree, and the layers
+    of a stack draw numbers of their own. Where it needs other slots' gradients it sees those of one
+    slot: put what must see all, such as `optax.clip_by_global_norm`, in front. A slot that
+    `optax.set_to_zero` freezes by a label or a mask takes no part of the budget.
 
     With ``min_updates = max_updates = recalc_every`` and the full budget it is the inner optimizer.
 
@@ -159,15 +164,25 @@ def priorityprop(
         per_slot = PerSlot(inner, tree, slots)
         parameters = None if params is None else per_slot.flatten(params)
         inner_state = per_slot.state_leaves(state.inner_state)
-        work = Work(per_slot, grads, inner_state, parameters, extra_args)
-        state, counts = _plan(options, slots, grads, state, work.measure)
+        work = Work(per_slot, list(grads), inner_state, parameters, extra_args)
         if options.is_full() and len(slots) and not per_slot.stack_axis:
+            state, counts = _plan(options, slots, grads, state, work.measure)
             new_updates, inner_state = work.apply_plain(counts)
         else:
+            frozen = work.leave_out_frozen()
+            state, counts = _plan(options, slots, work.grads, state, work.measure, frozen)
             new_updates, inner_state = work.apply(counts, at_most_one=options.at_most_one())
+            pairs = zip(new_updates, grads, strict=True)
+            new_updates = [
+                jnp.zeros_like(g) if u is None and g is not None else u for u, g in pairs
+            ]
         return new_updates, state._replace(inner_state=inner_state)
 
-    first_state = lambda slots, params: PerSlot(inner, params, slots).init(params)  # noqa: E731
+    def first_state(slots, params):
+        per_slot = PerSlot(inner, params, slots)
+        options.check_feasible(len(slots) - frozen_slots(per_slot))
+        return per_slot.init(params)
+
     return _transformation(options, first_state, spend)
 
 
@@ -238,7 +253,11 @@ def scale_by_priority(
                     scaled[leaf] = _times(leaves[leaf], times, axis)
         return scaled, state
 
-    return _transformation(options, lambda slots, params: optax.EmptyState(), spend)
+    def first_state(slots, params):
+        options.check_feasible(len(slots))
+        return optax.EmptyState()
+
+    return _transformation(options, first_state, spend)
 
 
 def inner_state(opt_state: Any, inner: optax.GradientTransformation, params: Any) -> Any:
@@ -283,7 +302,6 @@ def _transformation(
 
     def init_fn(params):
         slots = options.slots(params)
-        options.check_feasible(slots)
         wide = precision(jax.tree.leaves(params))
         return _new_state(slots, wide, first_state(slots, params))
 
@@ -354,13 +372,15 @@ def _plan(
     grads: list[Any],
     state: PriorityPropState,
     measured: Callable[[Callable[..., Any]], jax.Array],
+    frozen: Any = False,
 ) -> tuple[PriorityPropState, jax.Array]:
-    """Scores and allocates where a cycle starts.
+    """Scores and allocates where a cycle starts; ``frozen`` slots, ``bool[slots]``, get nothing.
 
     Returns the state after the step, but for the inner one, and ``r(t)``: int32[slots].
     """
     present = _present(slots, grads)
-    options.check_present(slots, present)
+    options.check_present(slots, present | frozen)
+    sharing = np.flatnonzero(~np.broadcast_to(frozen, present.shape))
     factors = depth_factors(slots, options.depth_base, options.depth_factor)
     costs = 1.0 if options.costs is None else cost_vector(slots, options.costs)
     wide = state.magnitudes.dtype
@@ -387,9 +407,12 @@ def _plan(
 
         budget = options.total_budget
         budget = jnp.asarray(budget(state.step)) if callable(budget) else budget
-        budget = jnp.asarray(options.budget(budget, len(slots)), jnp.int32)
-        least = jnp.asarray(times(options.min_updates, len(slots)), jnp.int32)
-        allocation = allocate(priorities, budget, options.min_updates, options.max_updates)
+        budget = jnp.asarray(options.budget(budget, len(sharing)), jnp.int32)
+        least = jnp.asarray(times(options.min_updates, len(sharing)), jnp.int32)
+        own = priorities if len(sharing) == len(slots) else priorities[sharing]
+        allocation = allocate(own, budget, options.min_updates, options.max_updates)
+        if len(sharing) < len(slots):
+            allocation = jnp.zeros(len(slots), jnp.int32).at[sharing].set(allocation)
         clamped = (budget < least) | (jnp.sum(allocation) < budget)
         nonfinite = state.nonfinite_counts + (present & ~finite).astype(jnp.int32)
         return state._replace(

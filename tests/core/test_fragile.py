@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 
 from priorityprop_jax.core import fragile
-from priorityprop_jax.core.walk import Walk
+from priorityprop_jax.core.walk import Walk, is_var
 from tests.test_house import ROOT
 
 P = jax.P
@@ -168,3 +168,29 @@ def test_programs_inside_of_programs():
         times = 3 if name == "scan" else 1
         broken = f"the walk in core/walk.py no longer sees into {name}: FLOPs and depths are wrong"
         assert sum(counts.values()) == times * 2 * 4**3 and needed == [1], broken
+
+
+def test_equations_run_on_other_operands():
+    def whole(x, flag):
+        return jax.lax.cond(flag, jnp.sin, jnp.cos, x) * 2, jnp.split(x, 2)[0]
+
+    program = jax.make_jaxpr(whole)(jnp.ones(4), True)
+    values = dict(zip(program.jaxpr.invars, [jnp.arange(4.0), jnp.bool_(True)], strict=True))
+    for eqn in program.jaxpr.eqns:
+        own = [values[x] if is_var(x) else x.val for x in eqn.invars]
+        values |= zip(eqn.outvars, fragile.bind(eqn, own), strict=True)
+    found = [values[x] for x in program.jaxpr.outvars]
+    broken = "an equation is bound otherwise: optimizers inside of priorityprop fail"
+    for x, y in zip(found, whole(jnp.arange(4.0), True), strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=broken)
+
+
+def test_parts_of_branches():
+    def whole(x, y):
+        both = lambda x, y: (jnp.sin(x), jnp.cos(y))  # noqa: E731
+        return jax.lax.cond(True, both, lambda x, y: (x, y), x, y)
+
+    program = jax.make_jaxpr(whole)(1.0, 2.0)
+    part, needed = fragile.needed_part(program.jaxpr, [1])
+    broken = "dce_jaxpr does not look into branches: MultiSteps inside of priorityprop hides masks"
+    assert list(needed) == [False, True] and len(part.outvars) == 1, broken

@@ -39,8 +39,8 @@ NO_OPTIMIZERS = {"dpsgd", "_deprecated_dpsgd", "scale_by_learning_rate", "optimi
 # Those that make of each parameter's gradient that parameter's update, and of nothing else.
 SEPARABLE = (
     "adabelief adadelta adafactor adagrad adam adamax adamw adan amsgrad fromage lamb lars lion "
-    "nadam novograd optimistic_adam_v2 radam rmsprop rprop sgd sign_sgd signum yogi ademamix adopt "
-    "schedule_free_adamw schedule_free_sgd simplified_ademamix"
+    "nadam noisy_sgd novograd optimistic_adam_v2 radam rmsprop rprop sgd sign_sgd signum yogi "
+    "ademamix adopt schedule_free_adamw schedule_free_sgd simplified_ademamix"
 ).split()
 COMPLEX = {"adam", "sgd", "adamw", "rmsprop"}
 

@@ -2,6 +2,7 @@
 
 import gc
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -372,6 +373,8 @@ def test_every_layer_of_a_stack_draws_noise_of_its_own():
     axis = {"stack": 0}.get
     states = ActiveState(inner, params, mode="reset", stacked_axis=axis)
     state = states.move(states.empty(), states.slots.names, params)
-    kept = update_active(inner, stacked_axis=axis).init(params)
-    keys = [jax.random.key_data(x.inner_state[0].rng_key).tolist() for x in (state, kept)]
-    assert keys[0] == keys[1] and len(set(map(tuple, keys[0]))) == 4
+    tx = update_active(inner, stacked_axis=axis)
+    drawn = [tx.update(params, one, params)[0] for one in (state, tx.init(params))]
+    chex.assert_trees_all_equal(*drawn)
+    draws = [*map(tuple, np.asarray(drawn[0]["stack"])), tuple(np.asarray(drawn[0]["w"]))]
+    assert len(set(draws)) == 4

@@ -340,7 +340,7 @@ def test_a_hyperparameter_set_to_one_value_holds_for_every_slot():
     state.inner_state.hyperparams["learning_rate"] = jnp.float32(2.0)
     updates, state = tx.update({"a": None, "b": jnp.ones(2)}, state, params)
     np.testing.assert_allclose(updates["b"], [-2.0, -2.0])
-    assert state.inner_state.hyperparams["learning_rate"].shape == (2,)
+    assert float(state.inner_state.hyperparams["learning_rate"]) == 2.0
 
 
 def test_extra_arguments_reach_the_optimizer():
