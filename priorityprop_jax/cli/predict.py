@@ -26,7 +26,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs this command; the exit code."""
-    from priorityprop_jax.models.texts import numbers_of, read_texts
+    from priorityprop_jax.models.files import DataError
+    from priorityprop_jax.models.texts import check_labels, numbers_of, read_texts
 
     folder = arguments.run_dir / "model"
     out = arguments.out or arguments.file.with_name(f"{arguments.file.stem}.predicted.csv")
@@ -49,6 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
         numbers = numbers_of(texts) if labelled and kind == "number" else None
         predict = _decoder if task["model"] == "decoder" else _encoder
         scores = predict(folder, [row["text"] for row in texts.rows], labels, length, arguments)
+    if scores.shape[1] != (len(labels) or 1):
+        raise Failure(f"{folder} has {scores.shape[1]} classes and {len(labels)} labels; tune anew")
     file = io.StringIO(newline="")
     table = csv.writer(file, lineterminator="\n")
     if kind == "number":
@@ -70,6 +73,10 @@ def run(arguments: argparse.Namespace) -> int:
             pairs = zip(texts.rows, found, strict=True)
             right = np.mean([row["label"] == label for row, label in pairs])
             print(f"accuracy {right:.2%} of {len(found)} labelled texts")
+            try:
+                check_labels(texts, labels, "some are counted as wrong")
+            except DataError as error:
+                print(error)
     write(out, file.getvalue().rstrip("\n"))
     print(f"wrote {out}")
     return 0
@@ -90,7 +97,8 @@ def _decoder(
     model, language = load_decoder(folder), load_language(folder)
     rows: Any = [{"text": text} for text in texts]
     if model.config.classes:
-        tokens, rows = range(len(labels)), class_rows(language, rows, length, labels)
+        tokens = range(model.config.classes)
+        rows = class_rows(language, rows, length, labels)
     else:
         tokens, rows = label_tokens(language, labels), answer_rows(language, "text", rows, length)
     tell_cut(rows.cut, len(texts), length)
@@ -98,7 +106,7 @@ def _decoder(
     check_tokens(x, model.config.vocab_size)
     score = nnx.jit(lambda model, x, last: label_logits(model.outputs(x), last, tokens))
     rows = {"x": x, "last": [len(row) - 1 for row in x], "id": list(range(len(x)))}
-    scores = np.zeros((len(x), len(labels)), np.float32)
+    scores = np.zeros((len(x), len(tokens)), np.float32)
     for batch in buckets(rows, arguments.batch_size, by="x", most=4, longest=length):
         found = score(model, batch["x"], jnp.asarray(batch["last"]))
         scores[np.asarray(batch["id"])] = np.asarray(found)

@@ -95,14 +95,10 @@ def load_decoder(
             variable.set_value(init(jax.random.key(seed), variable.shape))
             continue
         rows = range(config.num_hidden_layers) if stacked else [None]
-        found = [_tensor(tensors, name.format(row), path) for row in rows]
+        shape = variable.shape[stacked:][:: -1 if turn else 1]
+        found = [_tensor(tensors, name.format(row), shape, path) for row in rows]
         value = np.stack(found) if stacked else found[0]
         value = np.swapaxes(value, -1, -2) if turn else value
-        if value.shape != variable.shape:
-            raise ValueError(
-                f"{path}: tensor {name.format(0)} is of shape {found[0].shape}, the configuration "
-                f"asks for {variable.shape[stacked:][:: -1 if turn else 1]}"
-            )
         variable.set_value(jnp.asarray(value, jnp.float32))
     return model
 
@@ -169,10 +165,16 @@ def _variables(model: Decoder) -> Iterator[tuple[str, Any, bool, bool]]:
         yield _HEAD if model.config.classes else "lm_head.weight", model.head.kernel, True, False
 
 
-def _tensor(tensors: Mapping[str, np.ndarray], name: str, path: Path) -> np.ndarray:
-    if name in tensors:
-        return tensors[name]
-    raise ValueError(f"{path} has no tensor {name}")
+def _tensor(
+    tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], path: Path
+) -> np.ndarray:
+    if name not in tensors:
+        raise ValueError(f"{path} has no tensor {name}")
+    if (found := tensors[name]).shape != shape:
+        raise ValueError(
+            f"{path}: tensor {name} is of shape {found.shape}, the configuration asks for {shape}"
+        )
+    return found
 
 
 class Language(NamedTuple):

@@ -201,6 +201,11 @@ def test_predictions(place, tiny, capsys):
         rows = list(csv.DictReader(file))
     assert [row["predicted"] for row in rows] == ["good", "bad"]
     assert all(0.5 < float(row["probability"]) <= 1 for row in rows)
+    (place / "other.csv").write_text("text,label\na film is good,good\na plot is bad,no\n")
+    assert run("predict", directory, "other.csv") == 0
+    out = capsys.readouterr().out
+    assert "accuracy 50.00% of 2 labelled texts" in out
+    assert "counted as wrong: row 2: training has not seen the labels 'no'" in out
     assert run("predict", place, "new.csv") == 1
     assert "no finished run" in one_line(capsys)
 
@@ -227,6 +232,10 @@ def test_a_head(place, tiny, capsys, policy):
     with (place / "new.predicted.csv").open() as file:
         found = float(next(csv.DictReader(file))["probability"])
     assert abs(found - float(jax.nn.softmax(logits)[1])) < 1e-4
+    task = directory / "model" / "task.json"
+    task.write_text(json.dumps(json.loads(task.read_text()) | {"labels": ["a", "b", "c"]}))
+    assert run("predict", directory, "new.csv") == 1
+    assert "has 2 classes and 3 labels" in one_line(capsys)
     assert run("generate", directory, "a film") == 1
     assert "tells classes by a head, and cannot write" in one_line(capsys)
     assert tune(directory / "model") == 2

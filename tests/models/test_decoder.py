@@ -351,6 +351,12 @@ def test_what_is_too_long_or_missing(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(ValueError, match=said):
             models.load_decoder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = {**models.read_tensors(tmp_path)}
+    name = "model.layers.1.mlp.up_proj.weight"  # one block's, unlike the others'
+    models.write_tensors(tmp_path / "model.safetensors", tensors | {name: tensors[name][1:]})
+    with pytest.raises(ValueError, match=rf"tensor {name} is of shape \(19, 12\), .* \(20, 12\)"):
+        models.load_decoder(tmp_path)
 
 
 def test_a_config_is_whole():
