@@ -307,10 +307,8 @@ def train(directory: Path, config: Config, task: Task, steps: int, share: float 
 
     tokens = sum(map(len, task.train["x"]))
     trainer = trainer_of(directory, config, task, steps)
-    data = runs.Data(
-        batches(config, task, task.train, train=True),
-        batches(config, task, task.dev, train=False),
-    )
+    train_data = batches(config, task, task.train, train=True)
+    data = train_data, batches(config, task, task.dev, train=False), None
     results = runs.train_arm(directory, config.policy, trainer, data, config.epochs)
     results["tokens_per_second"] = tokens * config.epochs / max(results["seconds"], 1e-9)
     results["peak_bytes"] = runs.peak_bytes()

@@ -252,8 +252,7 @@ def _train(directory: Path, config: Config, task: Task) -> None:
         tx = optimizer(config.learning_rate, config.epochs * len(task.train_data), active=True)
         stages = nnx_stages(model.stages())
         trainer = Trainer(stages, tx, task.loss_fn, make_step(config, cache))
-        parts = task.train_data, task.eval_data, task.test_data
-        data = runs.Data(*(meshes.spread(part, config.mesh) for part in parts))
+        data = [meshes.spread(part, config.mesh) for part in task.data]
         results = runs.train_arm(directory, config.policy, trainer, data, config.epochs)
     meshes.collect(model, config.mesh)
     if jax.process_index():

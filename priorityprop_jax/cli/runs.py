@@ -16,7 +16,6 @@ from priorityprop_jax.core.tables import aligned, markdown
 from priorityprop_jax.models.files import written as write
 
 if TYPE_CHECKING:
-    from priorityprop_jax.cli.tasks import Task
     from priorityprop_jax.training.history import History
     from priorityprop_jax.training.trainer import Trainer
 
@@ -216,18 +215,14 @@ def running(
         raise
 
 
-class Data(NamedTuple):
-    """Where a trainer's batches come from; a task has them too."""
-
-    train_data: Any
-    eval_data: Any
-    test_data: Any = None
-
-
 def train_arm(
-    directory: Path, name: str, trainer: Trainer, task: Task | Data, epochs: int
+    directory: Path, name: str, trainer: Trainer, data: Sequence[Any], epochs: int
 ) -> dict[str, Any]:
-    """Trains, from the latest checkpoint if there is one; the result, ready for JSON."""
+    """Trains, from the latest checkpoint if there is one; the result, ready for JSON.
+
+    ``data`` are batches to train on, to try on, and to test on or None.
+    """
+    train, dev, test = data
     import jax
     from tqdm import tqdm
 
@@ -249,14 +244,12 @@ def train_arm(
 
     resume_from = checkpoints if saved else None
     with told(ValueError):
-        history = trainer.train(
-            task.train_data, epochs, eval_data=task.eval_data, resume_from=resume_from, log=log
-        )
+        history = trainer.train(train, epochs, eval_data=dev, resume_from=resume_from, log=log)
     if history.interrupted:
         raise KeyboardInterrupt
     last = history.evals[-1]
     best = max(history.evals, key=lambda record: record.get("accuracy", -record["loss"]))
-    test = {} if task.test_data is None else trainer.evaluate(task.test_data)
+    tested = {} if test is None else trainer.evaluate(test)
     return {
         "steps": len(history.steps),
         "updates": sum(history.updates),
@@ -265,7 +258,7 @@ def train_arm(
         "validation": last.get("accuracy"),
         "best_validation": best.get("accuracy"),
         "best_epoch": best["epoch"],
-        "test": test.get("accuracy"),
+        "test": tested.get("accuracy"),
         "seconds": sum(history.seconds),
         "compile_seconds": history.compile_seconds,
     }

@@ -96,6 +96,11 @@ class Task:
         """The same for the test rows, if there are any."""
         return ArrayLoader(self.parts[2], self.batch_size) if len(self.parts) > 2 else None
 
+    @property
+    def data(self) -> tuple[Any, ...]:
+        """Batches to train on, to try on, and to test on or None."""
+        return self.train_data, self.eval_data, self.test_data
+
 
 class MLP(nnx.Module):
     """Linear layers with ReLU between them, `widths` from the input to the output."""

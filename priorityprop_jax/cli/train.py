@@ -143,7 +143,7 @@ def run(arguments: argparse.Namespace) -> int:
         plain = Trainer(other.model, optimizer, other.loss_fn)
 
     print(f"digits: {config.method}, {task.epochs} epochs")
-    arms = {config.optimizer: (plain, other), config.method: (ours, task)}
+    arms = {config.optimizer: (plain, other.data), config.method: (ours, task.data)}
     with runs.running(arguments, "train", f"digits-{config.method}", config) as directory:
         results = {n: runs.train_arm(directory, n, *arm, task.epochs) for n, arm in arms.items()}
         ledger = None if config.method == "sparse" else ours.get_priority_report()
