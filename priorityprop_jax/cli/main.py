@@ -24,7 +24,8 @@ def ended(run: Callable[[], int]) -> int:
         try:
             return run()
         finally:
-            sys.stdout.flush()  # not when Python ends, where nothing catches the error
+            if sys.stdout is not None:  # as after >&-
+                sys.stdout.flush()  # not when Python ends, where nothing catches the error
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from flax.core import tracers
 from jax import lax
 from jax.custom_batching import custom_vmap as custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning as custom_partitioning
+from jax.extend import core
 from jax.extend.random import define_prng_impl
 from jax.interpreters import partial_eval
 
@@ -91,6 +93,28 @@ def no_mesh() -> contextlib.AbstractContextManager[Any]:
 def current_trace() -> Any:
     """What traces the program at this moment; equal to itself only."""
     return tracers.current_trace()
+
+
+def closed_over(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """``function`` with the arrays that it closes over as a first argument, and those arrays.
+
+    A custom VJP must not close over anything that is traced.
+    """
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+    # The function may be kept longer than what is traced may live.
+    empty = core.ClosedJaxpr(closed.jaxpr, [None] * len(closed.consts))
+    tree = jax.tree.structure(shape)
+
+    def converted(consts: list[Any], *args: Any) -> Any:
+        run = core.jaxpr_as_fun(core.ClosedJaxpr(empty.jaxpr, consts))
+        return jax.tree.unflatten(tree, run(*jax.tree.leaves(args)))
+
+    return converted, list(closed.consts)
+
+
+def calls_python(jaxpr: Any) -> bool:
+    """Whether a program calls Python back, which may raise."""
+    return re.search(r"\w_callback\[", str(jaxpr)) is not None
 
 
 def flip_sequences(*args: Any, **options: Any) -> jax.Array:

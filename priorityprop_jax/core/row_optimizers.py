@@ -149,7 +149,8 @@ def _update_leaf(update: Any, grad: Any, counts: Any, state: Any, param: Any) ->
     whole = isinstance(counts, tuple)  # a leaf of fewer than two dimensions
     if is_row_sparse(grad):
         if isinstance(grad.sealed, tuple | Held):
-            grad = RowSparse(jnp.asarray(grad.index, jnp.int32), grad.values, grad.shape)
+            rows = jnp.asarray(grad.index, jnp.int32)
+            grad = RowSparse.of_sorted(rows, grad.values, grad.shape)
         shape = grad.shape if param is None else jnp.shape(param)
         found, k = jnp.shape(grad.values), len(grad.rows)
         fits = whole or counts.shape == shape[:1]
@@ -259,10 +260,8 @@ def _all_first(updates: list[Any]) -> list[Any]:
         if x.size:
             corner = laid_out(lambda x: x[(0,) * x.ndim], lambda _: PartitionSpec())(x)
             never |= (corner != corner) & (corner == 0)  # false, which XLA does not find out
-    return [
-        RowSparse(u.rows + never.astype(u.rows.dtype), u.values, u.shape) if is_row_sparse(u) else u
-        for u in updates
-    ]
+    later = lambda u: u.of_sorted(u.rows + never.astype(u.rows.dtype), u.values, u.shape)  # noqa: E731
+    return [later(u) if is_row_sparse(u) else u for u in updates]
 
 
 def row_counts(opt_state: Any, params: Any) -> dict[str, jax.Array]:

@@ -57,7 +57,8 @@ class RowSparse:
 
     Raises:
       TypeError: if row numbers are not whole.
-      ValueError: if they are known, and are negative, out of order or not distinct.
+      ValueError: if they are known, and are negative, out of order or not distinct. Where they are
+        traced, nothing can be raised, and all values become NaN instead.
 
     Example:
       >>> import jax.numpy as jnp
@@ -77,8 +78,9 @@ class RowSparse:
     __array_ufunc__ = None
 
     def __init__(self, rows: Any, values: Any, shape: tuple[int, ...]) -> None:
-        if not isinstance(rows, Held):
-            _check_order(rows, shape)
+        if not isinstance(rows, Held) and shape:
+            good = in_order(rows, shape[0])
+            values = values if good is True else jnp.where(good, values, jnp.nan)
         self._set(rows if isinstance(rows, tuple | Held) else seal(rows), values, shape)
 
     def _set(self, *fields: Any) -> None:
@@ -99,6 +101,11 @@ class RowSparse:
         one = object.__new__(cls)
         one._set(*((sealed, *children) if sealed is not None else children), shape)
         return one
+
+    @classmethod
+    def of_sorted(cls, rows: jax.Array, values: Any, shape: tuple[int, ...]) -> RowSparse:
+        """Of rows ``int32[k]`` that need no check, as they are made ascending and distinct."""
+        return cls.tree_unflatten((None, shape), (seal(rows), values))
 
     @property
     def rows(self) -> Any:
@@ -188,19 +195,29 @@ def is_row_sparse(x: Any) -> bool:
     return isinstance(x, RowSparse)
 
 
-def _check_order(rows: Any, shape: tuple[int, ...]) -> None:
-    """Refuses row numbers that are known, and of which one would be lost or counted twice."""
-    if isinstance(rows, Tracer | jax.ShapeDtypeStruct) or np.ndim(rows) != 1:
-        return
-    known = np.asarray(rows)
-    if known.size and not np.issubdtype(known.dtype, np.integer):
-        raise TypeError(f"the row numbers of a RowSparse must be whole numbers, got {known.dtype}")
-    real = known[known < shape[0]] if shape else known
-    if np.any(real < 0) or np.any(np.diff(known[: len(real)]) <= 0):
+def in_order(rows: Any, size: int, *, padding: bool = True) -> Any:
+    """Whether no row of an axis would be lost or counted twice: True, or traced as the rows are.
+
+    ``padding``: rows may be out of bounds, behind the others. Raises where rows are known and not
+    in order.
+    """
+    if isinstance(rows, jax.ShapeDtypeStruct) or np.ndim(rows) != 1:
+        return True
+    known = not isinstance(rows, Tracer)
+    rows = np.asarray(rows) if known else rows
+    if len(rows) and not jnp.issubdtype(rows.dtype, jnp.integer):
+        raise TypeError(f"the row numbers of a RowSparse must be whole numbers, got {rows.dtype}")
+    if not len(rows):
+        return True
+    good = (rows[0] >= 0) & ((rows[1:] > rows[:-1]) | (rows[1:] >= size)).all()
+    good = good if padding else good & (rows < size).all()
+    if known and not good:
         raise ValueError(
-            f"the rows of a RowSparse must be ascending and distinct, none negative; got {rows}: "
-            "sum the values of equal rows first, as jax.ops.segment_sum does"
+            f"row numbers must be ascending and distinct, none negative{'' if padding else ' and '}"
+            f"{'' if padding else f'all below {size}'}; got {rows.tolist()}: sum the values of "
+            "equal rows first, as jax.ops.segment_sum does"
         )
+    return known or good
 
 
 def beside(grads: Any, params: Any) -> list[Any]:

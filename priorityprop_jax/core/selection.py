@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from priorityprop_jax.core.precision import wide_type
+
 Pattern = Literal["example", "unified", "tile", "random"]
 
 PATTERNS: tuple[str, ...] = get_args(Pattern)
@@ -62,12 +64,16 @@ def resolve_k(k: int | float, width: int, name: str = "", *, multiple: int = 1) 
     return min(width, max(1, round(number / multiple)) * multiple)
 
 
+def _size(dy: jax.Array) -> jax.Array:
+    return jnp.abs(dy).astype(wide_type(dy))
+
+
 def magnitudes(dy: jax.Array) -> jax.Array:
-    """Summed magnitude ``sum_m |dy_mj|`` of each column of ``[rows, features]``, float32.
+    """Summed magnitude ``sum_m |dy_mj|`` of each column of ``[rows, features]``, float32 at least.
 
     A NaN counts as infinite, so that it is chosen and seen, never dropped.
     """
-    total = jnp.sum(jnp.abs(dy).astype(jnp.float32), axis=0)
+    total = jnp.sum(_size(dy), axis=0)
     return jnp.where(jnp.isnan(total), jnp.inf, total)
 
 
@@ -93,7 +99,7 @@ def at_random(dy: jax.Array, k: int, seed: int) -> jax.Array:
     place = lax.broadcasted_iota(jnp.uint32, bits.shape, 0) * jnp.uint32(2654435761)
     place += lax.broadcasted_iota(jnp.uint32, bits.shape, 1) * jnp.uint32(40503) + jnp.uint32(1)
     key = jax.random.fold_in(jax.random.key(seed), jnp.sum(bits * place, dtype=jnp.uint32))
-    draws = jax.random.uniform(key, (dy.shape[1],))
+    draws = jax.random.uniform(key, (dy.shape[1],), jnp.float32)
     return jnp.sort(lax.top_k(draws, k)[1])
 
 
@@ -107,7 +113,7 @@ def keep_largest(dy: jax.Array, k: int) -> jax.Array:
 
     Of equal ones the first are kept; NaN ranks above all.
     """
-    size = jnp.abs(dy).astype(jnp.float32)
+    size = _size(dy)
     size = jnp.where(jnp.isnan(size), jnp.inf, size)
     kept = lax.top_k(size, k)[1]  # [rows, k]
     mask = jnp.zeros(dy.shape, bool).at[jnp.arange(dy.shape[0])[:, None], kept].set(True)

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal
 
+from priorityprop_jax.core.precision import wide_type
+
 
 def cross_entropy(
     hidden: jax.Array,
@@ -28,7 +30,7 @@ def cross_entropy(
     over the labelled positions ``S``. Rows that are labelled are put in front, and chunks of them
     run one after the other, each with its gradients, as long as there are any: there is never an
     array of ``[positions, classes]``, and positions without a label (prompts, padding) cost
-    nothing. Value and gradients are those of the whole to rounding; sums are in float32.
+    nothing. Value and gradients are those of the whole to rounding; sums are in float32 at least.
 
     Args:
       hidden: ``[..., width]``, what the output layer is given.
@@ -39,8 +41,9 @@ def cross_entropy(
       chunk: rows at a time, at least 1; a few hundred keep the cores busy.
 
     Returns:
-      The mean in nats, ``float32[]``; 0 if no position is labelled. It has gradients in reverse
-      mode, with respect to ``hidden``, ``kernel`` and ``bias``, once.
+      The mean in nats, ``float32[]``, or float64 as the arguments are; 0 if no position is
+      labelled. It has gradients in reverse mode, with respect to ``hidden``, ``kernel`` and
+      ``bias``, once.
 
     Raises:
       ValueError: shapes do not fit each other, or ``chunk`` is below 1.
@@ -70,7 +73,7 @@ def cross_entropy(
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 row, got {chunk}")
     if not labels.size:
-        return jnp.zeros((), jnp.float32)
+        return jnp.zeros((), wide_type(hidden, kernel, bias))
     rows = hidden.reshape(-1, width)
     order = jnp.argsort(~where.reshape(-1), stable=True)  # labelled rows come first
     count = jnp.sum(where, dtype=jnp.int32)
@@ -82,8 +85,9 @@ def cross_entropy(
 
 def _of_chunk(x: jax.Array, kernel: Any, bias: Any, y: jax.Array, on: jax.Array, ct: Any) -> Any:
     """The sum of a chunk's losses, and what makes its gradients; those need ``ct``."""
-    logits = jnp.dot(x, kernel, preferred_element_type=jnp.float32)  # [chunk, classes]
-    logits = logits if bias is None else logits + bias
+    wide = wide_type(x, kernel, bias)
+    logits = jnp.dot(x, kernel, preferred_element_type=wide)  # [chunk, classes]
+    logits = logits if bias is None else logits + bias.astype(wide)[None]
     largest = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     e = jnp.exp(logits - largest)
     total = jnp.sum(e, axis=-1, keepdims=True)
@@ -91,8 +95,8 @@ def _of_chunk(x: jax.Array, kernel: Any, bias: Any, y: jax.Array, on: jax.Array,
     loss = jnp.sum(jnp.where(on, (jnp.log(total) + largest - right)[:, 0], 0.0))
     if ct is None:
         return loss, None
-    is_right = lax.broadcasted_iota(jnp.int32, e.shape, 1) == y[:, None]
-    d = jnp.where(on[:, None], (e / total - is_right) * ct, 0.0)  # [chunk, classes]
+    is_right = lax.broadcasted_iota(y.dtype, e.shape, 1) == y[:, None]
+    d = jnp.where(on[:, None], (e / total - is_right.astype(wide)) * ct, 0.0)  # [chunk, classes]
     return loss, d.astype(x.dtype)
 
 
@@ -104,26 +108,28 @@ def _mean(chunk, rows, kernel, bias, labels, count):
 def _run(chunk, arrays, labels, count, wanted):
     """The mean, and the gradients of it that are wanted."""
     rows, kernel, bias = arrays
-    share = 1.0 / jnp.maximum(count, 1).astype(jnp.float32)
+    wide = wide_type(*arrays)
+    share = 1.0 / jnp.maximum(count, 1).astype(wide)
     ct = share if any(wanted) else None
-    wide = lambda a, on: jnp.zeros(a.shape, jnp.float32) if on else None  # noqa: E731
+    zeros = lambda a, on: jnp.zeros(a.shape, wide) if on else None  # noqa: E731
     like = jnp.zeros_like(rows) if wanted[0] else None
-    start = (jnp.zeros((), jnp.float32), like, wide(kernel, wanted[1]), wide(bias, wanted[2]))
+    start = (jnp.zeros((), wide), like, zeros(kernel, wanted[1]), zeros(bias, wanted[2]))
 
     def one(i, carry):
         total, d_rows, d_kernel, d_bias = carry
         at = i * chunk
+        on = at + jnp.arange(chunk, dtype=at.dtype) < count
         x, y = (lax.dynamic_slice_in_dim(a, at, chunk) for a in (rows, labels))
-        loss, d = _of_chunk(x, kernel, bias, y, at + jnp.arange(chunk) < count, ct)
+        loss, d = _of_chunk(x, kernel, bias, y, on, ct)
         if d_rows is not None:
             d_x = jnp.dot(d, kernel.T).astype(rows.dtype)
             d_rows = lax.dynamic_update_slice_in_dim(d_rows, d_x, at, 0)
         if d_kernel is not None:
             # What is not labelled may hold anything, also NaN.
-            x = jnp.where((at + jnp.arange(chunk) < count)[:, None], x, 0)
-            d_kernel += jnp.dot(x.T, d, preferred_element_type=jnp.float32)
+            x = jnp.where(on[:, None], x, 0)
+            d_kernel += jnp.dot(x.T, d, preferred_element_type=wide)
         if d_bias is not None:
-            d_bias += d.sum(0, dtype=jnp.float32)
+            d_bias += d.sum(0, dtype=wide)
         return total + loss, d_rows, d_kernel, d_bias
 
     total, *grads = lax.fori_loop(0, (count + chunk - 1) // chunk, one, start)
@@ -143,7 +149,7 @@ def _forward(chunk, *primals):
 def _backward(chunk, kept, ct):
     grads, dtypes = kept
     scaled = [
-        None if g is None else (g * ct).astype(like.dtype)
+        None if g is None else (g.astype(ct.dtype) * ct).astype(like.dtype)
         for g, like in zip(grads, dtypes, strict=True)
     ]
     return (*scaled, None, None)

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.extend import core
 
+from priorityprop_jax.core.fragile import closed_over
+from priorityprop_jax.core.precision import wide_type
 from priorityprop_jax.rnn.rounds import (
     HighwayReport,
     check_iterations,
     iterate,
-    wide_type,
 )
 
 Block = Callable[[Any, Any], Any]
@@ -131,7 +131,7 @@ def highway_scan(
 
     structure: list[Any] = []
     first = jax.tree.map(lambda p: p[0], params)
-    hoisted, consts = _hoist(layer, first, x)
+    hoisted, consts = closed_over(layer, first, x)
     tree = jax.tree.structure(params)
     trained, fixed = _split(jax.tree.leaves(params))  # [layers, ...]
     shared, others = _split(consts)
@@ -285,21 +285,6 @@ def _shared(modules: Sequence[nnx.Module]) -> set[str]:
 def _wide(tree: Any) -> Any:
     """In float32 at least."""
     return jax.tree.map(lambda x: x.astype(wide_type(x)), tree)
-
-
-def _hoist(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], list]:
-    """``function`` with the arrays that it closes over as a first argument, and those arrays.
-
-    A custom VJP must not close over anything that is traced.
-    """
-    closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-    tree = jax.tree.structure(shape)
-
-    def converted(consts: list, *args: Any) -> Any:
-        run = core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, consts))
-        return jax.tree.unflatten(tree, run(*jax.tree.leaves(args)))
-
-    return converted, list(closed.consts)
 
 
 def _split(leaves: Sequence[Any]) -> tuple[list, list]:

@@ -238,4 +238,4 @@ def _rows(tap: Tap, leaf: jax.Array) -> RowSparse:
     rows = tap.rows.astype(jnp.int32) - 1
     # Where no gradient came back to the layer, all rows are padding.
     rows = jnp.where(rows < 0, leaf.shape[0] + jnp.arange(len(rows), dtype=rows.dtype), rows)
-    return RowSparse(rows, tap.values.astype(leaf.dtype), leaf.shape)
+    return RowSparse.of_sorted(rows, tap.values.astype(leaf.dtype), leaf.shape)

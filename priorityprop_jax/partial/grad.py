@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from priorityprop_jax.core.paths import path_name
-from priorityprop_jax.core.rows import Held, RowSparse, put, take
+from priorityprop_jax.core.rows import Held, RowSparse, in_order, put, take
 from priorityprop_jax.core.slots import Bundle, Slots, find_slots
 from priorityprop_jax.partial.stack import Tap, tapped
 
@@ -70,6 +70,7 @@ class ActiveLeaves:
 
     treedef: Any
     rows: tuple[bool | tuple[int, ...] | Held | None, ...]
+    good: Any = True  # or traced: whether traced layers are in order
 
     def part(self, tree: Any) -> Any:
         """The active leaves of a tree, ``[k, ...]`` for ``k`` layers of a stack; else None."""
@@ -84,9 +85,14 @@ class ActiveLeaves:
         return self.map(replaced, tree, part)
 
     def as_rows(self, tree: Any, part: Any) -> Any:
-        """The part, with layers of a stacked leaf as a `RowSparse` that says which they are."""
+        """The part, with layers of a stacked leaf as a `RowSparse` that says which they are.
+
+        NaN where they turn out not to be in order.
+        """
 
         def marked(rows, x, own):
+            if self.good is not True and own is not None:
+                own = jnp.where(self.good, own, jnp.nan)
             return RowSparse(rows, own, x.shape) if _some(rows) else own
 
         return self.map(marked, tree, part)
@@ -126,13 +132,18 @@ def _some(rows: Any) -> bool:
 
 
 def find_active(
-    params: Any, slots: Slots, active: Names, rows: Mapping[int, Any] | None = None
+    params: Any,
+    slots: Slots,
+    active: Names,
+    rows: Mapping[int, Any] | None = None,
+    good: Any = True,
 ) -> ActiveLeaves:
     """The leaves, and layers of stacked leaves, that active slots stand for.
 
-    ``rows`` are traced layers ``int32[k]`` beside these, by the first slot of a stack. Of
-    ``params`` only shapes are read. Raises a ValueError if there is no slot of a name, if the slots
-    are of other parameters, or for single layers of a stack on another axis than 0.
+    ``rows`` are traced layers ``int32[k]`` beside these, by the first slot of a stack, ascending
+    and distinct if ``good``. Of ``params`` only shapes are read. Raises a ValueError if there is no
+    slot of a name, if the slots are of other parameters, or for single layers of a stack on another
+    axis than 0.
     """
     active, traced = choose(slots.names, active), {at: Held(r) for at, r in (rows or {}).items()}
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
@@ -151,14 +162,14 @@ def find_active(
             check_axis(bundle)
         for leaf in bundle.leaves if own else ():
             found[leaf] = True if len(own) == bundle.slots else own
-    return ActiveLeaves(treedef, tuple(found))
+    return ActiveLeaves(treedef, tuple(found), good)
 
 
-def _told(slots: Slots, active: Names | Mapping[str, Any]) -> tuple[Names, dict[int, jax.Array]]:
-    """Active slots, apart from layers that are told by number: by the first slot of a stack."""
+def _told(slots: Slots, active: Names | Mapping[str, Any]) -> tuple[Names, dict[int, Any], Any]:
+    """Active slots; layers told by number, by the first slot of a stack; if all is in order."""
     if not isinstance(active, Mapping):
-        return active, {}
-    static, traced = set(), {}
+        return active, {}, True
+    static, traced, good = set(), {}, True
     for which, rows in active.items():
         names = choose(slots.names, which)
         if rows is True:
@@ -175,7 +186,8 @@ def _told(slots: Slots, active: Names | Mapping[str, Any]) -> tuple[Names, dict[
                 )
             if mine:
                 traced[bundle.start] = rows
-    return static, traced
+                good &= in_order(rows, bundle.slots, padding=False)
+    return static, traced, good
 
 
 def check_axis(bundle: Bundle) -> None:
@@ -233,7 +245,8 @@ def value_and_grad(
         stack; names of modules; globs such as ``"head/*"``, whose ``*`` matches ``/`` too; or a
         predicate of a slot's name. Static. Or a dict from names, globs or modules to True, or to
         the layers of a stack that are active, ``int32[k]``, ascending and distinct, which may be
-        traced: with `stack` in the loss they share one program.
+        traced: with `stack` in the loss they share one program. Traced layers that repeat or are
+        out of order have gradients of NaN.
       has_aux: as in `jax.value_and_grad`.
       stacked_axis: see `find_slots`.
       group: see `find_slots`.
@@ -248,7 +261,8 @@ def value_and_grad(
 
     Raises:
       TypeError: if ``loss_fn`` is no function.
-      ValueError: when called, if a name or a glob means no slot.
+      ValueError: when called, if a name or a glob means no slot, or layers that are known repeat or
+        are out of order.
 
     Example:
       >>> import jax.numpy as jnp

@@ -328,7 +328,7 @@ def _partial(one: Callable[..., Any]) -> Callable[..., Any]:
         trained = _trained(rows, d_weights, on)
         # Layers below the lowest whose pullback is needed run without keeping anything.
         through = any(jax.tree.leaves((d_extra, d_x, d_consts)))
-        lowest = 0 if through else jnp.argmax(jnp.append(trained, True))
+        lowest = 0 if through else jnp.argmax(jnp.append(trained, True)).astype(jnp.int32)
 
         def at(layer: Any) -> Any:
             return _row((whole, extra), layer)
@@ -482,10 +482,10 @@ def _trained(rows: list[Any], moved: list[bool], on: jax.Array) -> jax.Array:
 
 def _places(rows: Any, on: jax.Array) -> jax.Array:
     """Where the gradient of each layer goes among those of a leaf; out of bounds for nowhere."""
-    layers = len(on)
+    layers, numbers = len(on), functools.partial(jnp.arange, dtype=jnp.int32)
     if rows is None:
-        return jnp.where(on, jnp.arange(layers), layers)
-    place = jnp.full(layers, layers).at[rows].set(jnp.arange(len(rows)))
+        return jnp.where(on, numbers(layers), layers)
+    place = jnp.full(layers, layers, jnp.int32).at[rows].set(numbers(len(rows)))
     return jnp.where(on, place, layers)
 
 

@@ -76,8 +76,7 @@ class _Highway(NamedTuple):
         dstate = to_state(diagonals, absorbed)
         first, of_first = jax.tree.map(lambda x: x[0], (diagonals, absorbed))
         dcarry = through_step(first, of_first, product(dstate[0]), dcarry)
-        report = jnp.stack([x.astype(jnp.float32) for x in report])
-        return dcarry, dstate, absorbed, report
+        return dcarry, dstate, absorbed, jnp.stack(report)
 
 
 def highway_rnn(

@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from priorityprop_jax.core.fragile import laid_out, spec_of, vary_alike, zeros
+from priorityprop_jax.core.precision import wide_type
 from priorityprop_jax.core.selection import largest, magnitudes, resolve_k
 
 _ROWS: dict[str, Any] = {
@@ -221,7 +222,7 @@ def _run_bwd(options, residuals, cotangents):
     before = jnp.concatenate([h0[None], hs])[: len(xs)]  # h that enters each step
     kernels = (params.input_kernel, params.recurrent_kernel)
     blocks = (cell.to_input, cell.to_state)
-    wide = [jnp.promote_types(kernel.dtype, jnp.float32) for kernel in kernels]
+    wide = [wide_type(kernel) for kernel in kernels]
     dprobe = jnp.zeros_like(probe)
 
     def sparse_step(state, at):
@@ -236,8 +237,11 @@ def _run_bwd(options, residuals, cotangents):
         dinputs = []
         for n, (kernel, block, of) in enumerate(zip(kernels, blocks, (x, h), strict=True)):
             kept = columns[np.array(block)]
-            rows = (kept + width * np.arange(len(block))[:, None]).ravel()
-            d = dz[:, (kept + width * np.array(block)[:, None]).ravel()].astype(kernel.dtype)
+            rows, places = (
+                (kept + np.array(of, kept.dtype)[:, None] * width).ravel()
+                for of in (range(len(block)), block)
+            )
+            d = dz[:, places].astype(kernel.dtype)
             dinputs.append(jnp.dot(d, kernel.at[rows].get(**_ROWS)))
             added = _outer(d, of.astype(kernel.dtype), wide[n])
             dkernels[n] = dkernels[n].at[rows].add(added, **_ROWS)
@@ -257,7 +261,7 @@ def _run_bwd(options, residuals, cotangents):
         flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
         dinput = flat(to_input(diagonals, absorbed, dstate))
         dstate = flat(dstate)  # [time * batch, gates * hidden]
-        dbias = jnp.sum(dstate, axis=0, dtype=jnp.promote_types(dstate.dtype, jnp.float32))
+        dbias = jnp.sum(dstate, axis=0, dtype=wide_type(dstate))
         if diagonals.to_input is not None:
             extra = jnp.sum(dinput[:, -width:], axis=0, dtype=dbias.dtype)
             dbias = jnp.concatenate([dbias, extra])
@@ -268,7 +272,7 @@ def _run_bwd(options, residuals, cotangents):
         ]
         dxs = jnp.dot(dinput, kernels[0]).reshape(xs.shape)
     else:
-        summed = jnp.promote_types(jnp.result_type(diagonals[0], *dcarry), jnp.float32)
+        summed = wide_type(diagonals[0], *dcarry)
         nothing = (
             zeros((4 * width,), summed, xs),
             *(zeros(kernel.shape, w, xs) for kernel, w in zip(kernels, wide, strict=True)),

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from priorityprop_jax.core.precision import wide_type
+
 
 class HighwayReport(NamedTuple):
     """How the rounds of a backward pass went: float32 scalars.
@@ -57,7 +59,7 @@ def iterate(
         for _ in range(rounds):
             last, w = w, step(w)
         correction = _ratio(_distance(w, last), _norm(w))
-        return w, HighwayReport(zero + rounds, correction, zero)
+        return w, _report(zero + rounds, correction, zero)
 
     def body(state: Any) -> Any:
         w, allowed, report, _ = state
@@ -75,12 +77,19 @@ def iterate(
 
     state = w, size, HighwayReport(zero, zero, zero), zero > 0
     w, _, report, _ = body(state) if rounds == 1 else lax.while_loop(going, body, state)
-    return w, report
+    return w, _report(*report)
+
+
+def _report(*numbers: jax.Array) -> HighwayReport:
+    return HighwayReport(*(x.astype(jnp.float32) for x in numbers))
 
 
 def _norm(w: Any) -> jax.Array:
-    squares = [jnp.sum(jnp.square(leaf.astype(wide_type(leaf)))) for leaf in jax.tree.leaves(w)]
-    return jnp.sqrt(functools.reduce(operator.add, squares)).astype(jnp.float32)
+    """In the widest type of the leaves: in float32, the norm of small numbers of float64 is 0."""
+    leaves = jax.tree.leaves(w)
+    wide = wide_type(*leaves)
+    squares = [jnp.sum(jnp.square(leaf.astype(wide))) for leaf in leaves]
+    return jnp.sqrt(functools.reduce(operator.add, squares))
 
 
 def _distance(a: Any, b: Any) -> jax.Array:
@@ -89,8 +98,3 @@ def _distance(a: Any, b: Any) -> jax.Array:
 
 def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
-
-
-def wide_type(x: Any) -> Any:
-    """The type of an array, or float32 where that is wider."""
-    return jnp.promote_types(x.dtype, jnp.float32)

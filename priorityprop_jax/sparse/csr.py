@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from priorityprop_jax.core.fragile import zeros
+from priorityprop_jax.core.precision import wide_type
 from priorityprop_jax.sparse.pattern import SparsePattern
 
 # Rows of a slice, and places of each row in one fused step.
@@ -60,7 +61,7 @@ def backward(
     if weights:
         x = x.T
         if cheaper_dense(pattern):
-            wide = jnp.promote_types(jnp.result_type(x, dy), jnp.float32)
+            wide = wide_type(x, dy)
             dense = jnp.dot(dy.astype(wide), x.astype(wide).T, precision=lax.Precision.HIGHEST)
             dvalues = take_places(dense, pattern)
         else:
@@ -101,7 +102,7 @@ def product(values: jax.Array, indices: jax.Array, lines: Lines, x: jax.Array) -
     count, dtype = lines.starts.shape[0], jnp.result_type(values, x)
     if 0 in x.shape or count == 0 or not len(indices):
         return jnp.zeros((count, x.shape[1]), dtype)
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = wide_type(values, x)
     values = values.astype(wide)
     slices, _, place = _slices(lines)
 
@@ -132,7 +133,7 @@ def sampled_product(indices: jax.Array, lines: Lines, x: jax.Array, dy: jax.Arra
     ``[capacity]``, as `indices`; zero at places that are in no line. `dy` is ``[lines, batch]``.
     """
     capacity, dtype = indices.shape[0], jnp.result_type(x, dy)
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = wide_type(x, dy)
     total = zeros((capacity,), wide, lines.starts, x, dy)
     if 0 in x.shape or 0 in dy.shape or capacity == 0:
         return total.astype(dtype)

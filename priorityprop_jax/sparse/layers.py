@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.linen.dtypes import promote_dtype
 from flax.nnx import initializers
-from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 from jax.core import Tracer
 
@@ -227,7 +227,7 @@ class SparseLayer(nnx.Module):
     def _promoted(self, inputs: Any) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """Inputs and parameters in the dtype of the computation, as `flax.nnx` layers have it."""
         bias = None if self.bias is None else self.bias[...]
-        x, values, bias = promote_dtype((inputs, self.values[...], bias), dtype=self.dtype)
+        x, values, bias = promote_dtype(inputs, self.values[...], bias, dtype=self.dtype)
         if self.preferred_element_type is not None:
             # Sums are not rounded on the way to a wider output.
             wide = jnp.promote_types(x.dtype, self.preferred_element_type)

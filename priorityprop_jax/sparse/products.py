@@ -17,6 +17,7 @@ from priorityprop_jax.core.fragile import (
     vary_alike,
     varying,
 )
+from priorityprop_jax.core.precision import wide_type
 from priorityprop_jax.sparse.backends import KERNELS
 from priorityprop_jax.sparse.pattern import ConvGeometry
 
@@ -52,7 +53,7 @@ def multiply(product: Product, values: jax.Array, pattern: Any, x: jax.Array) ->
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _multiply(product: Product, values: Any, pattern: Any, x: Any) -> Any:
     dtype = jnp.result_type(values, x)
-    inner = jnp.promote_types(dtype, jnp.float32)
+    inner = wide_type(values, x)
     [y] = _mapped(product, _FORWARD)(values.astype(inner), pattern, x.astype(inner))
     return y.astype(dtype)
 
@@ -85,7 +86,7 @@ _multiply.defvjp(_multiply_forward, _multiply_backward, symbolic_zeros=True)
 def _gradients(
     product: Product, wanted: _Wanted, values: Any, pattern: Any, x: Any, dy: Any
 ) -> Any:
-    inner = jnp.promote_types(jnp.result_type(values, x), jnp.float32)
+    inner = wide_type(values, x)
     arrays = values.astype(inner), pattern, x.astype(inner), dy.astype(inner)
     found = iter(_mapped(product, wanted)(*arrays) if any(wanted) else ())
     dx = next(found).astype(x.dtype) if wanted.inputs else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from priorityprop_jax.core.fragile import calls_python
 from priorityprop_jax.core.modules import attributes, check_unchanged, modes, trainable, warn_off
 from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.training.history import check_metrics
@@ -104,7 +104,7 @@ def fragile(loss: Loss, params: Any, rest: Any, batch: Any) -> bool:
         traced = jax.make_jaxpr(loss)(params, rest, batch)
     except Exception:  # The step will raise it again.
         return False
-    return re.search(r"\w_callback\[", str(traced)) is not None
+    return calls_python(traced)
 
 
 def split_result(result: Any) -> tuple[jax.Array, dict[str, jax.Array]]:

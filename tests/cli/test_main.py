@@ -200,6 +200,13 @@ def test_a_pipe_that_nobody_reads_on_ends_quietly(empty_folder, capfd, monkeypat
     assert capfd.readouterr().err == ""
 
 
+def test_without_any_output_it_works_too(empty_folder, capfd, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run("models", "list") == 0
+    assert run("report", "nowhere") == 1
+    assert "not a run" in capfd.readouterr().err
+
+
 def test_an_interruption_of_parsing_is_one_line(capsys, monkeypatch):
     def pressed():
         raise KeyboardInterrupt

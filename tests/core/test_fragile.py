@@ -111,6 +111,27 @@ def test_names_of_primitives():
     assert fragile.is_stop(stop) and not fragile.is_cast(stop), broken.format("stop_gradient")
 
 
+def test_programs_as_functions():
+    def outer(x, y):
+        convert, consts = fragile.closed_over(lambda x: {"out": x * y}, x)
+        assert consts == [y], "make_jaxpr hides what a function closes over: highway_scan fails"
+        held.append(convert)
+        return convert([2 * y], x)["out"]
+
+    held = []
+    with jax.checking_leaks():  # else what is kept of the function holds the trace
+        assert jax.jit(outer)(3.0, 5.0) == 30
+
+    def asks(x):
+        return jax.debug.callback(print, x)
+
+    calls = lambda f: fragile.calls_python(jax.make_jaxpr(jax.jit(f))(1.0))  # noqa: E731
+    assert calls(asks), "host callbacks have other names: one that raises aborts a mesh"
+    assert calls(lambda x: jax.pure_callback(lambda x: x, jax.typeof(x), x))
+    assert calls(lambda x: jax.experimental.io_callback(lambda x: x, jax.typeof(x), x))
+    assert not calls(lambda callback: 2 * callback)
+
+
 def test_flip_sequences():
     x = jnp.arange(3.0)[None, :, None]
     turned = fragile.flip_sequences(x, jnp.array([2]), num_batch_dims=1, time_major=False)

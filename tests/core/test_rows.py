@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from priorityprop_jax.core.rows import (
     RowSparse,
     clip_by_global_norm,
     densify,
+    in_order,
     is_row_sparse,
     on_values,
 )
@@ -191,6 +194,41 @@ def test_rows_that_would_be_lost_or_counted_twice(rows):
         RowSparse(rows, jnp.ones((len(rows), 3)), SHAPE)
     with pytest.raises(TypeError, match="must be whole numbers, got float32"):
         RowSparse(jnp.ones(2), jnp.ones((2, 3)), SHAPE)
+
+
+@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@given(st.lists(st.integers(-2, 9), max_size=4), st.booleans())
+def test_traced_rows_are_in_order_exactly_where_known_ones_are_taken(rows, padding):
+    real = [row for row in rows if row < SHAPE[0]] if padding else rows
+    behind = rows == real + rows[len(real) :]  # padding comes last
+    right = behind and real == sorted(set(real)) and all(0 <= row < SHAPE[0] for row in real)
+    traced = IN_ORDER(jnp.array(rows, jnp.int32), padding)
+    try:
+        known = in_order(np.array(rows, np.int32), SHAPE[0], padding=padding)
+    except ValueError:
+        known = False
+    assert known == bool(traced) == right
+
+
+IN_ORDER = jax.jit(
+    lambda rows, padding: in_order(rows, SHAPE[0], padding=padding), static_argnums=1
+)
+
+
+def test_traced_rows_that_repeat_are_seen_in_what_they_are_added_to():
+    @jax.jit
+    def moved(rows):
+        return jnp.ones(SHAPE) + RowSparse(rows, jnp.ones((2, 3)), SHAPE)
+
+    np.testing.assert_array_equal(moved(jnp.array([1, 3]))[:, 0], [1, 2, 1, 2, 1, 1])
+    np.testing.assert_array_equal(moved(jnp.array([4, 9]))[:, 0], [1, 1, 1, 1, 2, 1])
+    for rows in ([3, 3], [3, 1], [-1, 2]):
+        found = moved(jnp.array(rows))
+        assert np.isnan(found[rows[1]]).all() and not np.isnan(found[0]).any()
+    each = jax.vmap(moved)(jnp.array([[1, 3], [3, 3]]))
+    assert np.isnan(each).any((1, 2)).tolist() == [False, True]
+    with pytest.raises(TypeError, match="must be whole numbers, got float32"):
+        moved(jnp.ones(2))
 
 
 def test_wrong_arguments():

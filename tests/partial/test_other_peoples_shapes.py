@@ -523,10 +523,12 @@ def test_order_through_what_wraps_work():
     where = {"group": lambda path: None}
     model = Model(params, loss, normal(BATCH, WIDTH), order, where)
     assert ordered(model) == order
-    slots = model.slots()
-    work = read_loss(loss, params, model.batch, slots=slots)
+    # So wide that what is no product counts for less than a hundredth.
+    slots, size = model.slots(), 1024
+    square = jax.ShapeDtypeStruct((size, size), jnp.float32)
+    work = read_loss(loss, dict.fromkeys(params, square), square, slots=slots)
     assert work.cost([slots.names.index("target")]) == work.cost([])
     # The branch with the product counts, both halves of the mesh, and what is computed again.
-    one = 2 * BATCH * WIDTH * WIDTH
-    assert work.cost([]) == pytest.approx(6 * one, rel=0.35)
-    assert work.cost(range(6)) - work.cost([]) == pytest.approx(10 * one, rel=0.3)
+    one = 2 * size**3
+    assert work.cost([]) == pytest.approx(6 * one, rel=0.01)
+    assert work.cost(range(6)) - work.cost([]) == pytest.approx(10 * one, rel=0.01)

@@ -211,6 +211,18 @@ class TestRows:
         np.testing.assert_array_equal(ours[0]["embed"], np.eye(WIDTH))
         np.testing.assert_array_equal(ours[0]["blocks"]["w"][2], PARAMS["w"][2])
 
+    def test_traced_layers_that_repeat_have_no_gradient_that_passes_for_one(self):
+        @jax.jit
+        def grads(layers):
+            active = {"blocks": layers, "head": True}
+            return partial.value_and_grad(model_loss, active, **STACKED)(model_params(), X)[1]
+
+        for right in ([1, 3], [0, 1, 2, 3, 4]):
+            assert not any(np.isnan(g).any() for g in jax.tree.leaves(grads(jnp.array(right))))
+        # As many as there are, not all of which are meant.
+        for wrong in ([3, 3], [3, 1], [1, 9], [0, 0, 1, 2, 3], [0, 1, 2, 3, 9]):
+            assert all(np.isnan(g).all() for g in jax.tree.leaves(grads(jnp.array(wrong))))
+
     def test_without_a_stack_the_gradients_are_right_too(self):
         def loss(p, x):
             return jnp.mean((by_scan(p["blocks"], x @ p["embed"]) @ p["head"] - 1) ** 2)
@@ -229,6 +241,8 @@ class TestRows:
             ({"blocks/w[1]": jnp.array([1])}, ValueError, "only partly meant"),
             ({"head": jnp.array([1])}, ValueError, "is not stacked"),
             ({"nothing": True}, ValueError, "no slot is called"),
+            ({"blocks": jnp.array([2, 2])}, ValueError, "ascending and distinct.*all below 5"),
+            ({"blocks": jnp.array([1, 9])}, ValueError, "ascending and distinct.*all below 5"),
         ],
     )
     def test_bad_input(self, active, error, message):
