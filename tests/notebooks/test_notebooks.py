@@ -2,10 +2,14 @@
 
 import importlib.util
 import re
+import shlex
+import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
@@ -68,13 +72,35 @@ def test_runs(path, programs, tmp_path, monkeypatch):
 def test_is_fit_to_be_published(path):
     notebook = nbformat.read(path, as_version=4)
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    assert "except ImportError" in first.source and "%pip install" in first.source
+    check_install(first.source, path.parent)
     assert notebook.cells[-1].cell_type == "markdown"
     for cell in notebook.cells:
         assert not cell.get("outputs") and cell.get("execution_count") is None
         if cell.cell_type == "markdown":
             for target in re.findall(r"\]\(([^)#:]+)\)", cell.source):
                 assert (path.parent / target).exists(), target
+
+
+def check_install(source, folder):
+    """Runs the cell where the package is missing; what it asks pip for is this checkout."""
+    asked = []
+
+    def magic(name, line):
+        asked.append([name, *shlex.split(line)])
+
+    def missing(name, *_):
+        raise ImportError(f"No module named {name!r}")
+
+    shell = SimpleNamespace(run_line_magic=magic)
+    names = {"get_ipython": lambda: shell, "__builtins__": {"ImportError": ImportError}}
+    names["__builtins__"]["__import__"] = missing
+    exec(TransformerManager().transform_cell(source), names)
+    [(*command, target)] = asked
+    assert command == ["pip", "install", "-q", "-e"]
+    place, extra = re.fullmatch(r"(.+)\[(\w+)\]", target).groups()
+    project = (folder / place).resolve() / "pyproject.toml"
+    extras = tomllib.loads(project.read_text("utf-8"))["project"]["optional-dependencies"]
+    assert project == folder.parent.resolve() / "pyproject.toml" and extra in extras
 
 
 def numbers(pattern, printed):
