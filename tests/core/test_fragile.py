@@ -1,5 +1,6 @@
 """What JAX and Flax do not promise to keep, each with what stops working when it has changed."""
 
+import ast
 import re
 
 import jax
@@ -37,6 +38,33 @@ def test_the_table_names_every_function_and_its_test():
 def is_own(x):
     wrapped = (fragile.custom_vmap, fragile.custom_partitioning)
     return getattr(x, "__module__", "") == fragile.__name__ or x in wrapped
+
+
+def test_nothing_goes_past_the_table():
+    """What is private or experimental, by its import or as an attribute, is in two files alone."""
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            match node:
+                case ast.ImportFrom(module=str(module), names=names):
+                    used = {module, *(f"{module}.{alias.name}" for alias in names)}
+                case ast.Import(names=names):
+                    used = {alias.name for alias in names}
+                case ast.Attribute(attr=attr):
+                    used = {attr}
+                case _:
+                    continue
+            if any(re.match(PRIVATE, name) for name in used):
+                found.add(path.relative_to(PACKAGE).as_posix())
+    assert found == {"core/fragile.py", "core/walk.py"}
+
+
+PACKAGE = ROOT / "priorityprop_jax"
+PRIVATE = (
+    r"(jax|optax)\._src|jax\.(interpreters|extend|custom_batching)|jax\.experimental\.custom_part|"
+    r"flax\.core|flax\.nnx\.\w+\.|(manual_axis_type|ManualAxisType|pcast|primitive|auto_axes|"
+    r"use_abstract_mesh|custom_vmap|custom_partitioning|_src)$"
+)
 
 
 def test_types_of_shards():
