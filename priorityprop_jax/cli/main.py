@@ -29,7 +29,8 @@ def ended(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to write
+        if sys.stdout is not None:  # for what is left to write
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as shells tell of SIGPIPE
 
 
