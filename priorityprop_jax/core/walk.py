@@ -200,6 +200,16 @@ def acts(eqn: Any) -> bool:
     return any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
 
 
+def needed_by(jaxpr: Any, outputs: int) -> tuple[list[Any], set[Any]]:
+    """The equations that the first outputs need, whole, and all variables that these read."""
+    needed, eqns = {*filter(is_var, jaxpr.outvars[:outputs])}, []
+    for eqn in reversed(jaxpr.eqns):
+        if needed.intersection(eqn.outvars):
+            needed.update(filter(is_var, eqn.invars))
+            eqns.insert(0, eqn)
+    return eqns, needed
+
+
 def is_var(x: Any) -> bool:
     """Whether it is no literal."""
     return isinstance(x, jex_core.Var)

@@ -10,7 +10,7 @@ import jax
 
 from priorityprop_jax.core.program import abstract
 from priorityprop_jax.core.slots import Slots
-from priorityprop_jax.core.walk import Walk, is_var
+from priorityprop_jax.core.walk import Walk, needed_by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +63,7 @@ def read_loss(
     trained = [any(n and mask >> i & 1 and mask < loss for mask, n in parts.items())
                for i in range(count)]  # fmt: skip
     # Forward, the part of it that is the loss.
-    needed, forward, eqns = {*filter(is_var, program.outvars[:1])}, Walk(inputs=count), []
-    for eqn in reversed(program.eqns):
-        if needed.intersection(eqn.outvars):
-            needed.update(filter(is_var, eqn.invars))
-            eqns.insert(0, eqn)
+    eqns, forward = needed_by(program, 1)[0], Walk(inputs=count)
     used = [bits if len(bits) > 1 else sum(bits) for bits in _bits(slots, count)]
     marks = [*used, *[forward.data] * given[1]]
     chains, _ = forward.over(program.replace(eqns=eqns), marks)

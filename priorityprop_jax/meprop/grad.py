@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from priorityprop_jax.core.fragile import is_cast, is_stop, name_of, vary, varying
 from priorityprop_jax.core.rows import RowSparse
-from priorityprop_jax.core.walk import is_var
+from priorityprop_jax.core.walk import is_var, needed_by
 from priorityprop_jax.meprop.frame import Call, Frame, LayerUse, Tap
 
 _MARK = "meprop tap of "
@@ -194,7 +194,7 @@ def _tappable(loss: Callable[..., Any], params: Any) -> dict[int, tuple[Call, in
     found: list[tuple[int, int]] = []  # place of the kernel, mark of its tap
     others: set[int] = set()  # that something else depends on
     floating = lambda x: jnp.issubdtype(x.aval.dtype, jnp.floating)  # noqa: E731
-    for eqn in _live(jaxpr):
+    for eqn in needed_by(jaxpr, 1)[0]:
         operands: list[Any] = [x if is_var(x) else None for x in eqn.invars]
         out = eqn.outvars[0]
         if (mark := name_of(eqn)) is not None and mark.startswith(_MARK):
@@ -216,16 +216,6 @@ def _tappable(loss: Callable[..., Any], params: Any) -> dict[int, tuple[Call, in
         for place, mark in found
         if place not in others and places.count(place) == 1
     }
-
-
-def _live(jaxpr: Any) -> list[Any]:
-    """The equations that the first output, the loss, depends on."""
-    needed, live = set(filter(is_var, jaxpr.outvars[:1])), []
-    for eqn in reversed(jaxpr.eqns):
-        if needed.intersection(eqn.outvars):
-            needed.update(filter(is_var, eqn.invars))
-            live.append(eqn)
-    return live[::-1]
 
 
 def _tap(k: int, kernel: jax.Array) -> Tap:

@@ -14,6 +14,7 @@ import numpy as np
 from priorityprop_jax.core.layout import layout_of, spread
 from priorityprop_jax.core.program import Program, abstract, constants, program_flops
 from priorityprop_jax.core.slots import Slots
+from priorityprop_jax.core.walk import needed_by
 from priorityprop_jax.partial.prefix_cache import PrefixCache, fingerprint, rounded
 from priorityprop_jax.partial.stages import Stages
 
@@ -33,6 +34,7 @@ class Prefix:
         self._where = {name: stages.names.index(stage) for name, stage in first.items()}
         self.at: int | None = None  # the stage in front of which outputs are cached
         self._key: str | None = None  # of the cache as it was opened; None before
+        self._read: Any = None  # of each array of the stages' state, whether an output reads it
         self._checked = False  # whether what is cached has been found to be of each example alone
         self._programs: dict[Hashable, Program] = {}
         self.beside = 0  # the most bytes that a program has taken, see `bytes_beside`
@@ -126,14 +128,18 @@ class Prefix:
             self._key = fingerprint(tree, *names, text, jax.__version__, jax.default_backend())
             like = jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape[1:], y.dtype), outputs)
             cache.open(self._key, like)
-            self._checked = False
+            reads = needed_by(program.jaxpr, len(jax.tree.leaves(outputs)))[1]
+            leaves, treedef = jax.tree.flatten((tree[0], x))
+            flags = [var in reads for var in program.jaxpr.invars]
+            self._read, self._checked = treedef.unflatten(flags)[0][1], False
         return at
 
     def _check(self, params: Any, rest: Any, x: Any, at: int) -> None:
         """Raises unless outputs are the same at each run, and each of its own example alone.
 
         All outputs of a batch with the first example in every place must be that example's. (What
-        depends on an average of the batch would not be told by a batch in another order.)
+        depends on an average of the batch would not be told by a batch in another order.) Random
+        streams may move on where no output reads them, as those of an `nnx.RNN` do.
         """
         rows = len(jax.tree.leaves(x)[0])
         if self._checked or rows < 2:  # of one example nothing is told; another batch will tell
@@ -145,7 +151,9 @@ class Prefix:
         y, after, _ = self._forward(params, rest, x, 0, at)
         same, _, _ = self._forward(params, rest, jax.tree.map(first, x), 0, at)
         front = self._stages.names[:at]
-        changed = [n for n in front if fingerprint(after[n]) != fingerprint(rest[n])]
+        states = ({n: _settled(s[n], self._read[n]) for n in front} for s in (rest, after))
+        pairs = zip(front, *(map(fingerprint, s.values()) for s in states), strict=True)
+        changed = [name for name, a, b in pairs if a != b]
         why = "what one of them makes of an example depends on its place or on the others"
         if changed:
             why = "they draw random numbers or change their state (dropout, BatchNorm)"
@@ -194,6 +202,16 @@ def shapes_of(leaves: list[Any]) -> Hashable:
 
 def _of(names: Iterable[str], *trees: Any) -> tuple[dict[str, Any], ...]:
     return tuple({name: tree[name] for name in names} for tree in trees)
+
+
+def _settled(state: Any, read: Any) -> Any:
+    """A stage's state without how far those of its random streams are that are not ``read``."""
+    if not isinstance(state, Mapping):
+        return state
+    dtype = getattr(state.get("key"), "dtype", None)
+    stream = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    unread = {"count"} if stream and not read.get("count", True) else set()
+    return {name: _settled(x, read[name]) for name, x in state.items() if name not in unread}
 
 
 def _close(a: Any, b: Any) -> bool:

@@ -32,6 +32,7 @@ from priorityprop_jax.partial.stages import (
     nnx_stages,
 )
 from priorityprop_jax.partial.update import update_active
+from priorityprop_jax.rnn import lean_rnn
 from priorityprop_jax.training import Trainer
 
 ROWS, SIZE, WIDTH = 48, 8, 8
@@ -414,6 +415,48 @@ class TestCache:
         trainer.train([jax.tree.map(lambda x: x[:1], _batches()[1])])
         with pytest.raises(ValueError, match="cannot be cached.*on its place or on the others"):
             trainer.train(_batches())
+
+    @pytest.mark.parametrize("kind", ["gru", "lstm", "both ways", "lean"])
+    def test_a_recurrent_stage(self, kind):
+        """Its random streams move on at every call, and no output reads them."""
+
+        def modules():
+            rngs = nnx.Rngs(0)
+            cell = functools.partial(nnx.OptimizedLSTMCell if kind == "lstm" else nnx.GRUCell, 6)
+            rnn = nnx.RNN(cell(6, rngs=rngs))
+            if kind == "both ways":
+                halves = (nnx.RNN(cell(3, rngs=rngs)) for _ in range(2))
+                rnn = nnx.Bidirectional(*halves, rngs=rngs)
+            if kind == "lean":
+                assert lean_rnn(rnn) == 1
+            last = lambda x: x[:, -1]  # noqa: E731
+            rest = nnx.Sequential(last, nnx.Linear(6, 8, rngs=rngs))
+            return [("rnn", rnn), ("mid", rest), ("head", nnx.Linear(8, 1, rngs=rngs))]
+
+        batches = [{**b, "x": np.stack([b["x"], b["x"] ** 2], 1)} for b in _batches()]
+        made = {"cached": {"policy": "suffix(1)", "cache": PrefixCache(None, examples=ROWS,
+                dtype="float32")}, "suffix": {"policy": "suffix(1)"}, "full": {"policy": "full"},
+                "lisa": {"policy": "lisa(1)"}}  # fmt: skip
+        runs = {}
+        for name, options in made.items():
+            runs[name] = _trainer(nnx_stages(modules()), **options)
+            runs[name].train(batches, 2)
+        plain = Trainer(nnx.Sequential(*(m for _, m in modules())), optax.adamw(0.01), _loss,
+                        progress=False)  # fmt: skip
+        plain.train(batches, 2)
+        np.testing.assert_allclose(runs["full"].history.loss, plain.history.loss, rtol=1e-4)
+        np.testing.assert_allclose(
+            runs["cached"].history.loss, runs["suffix"].history.loss, rtol=1e-4
+        )
+        assert runs["cached"].get_step_report()["cached_steps"] == len(batches)
+        slots = runs["lisa"].step.slots
+        assert dict(zip(slots.names, slots.depths, strict=True)) == {"rnn": 2, "mid": 1, "head": 0}
+
+    def test_a_stream_that_outputs_read_is_refused_however_seldom(self):
+        modules = [("drop", nnx.Dropout(1e-9, rngs=nnx.Rngs(0))), *_modules()]
+        cache = PrefixCache(None, examples=ROWS)
+        with pytest.raises(ValueError, match="prefix with 'drop' cannot be cached.*dropout"):
+            _trainer(nnx_stages(modules), policy="suffix(1)", cache=cache).train(_batches())
 
     def test_state_that_changes_in_the_prefix_is_refused(self):
         modules = [("norm", nnx.BatchNorm(6, rngs=nnx.Rngs(0))), *_modules()]
