@@ -16,11 +16,15 @@ import optax
 
 from priorityprop_jax.core.layout import bytes_held, layout_of, put_beside, spread
 from priorityprop_jax.core.program import Program, abstract, build, program_flops
-from priorityprop_jax.core.slots import Bundle, Slots, find_slots
+from priorityprop_jax.core.slots import Slots, find_slots
 from priorityprop_jax.core.tables import bytes_of
 from priorityprop_jax.partial.account import Account, state_bytes
+from priorityprop_jax.partial.by_row import ByRow
 from priorityprop_jax.partial.costs import StepCosts, costs_of, measure_costs
-from priorityprop_jax.partial.grad import active_rows, find_active, value_and_grad_of
+from priorityprop_jax.partial.grad import (
+    find_active,
+    value_and_grad_of,
+)
 from priorityprop_jax.partial.offload import STATES, ActiveState
 from priorityprop_jax.partial.planner import Options, Planner, budget_of
 from priorityprop_jax.partial.policies import Policy, make_policy
@@ -175,7 +179,7 @@ class PartialStep:
         self._programs: dict[Any, dict[Any, Program]] = {}  # those used last come last
         self._evicted: set[Any] = set()
         self._warned = False
-        self._traced: frozenset[Bundle] = frozenset()  # whose layers are chosen by traced rows
+        self._by_row = ByRow(functools.partial(self._build, counted=False))
         self._prefix: Any = None
         if stages is not None:
             self._prefix = Prefix(stages, self.slots, options.cache, self._build)
@@ -205,6 +209,7 @@ class PartialStep:
     def lay_out(self, layout: Any) -> None:
         """Every program keeps the layout of what it was compiled for: others are compiled anew."""
         self._programs.clear()
+        self._by_row.clear()
 
     @property
     def saved(self) -> float:
@@ -249,62 +254,60 @@ class PartialStep:
             start = self._prefix.start(active)
             upcoming = map(self._prefix.start, self._planner.plan)
             x, rest, forward, cached = self._prefix.enter(params, rest, batch, start, upcoming)
-        static, rows = self._by_rows(active)
-        chosen = self._chosen(active)
+        static, rows = self._by_row.told(self.slots, active)
+        chosen = self._by_row.kept(self._chosen(active), rows)
         part, frozen = chosen.split(params)
         leaves, treedef = jax.tree.flatten((batch, x))
         leaves = [_as_array(leaf) for leaf in leaves]
         batch, x = treedef.unflatten(leaves)
         arguments = (part, frozen, rest, opt_state, batch, x, rows)
         shapes = treedef, shapes_of(leaves)
-        program = self._compiled(static, start, arguments, shapes)
+        program = self._compiled(static, start, arguments, shapes, params)
         if self._planner.limit is not None and (active, shapes) not in self._fit:
             beside = max(program.beside, self._prefix.beside if self._prefix is not None else 0)
             if not self._planner.fits(active, bytes_held(arguments) + beside):
                 return self(params, before, opt_state, batch)  # as it is planned anew
             self._fit.add((active, shapes))
-        part, rest, opt_state, values = program.run(*arguments)
+        part, rest, opt_state, values, updates = program.run(*arguments)
+        params = chosen.join(part, frozen)
+        if rows:
+            params = self._by_row.written(params, updates, rows)
         flops = forward + (self._flops(active, start) if rows else program.flops)
         cost = self._planner.charge(active, flops, cached)
         self._account.charge(active, flops, cost, cached=cached)
         counts = {"updates": len(active), "flops": flops, "cached": int(cached)}
-        return chosen.join(part, frozen), rest, opt_state, values | counts
-
-    def _by_rows(self, active: frozenset[str]) -> tuple[frozenset[str], dict[int, np.ndarray]]:
-        """Active slots without layers that are told by rows, and these by their first slot."""
-        rows = {}
-        for bundle in self._traced:
-            own = active_rows(bundle, self.slots, active)
-            if 0 < len(own) < bundle.slots:
-                rows[bundle.start] = np.asarray(own, np.int32)
-                active -= {self.slots.names[bundle.start + i] for i in own}
-        return active, rows
+        return params, rest, opt_state, values | counts
 
     def _program(self, active: frozenset[str], start: int) -> Callable[..., Any]:
         """The step of an active set, and of those layers that it is given, as a pure function."""
 
         def step(part, frozen, rest, opt_state, batch, x, rows):
             chosen = find_active(self._shapes, self.slots, active, rows)
-            params = chosen.join(part, frozen)
+            kept, told = self._by_row.kept(chosen, rows), self._by_row.leaves(rows)
+            params = kept.join(part, frozen)
             entry = {} if x is None else {"x": x, "start": start}
             run = value_and_grad_of(self._loss, chosen, has_aux=True)
             (loss, (metrics, rest)), grads = run(params, rest, batch, **entry)
             # Descent goes along the conjugate of what JAX gives for complex parameters.
             grads = jax.tree.map(jnp.conj, grads)
-            params, opt_state = self._update(grads, opt_state, params, loss)
-            return chosen.split(params)[0], rest, opt_state, {"loss": loss, **metrics}
+            updates, opt_state = self._update(grads, opt_state, params, loss)
+            flat = chosen.treedef.flatten_up_to(updates)
+            own = [u for on, u in zip(kept.rows, flat, strict=True) if on is not None]
+            part, told = optax.apply_updates(part, own), {i: flat[i].values for i in told}
+            return part, rest, opt_state, {"loss": loss, **metrics}, told
 
         return step
 
     def _update(self, grads: Any, opt_state: Any, params: Any, loss: Any) -> tuple[Any, Any]:
-        """The new parameters and the new state."""
+        """The updates and the new state."""
         with slots_by(**self._where):
-            updates, opt_state = self._optimizer.update(
+            return self._optimizer.update(
                 grads, opt_state, params, uniform=self._uniform, value=loss
             )
-        return optax.apply_updates(params, updates), opt_state
 
-    def _compiled(self, active: frozenset[str], start: int, arguments: Any, shapes: Any) -> Program:
+    def _compiled(
+        self, active: frozenset[str], start: int, arguments: Any, shapes: Any, params: Any
+    ) -> Program:
         """The program of an active set, but for the numbers of layers told by rows.
 
         ``shapes`` are those of the batch; all other arguments are known by the rest.
@@ -326,14 +329,15 @@ class PartialStep:
                     stacklevel=4,
                 )
             donate = (0, 2, 3)
-            out = (*(layout_of(arguments[i]) for i in donate), None)
+            told = self._by_row.layout(params, arguments[-1])
+            out = (*(layout_of(arguments[i]) for i in donate), None, told)
             programs[shapes] = self._build(self._program(active, start), arguments, out, donate)
         return programs[shapes]
 
-    def _build(self, *arguments: Any) -> Program:
-        """`build`, counted."""
+    def _build(self, *arguments: Any, counted: bool = True) -> Program:
+        """`build`, with an account of programs and seconds."""
         program = build(*arguments)
-        self._built += 1
+        self._built += counted
         self.compile_seconds += program.seconds
         return program
 
@@ -347,8 +351,9 @@ class PartialStep:
         self._arguments = rest, batch = jax.tree.map(abstract, given)
         loss = lambda params, arguments: self._loss(params, *arguments)  # noqa: E731
         example = self._shapes, self._arguments
-        work, self._traced = read(loss, *example, slots=self.slots)
-        hidden = {b.name for b in self.slots.bundles if b.layers} - {b.name for b in self._traced}
+        work, self._by_row.stacks = read(loss, *example, slots=self.slots)
+        stacked = {bundle.name for bundle in self.slots.bundles if bundle.layers}
+        hidden = stacked - {stack.name for stack in self._by_row.stacks}
         if self._by_stacks and hidden:
             warnings.warn(
                 f"something stands between the parameters of {min(hidden)} and its partial.Stack, "
@@ -360,7 +365,7 @@ class PartialStep:
             self.slots = dataclasses.replace(self.slots, depths=work.depths)
             self._planner.slots = self._account.slots = self.slots
         update = jax.make_jaxpr(self._update)
-        self._update_flops = program_flops(
+        self._update_flops = sum(self.slots.sizes) + program_flops(
             update(self._shapes, self._state, self._shapes, jnp.zeros(()))
         )
         full_flops = work.cost(range(len(self.slots))) + self._update_flops

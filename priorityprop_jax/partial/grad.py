@@ -232,8 +232,9 @@ def value_and_grad(
     .. math:: g_i = \partial L(\theta) / \partial \theta_i \quad \text{for active } i,
 
     but what is inactive enters it as a constant, so that XLA has neither its weight gradients nor
-    the part of the chain that only they need to compute. Over layers in a `jax.lax.scan` the chain
-    goes all the way; in a `stack` it stops at the deepest active one.
+    the part of the chain that only they need to compute. Over layers of a stacked leaf in a
+    `jax.lax.scan`, or picked from it one by one, the chain and weight gradients are those of all;
+    in a `stack` they stop at the deepest active one.
 
     The gradients go into `update_active` or `freeze`, also through `flax.nnx.Optimizer.update` and
     Linen's ``TrainState.apply_gradients``.

@@ -309,6 +309,71 @@ def linen_resnet():
     return Model(params, lambda p, x: squares(model.apply({"params": p}, x)), x, order)
 
 
+def unet():
+    """What goes down comes up, and each level up also gets what its level down gave."""
+    names = ["down1", "down2", "middle", "up1", "up2", "final_conv"]
+    sizes = {"up1": 2 * WIDTH, "up2": 2 * WIDTH}
+    params = {name: dense(sizes.get(name, WIDTH), WIDTH) for name in names}
+
+    def loss(p, x):
+        one = jnp.tanh(apply(p["down1"], x))
+        two = jnp.tanh(apply(p["down2"], one))
+        y = jnp.tanh(apply(p["middle"], two))
+        y = jnp.tanh(apply(p["up2"], jnp.concatenate([y, two], -1)))
+        y = jnp.tanh(apply(p["up1"], jnp.concatenate([y, one], -1)))
+        return squares(apply(p["final_conv"], y))
+
+    order = [["final_conv"], ["up1"], ["up2"], ["middle"], ["down2"], ["down1"]]
+    return Model(params, loss, normal(BATCH, WIDTH), order)
+
+
+def two_heads():
+    """A detector: one trunk, a head of two layers and a head of one, each with its loss."""
+    names = ["backbone_0", "backbone_1", "bbox_embed_0", "bbox_embed_1", "class_embed"]
+    params = {name: dense(WIDTH, WIDTH, seed=i) for i, name in enumerate(names)}
+
+    def loss(p, x):
+        for name in names[:2]:
+            x = jnp.tanh(apply(p[name], x))
+        boxes = apply(p["bbox_embed_1"], jnp.tanh(apply(p["bbox_embed_0"], x)))
+        return squares(boxes) + 0.5 * squares(apply(p["class_embed"], x))
+
+    order = [["bbox_embed_1", "class_embed"], ["bbox_embed_0"], ["backbone_1"], ["backbone_0"]]
+    return Model(params, loss, normal(BATCH, WIDTH), order)
+
+
+class LinenNames(linen.Module):
+    """Automatic names, of layers that are used in another order than they are numbered in."""
+
+    @linen.compact
+    def __call__(self, x):
+        last = linen.Dense(2)  # named when it is first used
+        second, first = linen.Dense(WIDTH), linen.Dense(WIDTH)
+        return last(linen.LayerNorm()(nnx.tanh(second(nnx.tanh(first(x))))))
+
+
+def linen_names():
+    model, x = LinenNames(), normal(BATCH, WIDTH)
+    params = model.init(jax.random.key(0), x)["params"]
+    order = [["Dense_0"], ["LayerNorm_0"], ["Dense_1"], ["Dense_2"]]
+    return Model(params, lambda p, x: squares(model.apply({"params": p}, x)), x, order)
+
+
+def indexed(pick):
+    """Blocks stacked on axis 0, which a loop in Python takes one by one."""
+    params = {"embed": normal(WIDTH, WIDTH), "w": normal(4, WIDTH, WIDTH), "head": normal(WIDTH, 2)}
+
+    def loss(p, x):
+        x = x @ p["embed"]
+        for i in range(4):
+            x = jnp.tanh(x @ pick(p["w"], i))
+        return squares(x @ p["head"])
+
+    order = [["head"], *([f"w[{i}]"] for i in (3, 2, 1, 0)), ["embed"]]
+    where = {"stacked_axis": lambda path: 0 if path == "w" else None}
+    return Model(params, loss, normal(BATCH, WIDTH), order, where)
+
+
 EVERY = (resnet, linen_resnet, roberta, numbered, two_towers, tied, decoder, rnn, experts)
 MODELS = {make.__name__: make for make in EVERY}
 
@@ -329,6 +394,48 @@ def ordered(model, loss=None):
 
 def test_order(model):
     assert ordered(model) == model.order
+
+
+@pytest.mark.parametrize("make", [unet, two_heads, linen_names])
+def test_order_of_branches_and_of_names_that_mislead(make):
+    model = make()
+    assert ordered(model) == model.order
+
+
+PICKS = {
+    "w[i]": lambda w, i: w[i],
+    "w[i - 4]": lambda w, i: w[i - 4],
+    "w[i, :, :]": lambda w, i: w[i, :, :],
+    "w[i : i + 1][0]": lambda w, i: w[i : i + 1][0],
+    "w[jnp.int32(i)]": lambda w, i: w[jnp.int32(i)],
+    "jnp.take": lambda w, i: jnp.take(w, i, axis=0),
+    "jnp.split": lambda w, i: jnp.split(w, 4)[i][0],
+    "list": lambda w, i: list(w)[i],
+    "dynamic": lambda w, i: jax.lax.dynamic_index_in_dim(w, i, 0, keepdims=False),
+    "transposed": lambda w, i: w.mT[i].mT,
+    "cast": lambda w, i: w.astype(jnp.bfloat16)[i].astype(w.dtype),
+    "reshaped": lambda w, i: w.reshape(2, 2, WIDTH, WIDTH)[i // 2][i % 2],
+}
+
+
+@pytest.mark.parametrize("pick", PICKS)
+def test_layers_of_a_stack_that_are_picked_one_by_one(pick):
+    model = indexed(PICKS[pick])
+    slots = model.slots()
+    assert ordered(model) == model.order
+    work = read_loss(model.loss, model.params, model.batch, slots=slots)
+    everything = jax.grad(model.loss)(model.params, model.batch)
+    for layers in ((3,), (0, 2)):
+        active = [f"w[{i}]" for i in layers]
+        run = value_and_grad(model.loss, active, **model.where)
+        _, grads = run(model.params, model.batch)
+        np.testing.assert_allclose(
+            grads["w"].values, everything["w"][np.array(layers)], rtol=1e-3, atol=1e-6
+        )
+        # What is planned is what runs: the chain of all of them.
+        planned = work.cost([slots.names.index(name) for name in active])
+        ran = program_flops(jax.make_jaxpr(run)(model.params, model.batch))
+        assert planned == pytest.approx(ran, rel=0.05)
 
 
 @pytest.mark.parametrize("change", [{"reverse": True}, {"layers": 2}])

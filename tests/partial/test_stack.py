@@ -11,7 +11,9 @@ from flax import nnx
 from jax import lax
 
 from priorityprop_jax import partial
-from priorityprop_jax.core.program import program_flops
+from priorityprop_jax.core.layout import bytes_held
+from priorityprop_jax.core.program import build, program_flops
+from priorityprop_jax.partial import engine
 from priorityprop_jax.partial.stack import unrolled
 from priorityprop_jax.training.trainer import Trainer
 
@@ -306,6 +308,27 @@ class TestModule:
         for report in (one, theirs):
             assert {len(v["active"]) for v in report["variants"]} == {4}
         assert trainers[0].history.updates == [4] * 9
+
+    def test_a_step_takes_memory_for_what_it_trains(self, monkeypatch):
+        """Beside parameters and batch: a part of what a full step takes."""
+        sizes, count, width = [], 12, 64
+
+        def noted(function, arguments, *rest):
+            program = build(function, arguments, *rest)
+            if len(arguments) > 3:  # a step
+                sizes.append(program.beside + bytes_held(arguments[3]))
+            return program
+
+        monkeypatch.setattr(engine, "build", noted)
+        blocks = [nnx.Linear(width, width, rngs=nnx.Rngs(i)) for i in range(count)]
+        model = nnx.Sequential(partial.Stack(blocks), nnx.Linear(width, 1, rngs=nnx.Rngs(99)))
+        loss = lambda model, x: jnp.mean((model(x) - 1) ** 2)  # noqa: E731
+        for name, state in (("badam(1)", "reset"), ("full", "keep")):
+            step = partial.step(name, state=state, recalc_every=1)
+            trainer = Trainer(nnx.clone(model), optax.adamw(1e-3), loss, step, progress=False)
+            trainer.train([jnp.ones((1, width))] * 3)
+        some, everything = max(sizes[:-1]), sizes[-1]
+        assert some / everything < 1 / count + 0.1
 
     def test_a_trained_layer_is_the_one_that_was_asked_for(self):
         model = Net(True)
