@@ -2,6 +2,7 @@
 
 from priorityprop_jax.exact.answers import cross_entropy
 from priorityprop_jax.exact.choose import Saving, apply, restore
+from priorityprop_jax.exact.convolutions import conv_general_dilated
 from priorityprop_jax.exact.products import dot_general
 
-__all__ = ["Saving", "apply", "cross_entropy", "dot_general", "restore"]
+__all__ = ["Saving", "apply", "conv_general_dilated", "cross_entropy", "dot_general", "restore"]

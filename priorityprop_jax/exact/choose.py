@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -14,6 +15,7 @@ from priorityprop_jax.core.modules import check_module, pure_loss, walk
 from priorityprop_jax.core.tables import aligned
 from priorityprop_jax.core.timing import medians
 from priorityprop_jax.exact.blocks import blocks, restore_block, save_products
+from priorityprop_jax.exact.convolutions import conv_general_dilated
 from priorityprop_jax.exact.products import dot_general
 from priorityprop_jax.rnn.fused import restore_rnn, swap
 from priorityprop_jax.rnn.lean import LeanRNN
@@ -43,6 +45,8 @@ def apply(model: nnx.Module, loss_fn: Callable[..., Any], batch: Any) -> list[Sa
 
     - ``lean rnn``: see `priorityprop_jax.rnn.lean_rnn`.
     - ``flat products``: see `dot_general`, in each layer whose product is JAX's own.
+    - ``patches``: see `conv_general_dilated`, where a kernel is no larger than its stride.
+    - ``strided convolutions``: the same in all others with a stride.
     - ``products saved``: blocks keep their products alone for the backward pass and compute norms,
       activations and biases again, which is less to write and read, and less memory. Blocks are
       modules with several products in them that stand beside others of their kind, or that
@@ -70,6 +74,8 @@ def apply(model: nnx.Module, loss_fn: Callable[..., Any], batch: Any) -> list[Sa
       saving                     parts  before ms  after ms  kept
       lean rnn                       0          -         -    no
       flat products                  1  ...
+      patches                        0          -         -    no
+      strided convolutions           0          -         -    no
       products saved                 0          -         -    no
       products saved, in a scan      0          -         -    no
       >>> _ = exact.restore(model)
@@ -112,20 +118,33 @@ def restore(model: nnx.Module) -> int:
         changed += restore_block(part)
         if isinstance(part, LeanRNN) and part.lean_iterations is None:
             changed += restore_rnn(part)
-        if isinstance(drop_in := getattr(part, "dot_general", None), _Flat):
-            part.dot_general = drop_in.inner  # type: ignore[attr-defined]
-            changed += 1
+        for name in _DROP_INS:
+            if isinstance(drop_in := getattr(part, name, None), _DropIn):
+                setattr(part, name, drop_in.before)
+                changed += 1
     return changed
 
 
-@dataclasses.dataclass(frozen=True)
-class _Flat:
-    """What a layer multiplies with, and did before."""
+_DROP_INS = {"dot_general": dot_general, "conv_general_dilated": conv_general_dilated}
 
-    inner: Any
+
+@dataclasses.dataclass(frozen=True)
+class _DropIn:
+    """What a layer computes with, and did before."""
+
+    name: str
+    before: Any
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
-        return dot_general(*args, **kwargs)
+        return _DROP_INS[self.name](*args, **kwargs)
+
+
+def _put_in(name: str, layers: list[Any]) -> int:
+    """Where a layer has JAX's own: a user's goes before ours."""
+    layers = [x for x in layers if getattr(x, name) in (None, getattr(lax, name))]
+    for layer in layers:
+        setattr(layer, name, _DropIn(name, getattr(layer, name)))
+    return len(layers)
 
 
 def _flatten(model: nnx.Module) -> int:
@@ -133,13 +152,19 @@ def _flatten(model: nnx.Module) -> int:
     # The step of a recurrent layer sees rows already, and a lean one must know its products.
     cells = {id(x) for part in parts if isinstance(part, nnx.RNN) for _, x in walk(part)}
     layers = [x for x in parts if isinstance(x, nnx.Linear | nnx.LinearGeneral)]
-    # A user's own goes before ours.
-    layers = [x for x in layers if x.dot_general in (None, lax.dot_general)]
     layers = [x for x in layers if id(x) not in cells]
     layers = [x for x in layers if getattr(x, "dot_general_cls", None) is None]
-    for layer in layers:
-        layer.dot_general = _Flat(layer.dot_general)
-    return len(layers)
+    return _put_in("dot_general", layers)
+
+
+def _stride(model: nnx.Module, patches: bool) -> int:
+    found = []
+    for _, part in walk(model):
+        if isinstance(part, nnx.Conv) and part.strides is not None:
+            strides = np.broadcast_to(part.strides, len(part.kernel_size))
+            inside = bool(np.all(np.asarray(part.kernel_size) <= strides))
+            found += [part] if strides.max() > 1 and inside == patches else []
+    return _put_in("conv_general_dilated", found)
 
 
 def _save(model: nnx.Module, in_scan: bool) -> int:
@@ -157,6 +182,8 @@ def _lean(model: nnx.Module) -> int:
 _SAVINGS: dict[str, Callable[[nnx.Module], int]] = {
     "lean rnn": _lean,
     "flat products": _flatten,
+    "patches": lambda model: _stride(model, True),
+    "strided convolutions": lambda model: _stride(model, False),
     "products saved": lambda model: _save(model, False),
     "products saved, in a scan": lambda model: _save(model, True),
 }
