@@ -196,7 +196,10 @@ def _update_all(
     updates, inner_state = per_slot.inner.update(
         per_slot.treedef.unflatten(grads), treedef.unflatten(flat), params, **extra
     )
-    flat = jax.tree.leaves(inner_state)
+    # What stands for nothing, as in adafactor's state of small parameters, is there for each layer.
+    each = zip(jax.tree.leaves(inner_state), treedef.flatten_up_to(state.inner_state), strict=True)
+    flat = [jnp.broadcast_to(x, old.shape) if x.shape == (1,) == old.shape[1:] else x
+            for x, old in each]  # fmt: skip
     for i in per_slot.shared:
         flat[i] = per_slot.for_every_slot(flat[i])
     return updates, state._replace(

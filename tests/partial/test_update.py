@@ -708,3 +708,17 @@ def test_masked_and_multi_transform_around(whole):
     np.testing.assert_array_equal(new["a"], [0.5, 0.5])
     np.testing.assert_array_equal(new["b"], [0.0, 0.0])
     np.testing.assert_array_equal(new["c"], [0.5, 0.5] if whole else params["c"])
+
+
+@pytest.mark.parametrize("inner", [optax.adafactor(1e-2), optax.lars(1e-2)])
+def test_all_slots_of_a_stack_at_once_keep_the_shapes_of_their_state(inner):
+    params = {"w": jnp.full((3, 4, 4), 0.3), "h": jnp.ones((4, 1))}
+    tx = update_active(inner, stacked_axis=lambda path: 0 if path == "w" else None)
+    state, theirs = tx.init(params), inner.init(params)
+    for _ in range(2):
+        updates, new = tx.update(params, state, params, uniform=True)
+        expected, theirs = inner.update(params, theirs, params)
+        shapes = (jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (state, new))
+        assert next(shapes) == next(shapes)
+        jax.tree.map(np.testing.assert_array_equal, updates, expected)
+        state = new
