@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -64,12 +65,26 @@ def bytes_beside(compiled: Any) -> int:
 
 
 def build(
-    function: Callable[..., Any], arguments: Any, out: Any, donate: tuple[int, ...] = ()
+    function: Callable[..., Any],
+    arguments: Any,
+    out: Any,
+    donate: tuple[int, ...] = (),
+    meanwhile: Callable[[], None] | None = None,
 ) -> Program:
-    """Compiles a pure function for arguments like these; ``out``: see `layout_of`."""
+    """Compiles a pure function for arguments like these; ``out``: see `layout_of`.
+
+    ``meanwhile`` runs while XLA compiles, which needs no Python.
+    """
     start = time.perf_counter()
     traced = jax.jit(function, donate_argnums=donate, out_shardings=out).trace(*arguments)
-    program = traced.lower().compile()
+    lowered = traced.lower()
+    if meanwhile is None:
+        program = lowered.compile()
+    else:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            compiling = pool.submit(lowered.compile)
+            meanwhile()
+            program = compiling.result()
     flops, beside = program_flops(traced.jaxpr), bytes_beside(program)
     return Program(program, flops, time.perf_counter() - start, beside)
 

@@ -16,7 +16,7 @@ import optax
 
 from priorityprop_jax.core.layout import bytes_held, layout_of, put_beside, spread
 from priorityprop_jax.core.program import Program, abstract, build, program_flops
-from priorityprop_jax.core.slots import Slots, find_slots
+from priorityprop_jax.core.slots import find_slots
 from priorityprop_jax.core.tables import bytes_of
 from priorityprop_jax.partial.account import Account, state_bytes
 from priorityprop_jax.partial.by_row import ByRow
@@ -31,7 +31,7 @@ from priorityprop_jax.partial.policies import Policy, make_policy
 from priorityprop_jax.partial.prefix import Prefix, shapes_of
 from priorityprop_jax.partial.prefix_cache import PrefixCache
 from priorityprop_jax.partial.stack import read, slots_of
-from priorityprop_jax.partial.stages import Stages
+from priorityprop_jax.partial.stages import Stages, in_order
 from priorityprop_jax.partial.update import (
     ActiveUpdatesState,
     expected_gains,
@@ -155,6 +155,7 @@ class PartialStep:
                 "trainer one, or leave the cache out"
             )
         self._loss, self._options = setup.loss, options
+        self._loss_of = lambda params, arguments: setup.loss(params, *arguments)
         # Then the program is that of the plain optimizer, bit for bit.
         self._uniform = options.policy == "full" and options.state == "keep"
         self._shapes = shapes = jax.tree.map(abstract, setup.params)
@@ -239,9 +240,10 @@ class PartialStep:
         self, params: Any, rest: Any, opt_state: Any, batch: Any
     ) -> tuple[Any, Any, Any, dict[str, Any]]:
         """One step, which donates parameters, rest and state; see `Step`."""
+        meanwhile = None
         if self._arguments is None:
             start = time.perf_counter()
-            self._prepare(params, rest, opt_state, batch)
+            meanwhile = self._prepare(params, rest, opt_state, batch)
             self.compile_seconds += time.perf_counter() - start
         if not self._planner.plan:
             opt_state = _changed(opt_state, self._new_cycle)
@@ -262,7 +264,7 @@ class PartialStep:
         batch, x = treedef.unflatten(leaves)
         arguments = (part, frozen, rest, opt_state, batch, x, rows)
         shapes = treedef, shapes_of(leaves)
-        program = self._compiled(static, start, arguments, shapes, params)
+        program = self._compiled(static, start, arguments, shapes, params, meanwhile)
         if self._planner.limit is not None and (active, shapes) not in self._fit:
             beside = max(program.beside, self._prefix.beside if self._prefix is not None else 0)
             if not self._planner.fits(active, bytes_held(arguments) + beside):
@@ -306,11 +308,17 @@ class PartialStep:
             )
 
     def _compiled(
-        self, active: frozenset[str], start: int, arguments: Any, shapes: Any, params: Any
+        self,
+        active: frozenset[str],
+        start: int,
+        arguments: Any,
+        shapes: Any,
+        params: Any,
+        meanwhile: Callable[[], None] | None,
     ) -> Program:
         """The program of an active set, but for the numbers of layers told by rows.
 
-        ``shapes`` are those of the batch; all other arguments are known by the rest.
+        ``shapes`` are those of the batch, which tell all others; ``meanwhile``: see `build`.
         """
         key = active, start, tuple((at, len(rows)) for at, rows in arguments[-1].items())
         programs = self._programs.pop(key, {})
@@ -331,7 +339,8 @@ class PartialStep:
             donate = (0, 2, 3)
             told = self._by_row.layout(params, arguments[-1])
             out = (*(layout_of(arguments[i]) for i in donate), None, told)
-            programs[shapes] = self._build(self._program(active, start), arguments, out, donate)
+            build = functools.partial(self._build, self._program(active, start), arguments)
+            programs[shapes] = build(out, donate, meanwhile)
         return programs[shapes]
 
     def _build(self, *arguments: Any, counted: bool = True) -> Program:
@@ -341,17 +350,26 @@ class PartialStep:
         self.compile_seconds += program.seconds
         return program
 
-    def _prepare(self, params: Any, rest: Any, opt_state: Any, batch: Any) -> None:
-        """Finds out how deep slots are, and what steps cost.
+    def _prepare(
+        self, params: Any, rest: Any, opt_state: Any, batch: Any
+    ) -> Callable[[], None] | None:
+        """Finds out how deep slots are, and what steps cost; returns what of it may wait.
 
         By shapes, whatever the layout: a mesh changes no choice but that of memory.
         """
-        options = self._options
-        given = rest, batch
-        self._arguments = rest, batch = jax.tree.map(abstract, given)
-        loss = lambda params, arguments: self._loss(params, *arguments)  # noqa: E731
-        example = self._shapes, self._arguments
-        work, self._by_row.stacks = read(loss, *example, slots=self.slots)
+        self._arguments = jax.tree.map(abstract, (rest, batch))
+        cost = functools.partial(self._find_costs, params, opt_state, (rest, batch))
+        waits = self._planner.fixed and self._options.budget is None and self._prefix is None
+        if waits and self._options.policy == "full":
+            return lambda: (self._find_depths(), cost())[1]
+        self._find_depths()
+        return cost if waits else cost()
+
+    def _find_depths(self) -> None:
+        """And which stacks are told their active layers by number."""
+        self._work, self._by_row.stacks = read(
+            self._loss_of, self._shapes, self._arguments, slots=self.slots
+        )
         stacked = {bundle.name for bundle in self.slots.bundles if bundle.layers}
         hidden = stacked - {stack.name for stack in self._by_row.stacks}
         if self._by_stacks and hidden:
@@ -362,8 +380,12 @@ class PartialStep:
                 stacklevel=2,
             )
         if self._prefix is None:  # else the stages tell
-            self.slots = dataclasses.replace(self.slots, depths=work.depths)
+            self.slots = dataclasses.replace(self.slots, depths=self._work.depths)
             self._planner.slots = self._account.slots = self.slots
+
+    def _find_costs(self, params: Any, opt_state: Any, given: Any) -> None:
+        """What steps cost, of the first step's arguments."""
+        options, work, about = self._options, self._work, {"slots": self.slots, "has_aux": True}
         update = jax.make_jaxpr(self._update)
         self._update_flops = sum(self.slots.sizes) + program_flops(
             update(self._shapes, self._state, self._shapes, jnp.zeros(()))
@@ -371,18 +393,20 @@ class PartialStep:
         full_flops = work.cost(range(len(self.slots))) + self._update_flops
         self._account.full_flops = full_flops
         self._account.costs = counted = costs_of(work, self.slots, full_flops)
-        self._work, costs = work, options.costs
-        if costs is not None and costs.unit == "flops":
+        if (costs := options.costs) is not None and costs.unit == "flops":
             self._account.costs = costs
         elif costs is None and options.budget is not None:
             costs, unit = counted, options.budget[0]
             if unit == "milliseconds":
-                costs = measure_costs(loss, *example, self.slots, unit=unit, has_aux=True)
+                costs = measure_costs(
+                    self._loss_of, self._shapes, self._arguments, unit=unit, **about
+                )
             elif unit == "memory" and not self._planner.fixed:
-                laid, beside = jax.tree.map(_laid_out, (params, given))
-                costs = measure_costs(loss, laid, beside, self.slots, unit="bytes", has_aux=True)
+                laid = jax.tree.map(_laid_out, (params, given))
+                costs = measure_costs(self._loss_of, *laid, unit="bytes", **about)
                 costs = self._with_state(costs, opt_state)
         if self._prefix is not None:
+            rest, batch = self._arguments
             self._front = self._prefix.flops(self._shapes, rest, batch["x"])
         if costs is not None:
             self._planner.know(costs, self._front if options.cache else None)
@@ -460,19 +484,6 @@ def _initialized(optimizer: Any, params: Any, where: dict[str, Any]) -> tuple[An
     optimizer = optax.with_extra_args_support(optimizer)
     with slots_by(**where) as found:
         return optimizer, jax.eval_shape(optimizer.init, params), found
-
-
-def in_order(slots: Slots, names: tuple[str, ...], params: Any) -> Slots:
-    """Slots whose layers are the stages: what is known need not be read from paths."""
-    trained = [name for name in names if jax.tree.leaves(params[name])]
-    layers = []
-    for slot in slots.names:
-        stages = {leaf.split("/")[0] for leaf in slots.leaves({slot})}
-        if len(stages) > 1:
-            raise ValueError(f"slot {slot!r} spans the stages {sorted(stages)}; group within one")
-        layers.append(stages.pop())
-    depths = tuple(len(trained) - 1 - trained.index(layer) for layer in layers)
-    return dataclasses.replace(slots, layers=tuple(layers), depths=depths)
 
 
 def _laid_out(x: Any) -> Any:

@@ -25,11 +25,10 @@ from priorityprop_jax.core.slots import Slots, find_slots
 from priorityprop_jax.core.tables import aligned, bytes_of, mebibytes, short
 from priorityprop_jax.core.timing import medians
 from priorityprop_jax.core.work import Work
-from priorityprop_jax.partial.engine import in_order
 from priorityprop_jax.partial.grad import ActiveLeaves, find_active, value_and_grad_of
 from priorityprop_jax.partial.policies import Situation, make_policy
 from priorityprop_jax.partial.stack import read, slots_of, unrolled
-from priorityprop_jax.partial.stages import Stages
+from priorityprop_jax.partial.stages import Stages, in_order
 
 _PATIENCE = 5.0  # seconds of measuring
 LEGEND = (

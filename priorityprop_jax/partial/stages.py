@@ -21,6 +21,7 @@ from priorityprop_jax.core.modules import (
     trainable,
     warn_off,
 )
+from priorityprop_jax.core.slots import Slots
 
 # (params, state, x) -> (y, new_state)
 Apply = Callable[[Any, Any, Any], tuple[Any, Any]]
@@ -326,3 +327,16 @@ def _module_stage(name: str, module: nnx.Module, graphs: Modes) -> Stages:
     params, state = ({name: nnx.to_pure_dict(part)} for part in (params, rest))
     applies = (applied(graphs.given),), (applied(graphs.evaluation),)
     return Stages((name,), *applies, params, state, write_back)
+
+
+def in_order(slots: Slots, names: tuple[str, ...], params: Any) -> Slots:
+    """Slots whose layers are the stages: what is known need not be read from paths."""
+    trained = [name for name in names if jax.tree.leaves(params[name])]
+    layers = []
+    for slot in slots.names:
+        stages = {leaf.split("/")[0] for leaf in slots.leaves({slot})}
+        if len(stages) > 1:
+            raise ValueError(f"slot {slot!r} spans the stages {sorted(stages)}; group within one")
+        layers.append(stages.pop())
+    depths = tuple(len(trained) - 1 - trained.index(layer) for layer in layers)
+    return dataclasses.replace(slots, layers=tuple(layers), depths=depths)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from priorityprop_jax import find_slots
-from priorityprop_jax.core.program import constants, product_flops, program_flops
+from priorityprop_jax.core.program import build, constants, product_flops, program_flops
 from priorityprop_jax.partial import StepCosts, measure_costs, value_and_grad
 
 LAYERS, WIDTH, INNER, BATCH = 2, 24, 48, 16
@@ -320,3 +320,16 @@ def test_constants_of_all_parts():
     table = np.arange(3.0, dtype=np.float32)
     found = list(constants(jax.make_jaxpr(jax.jit(lambda x: x + table))(jnp.ones(3))))
     assert any(np.array_equal(x, table) for x in found)
+
+
+def test_what_can_wait_runs_while_a_program_compiles():
+    done = []
+    program = build(lambda x: x + 1, (jnp.ones(2),), None, meanwhile=lambda: done.append(1))
+    np.testing.assert_array_equal(program.run(jnp.ones(2)), [2.0, 2.0])
+    assert done == [1]
+
+    def fails():
+        raise KeyError("of my own")
+
+    with pytest.raises(KeyError, match="of my own"):
+        build(lambda x: x + 2, (jnp.ones(2),), None, meanwhile=fails)
