@@ -181,9 +181,10 @@ def test_what_is_frozen_of_a_stack_still_runs_forward():
     rows = by_name(partial.plan(params, loss_fn, x, tx, repeats=1, stacked_axis=stacked))
     forward = 6 * 2 * 2 * WIDTH * WIDTH
     assert rows["suffix(0)"].flops == pytest.approx(forward, rel=0.06)
-    # The first trained block has its weights' product and update, each further one its chain too.
+    # The first trained block has its weights' product and update, each further one its chain too;
+    # the gradient of tanh takes a few operations on `[2, WIDTH]`, how many differs by release.
     extra = rows["suffix(1)"].flops - rows["suffix(0)"].flops
-    assert extra == pytest.approx(forward / 6 + 2 * WIDTH * WIDTH, rel=0.09)
+    assert 0 <= extra - (forward / 6 + 2 * WIDTH * WIDTH) <= 6 * x.size
 
 
 @pytest.mark.parametrize(
