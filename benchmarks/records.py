@@ -36,6 +36,7 @@ def about(benchmark: str, load: tuple[float, ...] | None = None) -> dict:
 
 def write(path: Path, record: dict) -> None:
     """All or nothing: to a temporary name, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
