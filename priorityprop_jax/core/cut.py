@@ -155,8 +155,8 @@ class Part(NamedTuple):
         """
         values = dict(self.constants) | {x: args[i] for i, x in self.needed.items()}
         for eqn, operands, made in self.operations:
-            own = _apart if stream is not None and _draws(eqn) else bind
-            results = own(eqn, [values[x] for x in operands], stream)
+            own, apart = [values[x] for x in operands], stream is not None and _draws(eqn)
+            results = _apart(eqn, own, stream) if apart else bind(eqn, own)
             values.update(zip(made, results, strict=True))
         return [values[x] for x in self.wanted]
 
@@ -172,7 +172,7 @@ def _apart(eqn: Any, operands: list[Any], stream: Any) -> Sequence[Any]:
     name, parts = eqn.primitive.name, parts_of(eqn)
     if name in _DRAWS:
         key, *others = operands
-        return bind(eqn, [_fold(key, stream), *others], stream)
+        return bind(eqn, [_fold(key, stream), *others])
     if name == "cond":
         branches = [functools.partial(_closed, part, stream) for part in parts]
         return lax.switch(*operands[:1], branches, *operands[1:])

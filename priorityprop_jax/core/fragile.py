@@ -139,7 +139,7 @@ def is_stop(eqn: Any) -> bool:
     return eqn.primitive.name == "stop_gradient"
 
 
-def bind(eqn: Any, operands: Sequence[Any], *_: Any) -> Sequence[Any]:
+def bind(eqn: Any, operands: Sequence[Any]) -> Sequence[Any]:
     """The results of an equation of a jaxpr, of other operands than its own."""
     params = eqn.primitive.get_bind_params(eqn.params)
     functions, params = params if isinstance(params, tuple) else ((), params)

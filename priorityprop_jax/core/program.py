@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -69,21 +69,22 @@ def build(
     arguments: Any,
     out: Any,
     donate: tuple[int, ...] = (),
-    meanwhile: Callable[[], None] | None = None,
+    meanwhile: Sequence[Callable[[], None]] = (),
 ) -> Program:
     """Compiles a pure function for arguments like these; ``out``: see `layout_of`.
 
-    ``meanwhile`` runs while XLA compiles, which needs no Python.
+    ``meanwhile`` are run while XLA compiles, which needs no Python.
     """
     start = time.perf_counter()
     traced = jax.jit(function, donate_argnums=donate, out_shardings=out).trace(*arguments)
     lowered = traced.lower()
-    if meanwhile is None:
+    if not meanwhile:
         program = lowered.compile()
     else:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             compiling = pool.submit(lowered.compile)
-            meanwhile()
+            for job in meanwhile:
+                job()
             program = compiling.result()
     flops, beside = program_flops(traced.jaxpr), bytes_beside(program)
     return Program(program, flops, time.perf_counter() - start, beside)

@@ -79,7 +79,7 @@ class RowSparse:
 
     def __init__(self, rows: Any, values: Any, shape: tuple[int, ...]) -> None:
         if not isinstance(rows, Held) and shape:
-            good = in_order(rows, shape[0])
+            good = are_ascending(rows, shape[0])
             values = values if good is True else jnp.where(good, values, jnp.nan)
         self._set(rows if isinstance(rows, tuple | Held) else seal(rows), values, shape)
 
@@ -195,7 +195,7 @@ def is_row_sparse(x: Any) -> bool:
     return isinstance(x, RowSparse)
 
 
-def in_order(rows: Any, size: int, *, padding: bool = True) -> Any:
+def are_ascending(rows: Any, size: int, *, padding: bool = True) -> Any:
     """Whether no row of an axis would be lost or counted twice: True, or traced as the rows are.
 
     ``padding``: rows may be out of bounds, behind the others. Raises where rows are known and not

@@ -22,9 +22,9 @@ def conv_general_dilated(
     .. math:: y_{b,i} = \sum_t x_{b, s i + t} K_t = (x_{b, s i + t})_t \; (K_t)_t
 
     With the patches side by side, forward pass and both gradients are products of matrices; XLA's
-    CPU backend runs the gradients of a convolution with strides at a fraction of that rate. Where
-    a kernel is no larger than the stride, as in 1 x 1 shortcuts and in the patches of a vision
-    transformer, patches are no copy; else they are as often as large as the stride leaves. Values
+    CPU backend may run the gradients of a convolution with strides slowly. Where a kernel is no
+    larger than the stride, as in 1 x 1 shortcuts and in the patches of a vision transformer, no
+    pixel is in two patches; else there are several copies of it to write and read. Values
     and gradients are the same to rounding. For layers that take a ``conv_general_dilated``:
     `nnx.Conv` and Linen's `Conv`. What has no strides, dilations, groups of features, another
     order of axes than Flax's, or lies on a mesh of explicit axes is left as it is.

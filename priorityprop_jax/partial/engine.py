@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,10 +21,7 @@ from priorityprop_jax.core.tables import bytes_of
 from priorityprop_jax.partial.account import Account, state_bytes
 from priorityprop_jax.partial.by_row import ByRow
 from priorityprop_jax.partial.costs import StepCosts, costs_of, measure_costs
-from priorityprop_jax.partial.grad import (
-    find_active,
-    value_and_grad_of,
-)
+from priorityprop_jax.partial.grad import find_active, value_and_grad_of
 from priorityprop_jax.partial.offload import STATES, ActiveState
 from priorityprop_jax.partial.planner import Options, Planner, budget_of
 from priorityprop_jax.partial.policies import Policy, make_policy
@@ -240,7 +237,7 @@ class PartialStep:
         self, params: Any, rest: Any, opt_state: Any, batch: Any
     ) -> tuple[Any, Any, Any, dict[str, Any]]:
         """One step, which donates parameters, rest and state; see `Step`."""
-        meanwhile = None
+        meanwhile: Sequence[Callable[[], None]] = ()
         if self._arguments is None:
             start = time.perf_counter()
             meanwhile = self._prepare(params, rest, opt_state, batch)
@@ -314,7 +311,7 @@ class PartialStep:
         arguments: Any,
         shapes: Any,
         params: Any,
-        meanwhile: Callable[[], None] | None,
+        meanwhile: Sequence[Callable[[], None]],
     ) -> Program:
         """The program of an active set, but for the numbers of layers told by rows.
 
@@ -352,21 +349,22 @@ class PartialStep:
 
     def _prepare(
         self, params: Any, rest: Any, opt_state: Any, batch: Any
-    ) -> Callable[[], None] | None:
+    ) -> Sequence[Callable[[], None]]:
         """Finds out how deep slots are, and what steps cost; returns what of it may wait.
 
         By shapes, whatever the layout: a mesh changes no choice but that of memory.
         """
         self._arguments = jax.tree.map(abstract, (rest, batch))
-        cost = functools.partial(self._find_costs, params, opt_state, (rest, batch))
+        costs = functools.partial(self._find_costs, params, opt_state, (rest, batch))
+        jobs = (self._find_depths, costs)
         waits = self._planner.fixed and self._options.budget is None and self._prefix is None
-        if waits and self._options.policy == "full":
-            return lambda: (self._find_depths(), cost())[1]
-        self._find_depths()
-        return cost if waits else cost()
+        now = 2 if not waits else 0 if self._options.policy == "full" else 1
+        for job in jobs[:now]:
+            job()
+        return jobs[now:]
 
     def _find_depths(self) -> None:
-        """And which stacks are told their active layers by number."""
+        """How deep slots are, and which stacks are told their active layers by number."""
         self._work, self._by_row.stacks = read(
             self._loss_of, self._shapes, self._arguments, slots=self.slots
         )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from priorityprop_jax.core.paths import path_name
-from priorityprop_jax.core.rows import Held, RowSparse, in_order, put, take
+from priorityprop_jax.core.rows import Held, RowSparse, are_ascending, put, take
 from priorityprop_jax.core.slots import Bundle, Slots, find_slots
 from priorityprop_jax.partial.stack import Tap, tapped
 
@@ -186,7 +186,7 @@ def _told(slots: Slots, active: Names | Mapping[str, Any]) -> tuple[Names, dict[
                 )
             if mine:
                 traced[bundle.start] = rows
-                good &= in_order(rows, bundle.slots, padding=False)
+                good &= are_ascending(rows, bundle.slots, padding=False)
     return static, traced, good
 
 

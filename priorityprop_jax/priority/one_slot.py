@@ -67,10 +67,8 @@ class OneSlot:
         known = [*grads, *(x for _, x in sorted((mine | self._fixed).items())), *(params or ())]
         _, numbers = self._numbers(bundle)
         results = part.run(dict(zip(numbers, known, strict=True)), stream)
-        new = map(jnp.asarray, results[len(grads) :])
-        return results[: len(grads)], {
-            i: like(x, mine[i]) for i, x in zip(sorted(mine), new, strict=True)
-        }
+        state = zip(sorted(mine), results[len(grads) :], strict=True)
+        return results[: len(grads)], {i: like(jnp.asarray(x), mine[i]) for i, x in state}
 
     def is_frozen(self, bundle: Bundle) -> bool:
         """Whether the updates of these slots are zeros whatever the gradients, as by a label."""
@@ -98,10 +96,7 @@ class OneSlot:
         def update(args: Sequence[Any], hide: Callable[[int], Any]) -> Sequence[Any]:
             own = dict(zip(numbers, args, strict=True))
             leaves = [own[i] if i in own else hide(owners[i]) for i in range(len(every))]
-            params = per_slot.treedef.unflatten(leaves[after:]) if self._params else None
-            grads = per_slot.treedef.unflatten(leaves[:count])
-            state = per_slot.state_treedef.unflatten(leaves[count:after])
-            return jax.tree.leaves(per_slot.inner.update(grads, state, params, **self._extra_args))
+            return jax.tree.leaves(per_slot.update(leaves, self._extra_args))
 
         types = [every[i] for i in numbers]
         try:

@@ -142,27 +142,32 @@ class PerSlot:
 
         Of all but the extra arguments types are read, of one layer where they are stacked.
         """
-        count, given = len(grads), [*grads, *state, *(params or ())]
+        given = [*grads, *state, *(params or ())]
         key = None if extra_args else (params is None, *given)
         if key in self._programs:
             return self._programs[key]
 
         def update(args):
-            inner = self.state_treedef.unflatten(args[count : count + len(state)])
-            own = None if params is None else self.treedef.unflatten(args[count + len(state) :])
-            args = self.treedef.unflatten(args[:count]), inner, own
-            new = self.inner.update(*args, **extra_args)
-            if jax.tree.structure(new) != jax.tree.structure(args[:2]):
+            new, found = jax.tree.flatten(self.update(args, extra_args))
+            if found != (own := jax.tree_util.treedef_tuple((self.treedef, self.state_treedef))):
                 raise TypeError(
                     "the inner optimizer changed the structure of its updates or of its state: "
-                    f"from {jax.tree.structure(args[:2])} to {jax.tree.structure(new)}"
+                    f"from {own} to {found}"
                 )
-            return jax.tree.leaves(new)
+            return new
 
         program = Cut(update, given)
         if key is not None:
             self._programs[key] = program
         return program
+
+    def update(self, flat: Sequence[Any], extra_args: dict[str, Any]) -> tuple[Any, Any]:
+        """The inner update of flat gradients, state and, where they are given, parameters."""
+        count, after = len(self.shapes), len(self.shapes) + len(self.state_shapes)
+        given = len(flat) > after or not self.shapes
+        params = self.treedef.unflatten(flat[after:]) if given else None
+        state = self.state_treedef.unflatten(flat[count:after])
+        return self.inner.update(self.treedef.unflatten(flat[:count]), state, params, **extra_args)
 
     def flatten(self, tree: Any) -> list[Any]:
         """The leaves of a tree of the parameters' structure; None where a leaf is absent."""

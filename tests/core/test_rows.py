@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from priorityprop_jax.core.rows import (
     RowSparse,
+    are_ascending,
     clip_by_global_norm,
     densify,
-    in_order,
     is_row_sparse,
     on_values,
 )
@@ -198,20 +198,20 @@ def test_rows_that_would_be_lost_or_counted_twice(rows):
 
 @settings(max_examples=60, derandomize=True, deadline=None, database=None)
 @given(st.lists(st.integers(-2, 9), max_size=4), st.booleans())
-def test_traced_rows_are_in_order_exactly_where_known_ones_are_taken(rows, padding):
+def test_traced_rows_are_are_ascending_exactly_where_known_ones_are_taken(rows, padding):
     real = [row for row in rows if row < SHAPE[0]] if padding else rows
     behind = rows == real + rows[len(real) :]  # padding comes last
     right = behind and real == sorted(set(real)) and all(0 <= row < SHAPE[0] for row in real)
     traced = IN_ORDER(jnp.array(rows, jnp.int32), padding)
     try:
-        known = in_order(np.array(rows, np.int32), SHAPE[0], padding=padding)
+        known = are_ascending(np.array(rows, np.int32), SHAPE[0], padding=padding)
     except ValueError:
         known = False
     assert known == bool(traced) == right
 
 
 IN_ORDER = jax.jit(
-    lambda rows, padding: in_order(rows, SHAPE[0], padding=padding), static_argnums=1
+    lambda rows, padding: are_ascending(rows, SHAPE[0], padding=padding), static_argnums=1
 )
 
 

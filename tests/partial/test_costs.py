@@ -324,7 +324,7 @@ def test_constants_of_all_parts():
 
 def test_what_can_wait_runs_while_a_program_compiles():
     done = []
-    program = build(lambda x: x + 1, (jnp.ones(2),), None, meanwhile=lambda: done.append(1))
+    program = build(lambda x: x + 1, (jnp.ones(2),), None, meanwhile=[lambda: done.append(1)])
     np.testing.assert_array_equal(program.run(jnp.ones(2)), [2.0, 2.0])
     assert done == [1]
 
@@ -332,4 +332,4 @@ def test_what_can_wait_runs_while_a_program_compiles():
         raise KeyError("of my own")
 
     with pytest.raises(KeyError, match="of my own"):
-        build(lambda x: x + 2, (jnp.ones(2),), None, meanwhile=fails)
+        build(lambda x: x + 2, (jnp.ones(2),), None, meanwhile=[fails])
