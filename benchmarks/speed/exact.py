@@ -1,15 +1,18 @@
 """What exact savings bring to a whole training step: the same model as written, and after `apply`.
 
-Steps of AdamW, buffers donated, as one writes them with `nnx`; both arms in turns in one process,
+Steps of AdamW, buffers donated, as one writes them with `nnx`; all arms in turns in one process,
 three fresh processes a model; figures are medians over processes. `exact.apply` measures by itself,
-in the same process, and the record has its table.
+in the same process, and the record has its table. With ``--torch PYTHON`` the same models, batches
+and optimizer in PyTorch take their turns too, in a process of their own with as many threads, as
+one runs them and, where there is no recurrent layer, with `torch.compile`.
 
 - `list`: 12 pre-norm blocks of width 256 in an `nnx.List`, 8 x 64 tokens.
-- `scan`: the same blocks stacked by `nnx.vmap` and run by `nnx.scan`.
+- `scan`: the same blocks stacked by `nnx.vmap` and run by `nnx.scan`; in PyTorch a list.
 - `minilm`: a BERT of MiniLM's shape (6 blocks of width 384), 32 x 24 tokens; `minilm-128` of 16 x
   128.
 - `tagger`: a bidirectional LSTM of 128 over 32 sentences of 40 words.
-- `lstm`: an LSTM of 256 over 4 x 256 steps.
+- `lstm`: an LSTM of 256 over 4 x 256 steps; `lstm-1` over 1 x 256; `lstm-32` of 128 over 32 x 64;
+  `lstm-500` of 500 over 32 x 64, and `lstm-128` over 128 x 64.
 - `resnet`: a small residual network on 32 images of 32 x 32.
 
 Run as `python -m benchmarks.speed.exact`. Writes `benchmarks/results/speed/exact-<device>.json`.
@@ -26,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +40,11 @@ import optax
 from flax import nnx
 
 from benchmarks.records import RESULTS, about, write
+from benchmarks.speed.other import Torch
 from benchmarks.speed.partial_steps import BLOCKS, MINILM, WIDTH, Block
 from benchmarks.tasks.cifar import SmallResNet
 from priorityprop_jax import exact
-from priorityprop_jax.models.bert import BertClassifier
+from priorityprop_jax.models.bert import BertClassifier, BertConfig
 
 
 class List(nnx.Module):
@@ -87,24 +92,53 @@ class Recurrent(nnx.Module):
         return self.head(self.rnn(x).mean(1))
 
 
-def setting(name: str) -> tuple[nnx.Module, Any]:
+_BLOCKS = {"shape": (8, 64, WIDTH), "blocks": BLOCKS, "compile": True}
+_RESNET = {"width": 32, "depth": 2, "compile": True}
+_BERT = {"kind": "bert", "config": vars(MINILM), "compile": True}
+
+
+def _rnn(batch: int, steps: int, inputs: int, width: int, both_ways: bool = False) -> Any:
+    shape = (batch, steps, inputs)
+    return {"kind": "rnn", "shape": shape, "width": width, "both_ways": both_ways}
+
+
+# Models and shapes of batches, with what PyTorch needs to make the same.
+CASES: dict[str, dict[str, Any]] = {
+    "list": {"kind": "list", **_BLOCKS},
+    "scan": {"kind": "scan", **_BLOCKS},
+    "minilm": {"shape": (32, 24), **_BERT},
+    "minilm-128": {"shape": (16, 128), **_BERT},
+    "tagger": _rnn(32, 40, 128, 128, both_ways=True),
+    "lstm": _rnn(4, 256, 128, 256),
+    "lstm-1": _rnn(1, 256, 128, 256),
+    "lstm-32": _rnn(32, 64, 128, 128),
+    "lstm-500": _rnn(32, 64, 500, 500),
+    "lstm-128": _rnn(128, 64, 500, 500),
+    "resnet": {
+        "kind": "resnet",
+        "shape": (32, 32, 32, 3),
+        "width": 32,
+        "depth": 2,
+        "compile": True,
+    },
+}
+
+
+def setting(case: dict[str, Any]) -> tuple[nnx.Module, Any]:
     """A model and a batch."""
-    rngs, random = nnx.Rngs(0), np.random.default_rng(0)
-    tokens = lambda *shape: random.integers(1, 30522, shape).astype(np.int32)  # noqa: E731
-    values = lambda *shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
-    model, x = {
-        "list": lambda: (List(rngs), values(8, 64, WIDTH)),
-        "scan": lambda: (Scan(rngs), values(8, 64, WIDTH)),
-        "minilm": lambda: (BertClassifier(MINILM, rngs=rngs), tokens(32, 24)),
-        "minilm-128": lambda: (BertClassifier(MINILM, rngs=rngs), tokens(16, 128)),
-        "tagger": lambda: (Recurrent(128, 128, True, rngs), values(32, 40, 128)),
-        "lstm": lambda: (Recurrent(128, 256, False, rngs), values(4, 256, 128)),
-        "resnet": lambda: (SmallResNet(rngs=rngs), values(32, 32, 32, 3)),
-    }[name]()
+    rngs, random, shape = nnx.Rngs(0), np.random.default_rng(0), case["shape"]
+    model = {
+        "list": lambda: List(rngs),
+        "scan": lambda: Scan(rngs),
+        "bert": lambda: BertClassifier(BertConfig(**case["config"]), rngs=rngs),
+        "rnn": lambda: Recurrent(shape[-1], case["width"], case["both_ways"], rngs),
+        "resnet": lambda: SmallResNet(width=case["width"], depth=case["depth"], rngs=rngs),
+    }[case["kind"]]()
+    if case["kind"] == "bert":
+        x = random.integers(1, case["config"]["vocab_size"], shape).astype(np.int32)
+    else:
+        x = random.normal(size=shape).astype(np.float32)
     return model, {"x": x, "y": np.arange(len(x)) % 2}
-
-
-MODELS = ("list", "scan", "minilm", "minilm-128", "tagger", "lstm", "resnet")
 
 
 def loss_fn(model: Any, batch: Any) -> jax.Array:
@@ -139,26 +173,29 @@ def stepper(model: nnx.Module, batch: Any) -> tuple[Any, Any, int]:
     return run, grads, 0 if memory is None else memory.temp_size_in_bytes
 
 
-def measure(name: str, repeats: int) -> dict[str, Any]:
-    """One process: both arms."""
-    model, batch = setting(name)
+def measure(case: dict[str, Any], repeats: int, torch: str | None = None) -> dict[str, Any]:
+    """One process: all arms."""
+    model, batch = setting(case)
     plain, expected, plain_bytes = stepper(model, batch)
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
         rows = exact.apply(model, loss_fn, jax.tree.map(jnp.asarray, batch))
     applying = time.perf_counter() - start
     sooner, grads, sooner_bytes = stepper(model, batch)
-    times: dict[str, list[float]] = {"as written": [], "applied": []}
+    arms = {"as written": _timed(plain), "applied": _timed(sooner)}
+    other = Torch(torch, "torch_models.py", len(os.sched_getaffinity(0))) if torch else None
+    if other:
+        arms |= other.runners(case)
+    times: dict[str, list[float]] = {arm: [] for arm in arms}
     for turn in range(repeats + 2):
-        for arm, run in zip(times, (plain, sooner), strict=True):
-            start = time.perf_counter()
-            run()
+        for arm, run in arms.items():
+            seconds = run()
             if turn > 1:
-                times[arm].append(1e3 * (time.perf_counter() - start))
-    norm = lambda tree: float(optax.global_norm(tree))  # noqa: E731
+                times[arm].append(1e3 * seconds)
+    norm = lambda tree: float(optax.tree.norm(tree))  # noqa: E731
     off = norm(jax.tree.map(jnp.subtract, grads, expected)) / norm(expected)
     ms = {arm: statistics.median(samples) for arm, samples in times.items()}
-    return {
+    found = {
         "milliseconds": ms,
         "times_sooner": ms["as written"] / ms["applied"],
         "temporary_bytes": {"as written": plain_bytes, "applied": sooner_bytes},
@@ -166,38 +203,55 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
         "apply_seconds": applying,
         "table": [row._asdict() for row in rows],
     }
+    if other:
+        fastest = min(value for arm, value in ms.items() if arm.startswith("torch"))
+        found |= {"torch_over_applied": fastest / ms["applied"]}
+        found |= {"torch_version": other.ask(version=True)["version"]}
+        other.close()
+    return found
 
 
-def fresh(name: str, repeats: int) -> dict[str, Any]:
+def _timed(run: Callable[[], None]) -> Callable[[], float]:
+    def seconds() -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    return seconds
+
+
+def fresh(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """What a process of its own measures."""
     module = [sys.executable, "-m", "benchmarks.speed.exact"]
-    command = [*module, "--worker", name, "--repeats", str(repeats)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    command = [*module, "--worker", name, "--repeats", str(options.repeats)]
+    command += ["--torch", options.torch] if options.torch else []
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--repeats", type=int, default=15, help="counted runs of both arms")
+    parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--repeats", type=int, default=15, help="counted runs of each arm")
     parser.add_argument("--processes", type=int, default=3, help="fresh processes of each model")
+    parser.add_argument("--torch", metavar="PYTHON", help="an interpreter that has PyTorch")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS / "speed")
     options = parser.parse_args()
     if options.worker:
-        print(json.dumps(measure(options.worker, options.repeats)))
+        print(json.dumps(measure(CASES[options.worker], options.repeats, options.torch)))
         return
-    record = about("exact", os.getloadavg()) | {"models": {}}
+    load, models = os.getloadavg(), {}
     for name in options.models:
-        runs = [fresh(name, options.repeats) for _ in range(options.processes)]
+        runs = [fresh(name, options) for _ in range(options.processes)]
         runs.sort(key=lambda run: run["times_sooner"])
-        record["models"][name] = {
-            "times_sooner": statistics.median(run["times_sooner"] for run in runs),
-            "processes": runs,
-        }
+        ratios = [key for key in ("times_sooner", "torch_over_applied") if key in runs[0]]
+        medians = {key: statistics.median(run[key] for run in runs) for key in ratios}
+        models[name] = medians | {"processes": runs}
         print(name, *(f"{run['times_sooner']:.2f}" for run in runs), flush=True)
         print(json.dumps(runs[len(runs) // 2], indent=1), flush=True)
-    write(options.out / f"exact-{jax.devices()[0].platform}.json", record)
+        record = about("exact", load) | {"models": models}
+        write(options.out / f"exact-{jax.devices()[0].platform}.json", record)
 
 
 if __name__ == "__main__":

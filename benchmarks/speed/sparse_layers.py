@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 from benchmarks.records import RESULTS, about, write
 from benchmarks.speed.meprop_speed import draw
+from benchmarks.speed.other import Torch
 from priorityprop_jax.sparse import (
     SparsePattern,
     make_pattern,
@@ -195,35 +196,6 @@ def arms_of(case: dict) -> dict[str, tuple[str, float]]:
     }
 
 
-class Torch:
-    """The other interpreter, and what it can run."""
-
-    def __init__(self, python: str, threads: int):
-        self.process = subprocess.Popen(
-            [python, str(Path(__file__).parent / "torch_dense.py"), str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def ask(self, **asked: Any) -> dict:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps(asked) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError("the interpreter given with --torch ended: see what it printed")
-        return json.loads(line)
-
-    def runners(self, case: dict) -> dict[tuple[str, str], Callable[[], float]]:
-        names = self.ask(case=case)["runs"]
-
-        def one(name):
-            return lambda: self.ask(run=name)["seconds"]
-
-        return {tuple(name.split("/")): one(name) for name in names}  # type: ignore[misc]
-
-
 def timed(program: Callable[..., Any], arguments: tuple) -> Callable[[], float]:
     def run() -> float:
         start = time.perf_counter()
@@ -274,7 +246,8 @@ def measure(case: dict, rounds: int, torch: Torch | None = None) -> dict[str, An
             arms[name]["backward_temporary_bytes"] = memory.temp_size_in_bytes
         runners |= {(name, p): timed(*program) for p, program in programs.items()}
     if torch is not None and case["kind"] in ("linear", "conv"):
-        for key, run in torch.runners(case).items():
+        for name, run in torch.runners(case).items():
+            key: Any = tuple(name.split("/"))
             arms.setdefault(key[0], {"programs": {}})
             runners[key] = run
     seconds, skipped = interleave(runners, rounds)
@@ -430,7 +403,7 @@ def main() -> None:
         return
     threads = str(options.threads[0])
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"threads": {}}
-    torch = Torch(options.torch, int(threads)) if options.torch else None
+    torch = Torch(options.torch, "torch_dense.py", int(threads)) if options.torch else None
     measured = record["threads"].setdefault(threads, {})
     wanted = [n for n in CASES if options.only is None or any(part in n for part in options.only)]
     load = os.getloadavg()
@@ -445,10 +418,10 @@ def main() -> None:
         backend = sparse_backend()._asdict()
         new = about("sparse_layers", load) | {"backend": backend, "threads": record["threads"]}
         if torch is not None:
-            new["versions"]["torch"] = torch.ask(case=CASES[name])["version"]
+            new["versions"]["torch"] = torch.ask(version=True)["version"]
         write(path, new)
     if torch is not None:
-        torch.process.kill()
+        torch.close()
     print(f"wrote {path}")
 
 

@@ -2,7 +2,8 @@
 
 Reads a JSON object a line and answers with one. ``{"case": {...}}`` makes the layer of a case of
 `sparse_layers.CASES`, and is answered by the names of what can be run; ``{"run": name}`` runs it
-once, and is answered by the seconds that it took. It imports nothing of this project.
+once, and is answered by the seconds that it took; ``{"version": true}`` by PyTorch's. It imports
+nothing of this project.
 """
 
 import json
@@ -38,7 +39,8 @@ def conv(case):
     return programs
 
 
-def runs(programs):
+def runs(case):
+    programs = conv(case) if case["kind"] == "conv" else linear(case)
     found = {}
     for name, (forward, parameters) in programs.items():
         y = forward()
@@ -52,21 +54,23 @@ def runs(programs):
     return found
 
 
-def main():
+def answer(programs):
+    """Makes the programs of cases, and runs them, as they are asked for on standard input."""
     torch.set_num_threads(int(sys.argv[1]))
     known = {}
     for line in sys.stdin:
         asked = json.loads(line)
         if "case" in asked:
-            case = asked["case"]
-            known = runs(conv(case) if case["kind"] == "conv" else linear(case))
-            answer = {"runs": list(known), "version": torch.__version__}
+            known = programs(asked["case"])
+            found = {"runs": list(known)}
+        elif "version" in asked:
+            found = {"version": torch.__version__}
         else:
             start = time.perf_counter()
             known[asked["run"]]()
-            answer = {"seconds": time.perf_counter() - start}
-        print(json.dumps(answer), flush=True)
+            found = {"seconds": time.perf_counter() - start}
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    answer(runs)

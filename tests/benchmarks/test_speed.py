@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.speed import meprop_lstm, meprop_speed, muon, sparse_layers, transform_overhead
+from benchmarks.speed import (
+    exact,
+    meprop_lstm,
+    meprop_speed,
+    muon,
+    other,
+    sparse_layers,
+    transform_overhead,
+)
 from priorityprop_jax.sparse import sparse_backend
 
 pytestmark = pytest.mark.once
@@ -123,3 +131,24 @@ def test_committed_overhead_is_of_bert_base():
     path = ROOT / "benchmarks" / "results" / "speed" / "transform_overhead-cpu.json"
     record = json.loads(path.read_text(encoding="utf-8"))
     assert record["leaves"] == 199 and record["parameters"] == 109_482_240
+
+
+def test_exact_runs_on_tiny_shapes_beside_another_interpreter(tmp_path, monkeypatch):
+    """The other one is this Python, and a script that answers as the one with PyTorch does."""
+    script = tmp_path / "answers.py"
+    script.write_text(
+        "import json, sys\n"
+        "for line in sys.stdin:\n"
+        "    asked = json.loads(line)\n"
+        "    runs = [asked['case']['kind'], 'torch, compiled'] if 'case' in asked else None\n"
+        "    found = {'runs': runs, 'seconds': 0.5, 'version': sys.argv[1]}\n"
+        "    print(json.dumps(found), flush=True)\n"
+    )
+    monkeypatch.setattr(exact, "Torch", lambda python, _, n: other.Torch(python, script, n))
+    case = {"kind": "rnn", "shape": (2, 5, 3), "width": 4, "both_ways": True}
+    found = exact.measure(case, 2, sys.executable)
+    ms = found["milliseconds"]
+    assert list(ms) == ["as written", "applied", "rnn", "torch, compiled"]
+    assert ms["rnn"] == 500 and found["gradients_off_by"] < 1e-5
+    assert found["torch_over_applied"] == 500 / ms["applied"] and int(found["torch_version"]) > 0
+    assert set(exact.measure(case, 1)["milliseconds"]) == {"as written", "applied"}
