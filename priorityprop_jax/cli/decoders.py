@@ -333,7 +333,9 @@ def train(directory: Path, config: Config, task: Task, steps: int, share: float 
         "compute": {"share": share, **trainer.get_step_report()},
         "device": jax.devices()[0].device_kind,
     }
-    runs.save(directory, record, report(record), {config.policy: trainer.history})
+    made = report(record)
+    losses = runs.losses(made.title, {config.policy: trainer.history})
+    runs.save(directory, record, made, losses)
     (directory / "hidden.npy").unlink(missing_ok=True)
     shutil.rmtree(directory / "checkpoint", ignore_errors=True)
     print(f"the model is in {directory / 'model'}/, for transformers too")

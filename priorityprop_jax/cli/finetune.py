@@ -274,7 +274,9 @@ def _train(directory: Path, config: Config, task: Task) -> None:
         "compute": trainer.get_step_report(),
         "ledger": trainer.get_priority_report().as_dict(),
     }
-    runs.save(directory, record, report(record), {config.policy: trainer.history})
+    made = report(record)
+    losses = runs.losses(made.title, {config.policy: trainer.history})
+    runs.save(directory, record, made, losses)
     shutil.rmtree(directory / "cache", ignore_errors=True)
     print(f"the model is in {directory / 'model'}/")
 

@@ -333,10 +333,10 @@ PICTURES = {"losses.png": "Loss over seconds", "priorities.png": "Share of the b
 
 
 def save(
-    directory: Path, record: Mapping[str, Any], report: Report, arms: Mapping[str, History]
+    directory: Path, record: Mapping[str, Any], report: Report, draw: Callable[[Path], None]
 ) -> None:
     """Draws the losses, writes report.md and, last, report.json; prints the report."""
-    draw_losses(directory / "losses.png", report.title, arms)
+    draw(directory / "losses.png")
     options = ", ".join(f"{name}={value}" for name, value in record["config"].items())
     blocks = [f"# {report.title}", options]
     for title, _, text in report.sections:
@@ -350,8 +350,12 @@ def save(
     print(f"\nsaved {directory}/: {', '.join(['report.md', *pictures, 'metrics.jsonl'])}")
 
 
-def draw_losses(path: Path, title: str, arms: Mapping[str, History]) -> None:
-    """The loss of each arm, by its name in the legend, over its seconds of training."""
+def losses(title: str, arms: Mapping[str, History]) -> Callable[[Path], None]:
+    """Draws the loss of each arm, by its name in the legend, over its seconds of training."""
+    return lambda path: _draw_losses(path, title, arms)
+
+
+def _draw_losses(path: Path, title: str, arms: Mapping[str, History]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator

@@ -1,4 +1,4 @@
-"""What the commands train on: digits from scratch, and sentences for a pretrained encoder."""
+"""What the commands train on: digits, characters, and sentences for a pretrained encoder."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import numpy as np
 import optax
 from flax import nnx
 
+from priorityprop_jax.models.decoder import Decoder, DecoderConfig
 from priorityprop_jax.models.files import DataFile, package, read_file
 from priorityprop_jax.models.packages import find_model
-from priorityprop_jax.models.texts import Texts, numbers_of
+from priorityprop_jax.models.texts import Texts, numbers_of, read_texts
 from priorityprop_jax.models.tokenizer import check_tokens, cut_rows, load_tokenizer
 from priorityprop_jax.models.weights import load_bert
 from priorityprop_jax.training.loader import ArrayLoader
@@ -129,6 +130,24 @@ def digits(*, seed: int = 0, hidden: tuple[int, ...] = (128, 128)) -> Task:
     x, y = (x[order] / 16).astype(np.float32), y[order].astype(np.int32)  # [1797, 64] in [0, 1]
     model = MLP((64, *hidden, 10), rngs=nnx.Rngs(seed))
     return Task("digits", model, split(x, y, 250, 250), seed, 32, 1e-3, 20)
+
+
+def characters(*, seed: int = 0) -> Task:
+    """The short messages that come along, by characters, for a small decoder."""
+    texts = [row["text"] for row in read_texts(Path(__file__).with_name("messages.csv")).rows]
+    order = np.random.RandomState(0).permutation(len(texts))
+    alphabet, context = sorted({*"\n".join(texts)}), 32
+    config = DecoderConfig(len(alphabet), 64, 128, 3, 4, 4, 16, context, initializer_range=0.1)
+
+    def windows(part: np.ndarray, stride: int) -> dict[str, np.ndarray]:
+        tokens = [alphabet.index(character) for i in part for character in texts[i] + "\n"]
+        shifted = np.lib.stride_tricks.sliding_window_view(np.array(tokens, np.int32), context + 1)
+        return {"x": shifted[::stride, :-1], "y": shifted[::stride, 1:]}  # [windows, context]
+
+    cut = len(order) * 85 // 100
+    parts = windows(order[:cut], 1), windows(order[cut:], 2 * context)
+    model = Decoder(config, rngs=nnx.Rngs(seed))
+    return Task("characters", model, parts, seed, 8, 8e-3, 10, max_batches=15)
 
 
 def split(x: np.ndarray, y: np.ndarray, validation: int, test: int) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""The command `priorityprop train`: digits, trained plainly and by a method on the same budget."""
+"""The command `priorityprop train`: optimizers on the clock, or digits plainly and by a method."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from priorityprop_jax.training.trainer import Trainer
 
 TEXT = (
-    "Trains a small network on digits, plainly and by a method on a budget. The network is a "
-    "multilayer perceptron, the digits are scikit-learn's; at the end it tells what was spent on "
-    "what."
+    "Trains a small network plainly and by a method on a budget. By itself it compares Adam, NAdam "
+    "and Muon on a budget over several seeds, with a small transformer on characters of short "
+    "messages that come along; the other methods train a multilayer perceptron on scikit-learn's "
+    "digits. At the end it tells what was spent on what."
 )
 Config = argparse.Namespace
 
@@ -30,7 +31,7 @@ def _priorityprop(config: Config, task: Task, optimizer: Any) -> Trainer:
 
     budget = {name: getattr(config, name) for name in ("min_updates", "max_updates")}
     budget = {name: value for name, value in budget.items() if value is not None}
-    budget |= {"total_budget": config.budget, "recalc_every": config.recalc_every}
+    budget |= {"total_budget": config.budget, "recalc_every": config.recalc_every or 10}
     return PriorityPropTrainer(task.model, optimizer, task.loss_fn, **budget)
 
 
@@ -47,7 +48,7 @@ def _meprop(config: Config, task: Task, optimizer: Any) -> Trainer:
     if k is None:  # from a quarter of what an even share would be to four times that
         k = tuple(sorted({min(1.0, share * factor) for factor in (0.25, 0.5, 0.75, 1, 1.5, 2, 4)}))
     meprop(task.model, k)
-    made = step(share, recalc_every=config.recalc_every)
+    made = step(share, recalc_every=config.recalc_every or 10)
     return Trainer(task.model, optimizer, task.loss_fn, made)
 
 
@@ -68,23 +69,35 @@ def _sparse(config: Config, task: Task, optimizer: Any) -> Trainer:
 
 
 # By name: what makes the trainer, the options that not all have, and what to call it in a title.
-METHODS: dict[str, tuple[Callable[..., Trainer], tuple[str, ...], str]] = {
+METHODS: dict[str, tuple[Callable[..., Trainer] | None, tuple[str, ...], str]] = {
+    "muon": (None, ("budget", "seeds"), ""),  # cli/compare.py
     "priorityprop": (
-        _priorityprop, ("budget", "min_updates", "max_updates"),
+        _priorityprop, ("budget", "min_updates", "max_updates", "optimizer", "recalc_every"),
         "by priority, at the same budget of updates",
     ),
-    "meprop": (_meprop, ("budget", "k"), "by meProp, for as many steps"),
-    "sparse": (_sparse, ("sparsity", "sparse_method"), "with sparse weights, for as many steps"),
+    "meprop": (
+        _meprop, ("budget", "k", "optimizer", "recalc_every"), "by meProp, for as many steps"
+    ),
+    "sparse": (
+        _sparse, ("sparsity", "sparse_method", "optimizer"),
+        "with sparse weights, for as many steps",
+    ),
 }  # fmt: skip
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "method": {"choices": tuple(METHODS), "default": "priorityprop", "help": "to compare with"},
+    "method": {
+        "choices": tuple(METHODS),
+        "default": "muon",
+        "help": "to compare with plain training",
+    },
     "budget": {
         "type": amount,
-        "help": "for priorityprop: updates a cycle, a whole number or a fraction of the full "
+        "help": "for muon: the share of the matrices a step (default: 0.25); for priorityprop: "
+        "updates a cycle, a whole number or a fraction of the full "
         "budget such as 0.5 (default: all of it); for meprop: a fraction of the features, such as "
         "0.1, that decides the k of each layer",
     },
+    "seeds": {"type": whole(1), "help": "for muon: how many, from --seed on (default: 5)"},
     "min_updates": {"type": whole(0), "help": "for priorityprop: least of a cycle (default: 1)"},
     "max_updates": {"type": whole(1), "help": "for priorityprop: most of a cycle (default: 20)"},
     "k": {
@@ -101,11 +114,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "choices": ("static", "rigl"),
         "help": "for sparse: places stay, or move while training (default: static)",
     },
-    "recalc_every": {"type": whole(1), "default": 10, "help": "steps in a cycle"},
+    "recalc_every": {"type": whole(1), "help": "steps in a cycle (default: 10)"},
     "optimizer": {
         "choices": ("adam", "adamw", "lion", "rmsprop", "sgd"),
-        "default": "adam",
-        "help": "of both",
+        "help": "of both, on digits (default: adam)",
     },
     **COMMON,
 }
@@ -120,6 +132,11 @@ def run(arguments: argparse.Namespace) -> int:
         if getattr(config, option) is not None and config.method not in owners:
             wrong = f"--{option.replace('_', '-')} is of {' and '.join(owners)}"
             raise Failure(f"{wrong}: add --method {owners[0]}", 2)
+    if make is None:
+        from priorityprop_jax.cli import compare
+
+        compare.run(arguments, config)
+        return 0
 
     import optax
 
@@ -131,19 +148,20 @@ def run(arguments: argparse.Namespace) -> int:
     with told(ValueError, TypeError, code=2):
         # Twice, as a model is trained in place
         task, other = (digits(seed=config.seed).adjusted(config) for _ in range(2))
-        optimizer = getattr(optax, config.optimizer)(task.learning_rate)
+        plainly = config.optimizer or "adam"
+        optimizer = getattr(optax, plainly)(task.learning_rate)
         ours = make(config, task, optimizer)
         if config.method == "priorityprop":
             share = 1.0 if config.budget is None else config.budget
             if isinstance(share, int):
-                share /= len(ours.step.slots) * config.recalc_every
+                share /= len(ours.step.slots) * (config.recalc_every or 10)
             # An update of every slot at every step: fewer steps come to as many updates.
             steps = max(1, round(min(1.0, share) * len(task.train_data)))
             other = dataclasses.replace(other, max_batches=steps)
         plain = Trainer(other.model, optimizer, other.loss_fn)
 
     print(f"digits: {config.method}, {task.epochs} epochs")
-    arms = {config.optimizer: (plain, other.data), config.method: (ours, task.data)}
+    arms = {plainly: (plain, other.data), config.method: (ours, task.data)}
     with runs.running(arguments, "train", f"digits-{config.method}", config) as directory:
         results = {n: runs.train_arm(directory, n, *arm, task.epochs) for n, arm in arms.items()}
         ledger = None if config.method == "sparse" else ours.get_priority_report()
@@ -158,7 +176,8 @@ def run(arguments: argparse.Namespace) -> int:
         if ledger is not None and config.k is None:
             runs.write(directory / "priorities.png", ledger.plot)
         histories = {name: trainer.history for name, (trainer, _) in arms.items()}
-        runs.save(directory, record, report(record), histories)
+        made = report(record)
+        runs.save(directory, record, made, runs.losses(made.title, histories))
     return 0
 
 
@@ -173,6 +192,10 @@ _COLUMNS = {
 
 def report(record: Mapping[str, Any]) -> Report:
     """The report of a finished run, of the contents of its report.json."""
+    if record["config"]["method"] == "muon":
+        from priorityprop_jax.cli import compare
+
+        return compare.report(record)
     from priorityprop_jax.priority.ledger import Ledger
 
     config, columns = record["config"], dict(_COLUMNS)
@@ -192,5 +215,5 @@ def report(record: Mapping[str, Any]) -> Report:
     else:
         ledger = Ledger.from_dict(record["ledger"])
         where = "where the budget went", str(ledger), ledger.to_markdown()
-    title = f"digits: plain {config['optimizer']}, and {METHODS[config['method']][2]}"
+    title = f"digits: plain {config['optimizer'] or 'adam'}, and {METHODS[config['method']][2]}"
     return Report(f"{title}, one seed ({config['seed']})", [table("", rows), where])

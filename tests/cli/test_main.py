@@ -20,6 +20,7 @@ from priorityprop_jax.training.loader import ArrayLoader
 
 pytestmark = pytest.mark.once
 
+DIGITS = ("train", "--method", "priorityprop")
 FILES = {"config.json", "metrics.jsonl", "losses.png", "report.json", "report.md", "checkpoint"}
 
 
@@ -45,7 +46,7 @@ def without_seconds(directory):
 
 
 def test_train_and_report(empty_folder, capsys):
-    assert run("train", "--epochs", "3", "--budget", "0.5", "--batch-size", "16") == 0
+    assert run(*DIGITS, "--epochs", "3", "--budget", "0.5", "--batch-size", "16") == 0
     out = capsys.readouterr().out
     directory = empty_folder / "runs" / "digits-priorityprop-1"
     assert {path.name for path in directory.iterdir()} == FILES | {"priorities.png"}
@@ -76,7 +77,7 @@ def test_train_and_report(empty_folder, capsys):
 
 def test_the_run_goes_where_it_is_told(empty_folder):
     for number in ("1", "2"):  # a second run does not touch the first
-        assert run("train", "--epochs", "1", "--out", "a/b") == 0
+        assert run(*DIGITS, "--epochs", "1", "--out", "a/b") == 0
         directory = empty_folder / "a" / "b" / f"digits-priorityprop-{number}"
         assert {path.name for path in directory.iterdir()} == FILES | {"priorities.png"}
     assert not (empty_folder / "runs").exists()
@@ -112,7 +113,7 @@ def test_help_and_version(capsys):
         assert "None" not in shown and "False" not in shown and "--traceback" in shown
     assert run("train", "--help") == 0
     out = capsys.readouterr().out
-    assert "(default: priorityprop)" in out and "(default: 0)" in out and "(default: runs)" in out
+    assert "(default: muon)" in out and "(default: 0)" in out and "(default: runs)" in out
 
 
 @pytest.mark.parametrize(
@@ -130,17 +131,27 @@ def test_help_and_version(capsys):
         (("train", "--budget", "1.5"), "1.5"),
         (("train", "--epochs", "0"), "'0' is not a whole number from 1 on"),
         (("train", "--batch-size", "0"), "0"),
-        (("train", "--batch-size", "5000"), "5000"),
+        ((*DIGITS, "--batch-size", "5000"), "5000"),
         (("train", "--seed", "-3"), "-3"),
         (("train", "--learning-rate", "0"), "'0' is not a number above 0"),
         (("train", "--optimizer", "magic"), "magic"),
-        (("train", "--budget", "5"), "raise total_budget"),
-        (("train", "--budget", "7000"), "raise max_updates"),
-        (("train", "--min-updates", "9", "--max-updates", "3"), "more than max_updates"),
-        (("train", "--max-updates", "5"), "full budget"),
+        ((*DIGITS, "--budget", "5"), "raise total_budget"),
+        ((*DIGITS, "--budget", "7000"), "raise max_updates"),
+        ((*DIGITS, "--min-updates", "9", "--max-updates", "3"), "more than max_updates"),
+        ((*DIGITS, "--max-updates", "5"), "full budget"),
+        (("train", "--budget", "9"), "muon needs a share"),
+        (("train", "--batch-size", "50000"), "lower batch_size"),
+        (
+            ("train", "--optimizer", "sgd"),
+            "--optimizer is of priorityprop and meprop and sparse: a",
+        ),
+        ((*DIGITS, "--seeds", "2"), "--seeds is of muon: add --method muon"),
         (("train", "--k", "20"), "--k is of meprop: add --method meprop"),
         (("train", "--sparse-method", "rigl"), "--sparse-method is of sparse: add --method sparse"),
-        (("train", "--method", "sparse", "--budget", "0.5"), "--budget is of priorityprop and mep"),
+        (
+            ("train", "--method", "sparse", "--budget", "0.5"),
+            "--budget is of muon and priorityprop",
+        ),
         (("train", "--method", "meprop", "--min-updates", "2", "--k", "9"), "is of priorityprop"),
         (("train", "--method", "meprop"), "--k"),
         (("train", "--method", "meprop", "--k", "20", "--budget", "0.1"), "either"),
@@ -233,7 +244,7 @@ def test_only_new_records_are_written(empty_folder):
 
 
 def test_a_loss_that_is_not_finite(empty_folder, capsys):
-    assert run("train", "--optimizer", "sgd", "--learning-rate", "1e30", "--epochs", "1") == 1
+    assert run(*DIGITS, "--optimizer", "sgd", "--learning-rate", "1e30", "--epochs", "1") == 1
     error = one_line(capsys)
     assert "loss" in error and "learning rate" in error
     assert (empty_folder / "runs" / "digits-priorityprop-1" / "config.json").exists()
@@ -250,7 +261,7 @@ def test_the_traceback_is_shown_where_it_is_asked_for(empty_folder, capsys):
 
 
 def test_a_full_disk_loses_nothing(empty_folder, capsys, monkeypatch):
-    assert run("train", "--epochs", "1") == 0
+    assert run(*DIGITS, "--epochs", "1") == 0
     kept = {p: p.read_bytes() for p in (empty_folder / "runs").rglob("*") if p.is_file()}
     capsys.readouterr()
 
@@ -259,7 +270,7 @@ def test_a_full_disk_loses_nothing(empty_folder, capsys, monkeypatch):
         raise OSError(28, "No space left on device", str(self))
 
     monkeypatch.setattr(Path, "write_text", full)
-    assert run("train", "--epochs", "1") == 1
+    assert run(*DIGITS, "--epochs", "1") == 1
     assert "No space left on device" in one_line(capsys)
     for path, content in kept.items():
         assert path.read_bytes() == content
@@ -268,12 +279,12 @@ def test_a_full_disk_loses_nothing(empty_folder, capsys, monkeypatch):
 
 def test_a_missing_package_is_named(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    assert run("train") == 1
+    assert run(*DIGITS) == 1
     assert 'pip install -e ".[demo]"' in one_line(capsys)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_end(empty_folder, capsys, monkeypatch):
-    assert run("train", "--epochs", "3") == 0
+    assert run(*DIGITS, "--epochs", "3") == 0
     capsys.readouterr()
     whole = empty_folder / "runs" / "digits-priorityprop-1"
 
@@ -288,7 +299,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(empty_folder, capsys, monkey
             yield batch
 
     monkeypatch.setattr(ArrayLoader, "__iter__", interrupt)
-    assert run("train", "--epochs", "3") == 130
+    assert run(*DIGITS, "--epochs", "3") == 130
     monkeypatch.setattr(ArrayLoader, "__iter__", plain)
     directory = empty_folder / "runs" / "digits-priorityprop-2"
     assert f"--resume {directory.relative_to(empty_folder)}" in capsys.readouterr().out
@@ -304,9 +315,9 @@ def test_an_interrupted_run_goes_on_to_the_same_end(empty_folder, capsys, monkey
 
 
 def test_a_killed_process_leaves_a_run_that_goes_on(empty_folder):
-    command = [sys.executable, "-m", "priorityprop_jax.cli.main", "train"]
+    command = [sys.executable, "-m", "priorityprop_jax.cli.main"]
     process = subprocess.Popen(
-        [*command, "--epochs", "400"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [*command, *DIGITS, "--epochs", "400"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     directory = empty_folder / "runs" / "digits-priorityprop-1"
     deadline = time.monotonic() + 120
@@ -321,7 +332,7 @@ def test_a_killed_process_leaves_a_run_that_goes_on(empty_folder):
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "epochs": int(done[0].name) + 30}))
     finished = subprocess.run(
-        [*command, "--resume", str(directory)], capture_output=True, text=True, timeout=240
+        [*command, "train", "--resume", str(directory)], capture_output=True, text=True, timeout=240
     )
     assert finished.returncode == 0, finished.stderr
     assert "Traceback" not in finished.stderr and "%|" not in finished.stderr  # no bar in a pipe
