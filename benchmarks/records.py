@@ -43,10 +43,14 @@ def write(path: Path, record: dict) -> None:
 
 
 def add_line(path: Path, run: dict) -> None:
-    """Adds a run that is finished."""
+    """Adds a run that is finished, in one write: a killed process leaves at most half a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(run) + "\n")
+    line = json.dumps(run) + "\n"
+    with path.open("ab+") as file:
+        if file.tell():  # what was left without an end stays a line of its own
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read() == b"\n" else "\n" + line
+        file.write(line.encode())
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.records import RESULTS, read_lines
-from priorityprop_jax.cli.main import ended
+import jax
+
+from benchmarks.records import RESULTS, add_line, read_lines
+from priorityprop_jax.cli.main import ended, keep_programs
 from priorityprop_jax.cli.runs import Failure, rate, whole
 from priorityprop_jax.core.tables import aligned
 from priorityprop_jax.models.files import ENV_VAR, DataError
@@ -30,6 +32,10 @@ def _main(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
     if getattr(arguments, "data_dir", None) is not None:
         os.environ[ENV_VAR] = str(arguments.data_dir)
+    if arguments.run is not _report:
+        # Runs of one arm differ in numbers alone; those of a `Trainer` compile each time anew.
+        keep_programs()
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     try:
         return arguments.run(arguments)
     except (Failure, DataError, ImportError) as failure:
@@ -43,175 +49,199 @@ def _parser() -> argparse.ArgumentParser:
         description="Time to target against tuned baselines; see the report for the protocol.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--results", type=Path, help=argparse.SUPPRESS)
 
-    listing = commands.add_parser("list", help="suites, workloads, arms, and what is finished")
+    listing = commands.add_parser(
+        "list",
+        parents=[shared],
+        help="suites, workloads, what is finished, and hours that it takes",
+    )
     listing.set_defaults(run=_list)
 
     run = commands.add_parser(
-        "run",
-        help="tune, train and time the arms of a suite",
+        "run", parents=[shared],
+        help="time, tune and train the arms of a suite, or go on with it",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    )  # fmt: skip
     run.set_defaults(run=_run)
     run.add_argument("suite", metavar="SUITE", help="smoke, small, ablation or gpu")
     run.add_argument("--workload", nargs="+", help="these alone (default: all of the suite)")
     run.add_argument("--arms", nargs="+", help="these alone (default: all of the workload)")
-    run.add_argument("--seeds", type=whole(0), default=5, help="runs of each arm at its best rate")
-    run.add_argument("--trials", type=whole(1), default=4, help="learning rates that an arm tries")
-    run.add_argument(
-        "--target-seeds", type=whole(0), default=10,
-        help="runs of tuned AdamW that a workload's target is the median of, if it has none yet",
-    )  # fmt: skip
     run.add_argument(
         "--time-budget", type=rate, metavar="MIN", help="minutes after which no run is started"
     )
-    run.add_argument("--resume", action="store_true", help="go on with the results that are there")
     run.add_argument(
-        "--stage", choices=("prove", "train", "time", "all"), default="all",
-        help="training may share the machine with other work, taking the seconds may not",
+        "--stage", choices=("prove", "time", "train", "all"), default="all",
+        help="training may share the machine with other work, taking the seconds may not; what "
+        "has its seconds is not timed again but by --stage time",
     )  # fmt: skip
     run.add_argument("--rounds", type=whole(1), default=7, help="of all arms, when timing")
     run.add_argument("--data-dir", type=Path, help=f"folder with the data (default: ${ENV_VAR})")
-    run.add_argument("--results", type=Path, help=argparse.SUPPRESS)
 
-    report = commands.add_parser("report", help="write REPORT.md and its plots from the results")
+    again = commands.add_parser(
+        "rerun", parents=[shared],
+        help="repeat some arms of a finished suite on other seeds and compare",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    again.set_defaults(run=_rerun)
+    again.add_argument("suite", metavar="SUITE", help="whose records are there")
+    again.add_argument(
+        "--cells", type=whole(1), default=3, help="arms of workloads, drawn at random"
+    )
+    again.add_argument("--draw", type=whole(0), default=0, help="the number that draws them")
+
+    report = commands.add_parser(
+        "report", parents=[shared], help="write REPORT.md and its plots from the records"
+    )
+    report.add_argument(
+        "--preview", type=Path, metavar="FOLDER",
+        help="write it there, of the workloads that are finished (default: in its place, where "
+        "all are)",
+    )  # fmt: skip
     report.set_defaults(run=_report)
     return parser
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from benchmarks.suite.harness import folder
+    from benchmarks.suite import harness
     from benchmarks.suite.workloads import read_workload, suites, workload_names
 
     for suite in suites():
-        records = read_lines(folder(suite) / "runs.jsonl")
-        print(f"{suite}")
+        path, hours = harness.folder(suite, arguments.results or harness.EVIDENCE), 0.0
+        records = read_lines(path / "runs.jsonl")
+        targets = {r["workload"]: r["value"] for r in read_lines(path / "targets.jsonl")}
+        rows = [("workload", "runs at most", "hours", "runs here", "target")]
         for name in workload_names(suite):
-            workload = read_workload(suite, name)
+            workload, times = read_workload(suite, name), harness.latest_times(path, name)
             done = sum(r["workload"] == name for r in records)
-            target = "no target yet"
-            if workload.target is not None:
-                target = f"target {workload.metric} {workload.target['value']:.4g}"
-            print(f"  {name}: {workload.title}; {target}; {done} runs finished here")
-            print(f"    arms: {', '.join(workload.arms)}")
+            expected = ("?", "not timed yet")
+            if times is not None:
+                runs, own = harness.estimate(workload, times)
+                hours += own
+                expected = (str(runs), f"{own:.1f}{' (void times)' * times['void']}")
+            target = f"{targets[name]:.4g}" if name in targets else "-"
+            rows.append((name, *expected, str(done), target))
+        print(f"{suite}: {hours:.1f} hours" if hours else suite)
+        print("\n".join(f"  {line.rstrip()}" for line in aligned(rows)))
     return 0
+
+
+def _chosen(arguments: argparse.Namespace) -> list[Workload]:
+    from benchmarks.suite.workloads import read_workload, suites, workload_names
+
+    if arguments.suite not in suites():
+        raise Failure(f"no suite {arguments.suite!r}; the suites are {', '.join(suites())}", 2)
+    known = workload_names(arguments.suite)
+    names = getattr(arguments, "workload", None) or known
+    unknown = set(names) - set(known)
+    if unknown:
+        raise Failure(f"no workload {min(unknown)!r}; those of it are {', '.join(known)}", 2)
+    return [read_workload(arguments.suite, name) for name in names]
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from benchmarks.suite import engagement, harness
-    from benchmarks.suite.workloads import load, read_workload, suites, workload_names
+    from benchmarks.suite.workloads import load
 
-    if arguments.suite not in suites():
-        raise Failure(f"no suite {arguments.suite!r}; the suites are {', '.join(suites())}", 2)
-    known = workload_names(arguments.suite)
-    unknown = set(arguments.workload or ()) - set(known)
-    if unknown:
-        raise Failure(f"no workload {min(unknown)!r}; those of it are {', '.join(known)}", 2)
-    chosen = [read_workload(arguments.suite, name) for name in arguments.workload or known]
-    arms = {name for workload in chosen for name in workload.arms}
+    chosen = _chosen(arguments)
+    arms = {name for workload in chosen for name in workload.all_arms}
     unknown = set(arguments.arms or ()) - arms
     if unknown:
         raise Failure(f"no arm {min(unknown)!r}; the arms are {', '.join(sorted(arms))}", 2)
-    results = arguments.results or harness.SUITES
-    path = harness.folder(arguments.suite, results) / "runs.jsonl"
-    names = {workload.name for workload in chosen}
-    done = sum(r["workload"] in names for r in read_lines(path))
-    train = arguments.stage in ("train", "all")
-    if done and train and not arguments.resume:
-        raise Failure(f"{path} holds {done} finished runs of it: add --resume to go on with them")
+    path = harness.folder(arguments.suite, arguments.results or harness.EVIDENCE)
     deadline = float("inf")
     if arguments.time_budget is not None:
         deadline = time.monotonic() + 60 * arguments.time_budget
-    plan = harness.Plan(
-        None if arguments.arms is None else tuple(arguments.arms),
-        arguments.seeds, arguments.trials, arguments.target_seeds, deadline, results,
-    )  # fmt: skip
+
+    def mine(workload: Workload) -> list[str]:
+        names = [n for n in workload.all_arms if not arguments.arms or n in arguments.arms]
+        return [n for n in names if n != harness.SHORTER]  # its steps are AdamW's
+
+    def checked() -> None:
+        if time.monotonic() > deadline:
+            raise harness.OutOfTime
 
     try:
         for workload in chosen:
             load(workload)  # what is missing shows before anything is run
-        if arguments.stage in ("prove", "all"):
-            for workload in chosen:
-                for name in tqdm(_arms(workload, plan), desc=f"{workload.name}: engagement"):
-                    record = engagement.prove(workload, name)
-                    harness.append(path.with_name("engagement.jsonl"), record)
-        if train:
-            total = sum(harness.runs_in(workload, plan) for workload in chosen)
-            with tqdm(total=total, unit="run") as bar:
-                for workload in chosen:
-                    harness.train(workload, plan, bar)
-        if arguments.stage in ("time", "all"):
-            for workload in chosen:
-                if time.monotonic() > deadline:
-                    raise harness.OutOfTime
-                record = harness.take_times(
-                    workload, _arms(workload, plan), arguments.rounds, results
-                )
-                if record["void"]:
-                    print(
-                        f"{workload.name}: other processes used {record['foreign_cores']:.2f} "
-                        "cores meanwhile, so these seconds are void; time it again on an idle "
-                        "machine", file=sys.stderr,
-                    )  # fmt: skip
+        for workload in chosen if arguments.stage in ("prove", "all") else ():
+            proved = read_lines(path / "engagement.jsonl")
+            done = {r["arm"] for r in proved if r["workload"] == workload.name}
+            left = [name for name in mine(workload) if name not in done]
+            for name in tqdm(left, desc=f"{workload.name}: engagement", disable=not left):
+                checked()
+                add_line(path / "engagement.jsonl", engagement.prove(workload, name))
+        for workload in chosen if arguments.stage in ("time", "all") else ():
+            known = harness.latest_times(path, workload.name)
+            if arguments.stage == "all" and known and set(mine(workload)) <= set(known["seconds"]):
+                continue
+            checked()
+            record = harness.take_times(workload, mine(workload), arguments.rounds)
+            add_line(path / "times.jsonl", record)
+            if record["void"]:
+                print(
+                    f"{workload.name}: other processes used {record['foreign_cores']:.2f} cores "
+                    "meanwhile, so these seconds are void, and no report is made from them: "
+                    "`--stage time` takes them again on an idle machine", file=sys.stderr,
+                )  # fmt: skip
+        for workload in chosen if arguments.stage in ("train", "all") else ():
+            with tqdm(unit="run") as bar:
+                own = harness.Training(workload, path, arguments.arms, deadline, bar).train()
+            print(f"\n{workload.name}: {workload.title}")
+            print(_results(workload, own, path))
     except harness.OutOfTime:
-        print("the time budget is spent; go on with --resume")
+        print("the time budget is spent; the same command goes on")
         return 0
     except KeyboardInterrupt:
-        print("\ninterrupted; go on with --resume")
+        print("\ninterrupted; the same command goes on")
         return 130
     except engagement.NotEngaged as error:
         raise Failure(str(error)) from error
     except (DataError, ValueError) as error:
         raise Failure(str(error)) from error
-    for workload in chosen:
-        print(f"\n{workload.name}: {workload.title}")
-        print(_results(workload, _arms(workload, plan), path))
-    print(f"\nsaved {path.parent}/", end="")
+    print(f"\nsaved {path}/", end="")
     # The smoke suite tells whether all runs, and is no result for a report
     print("" if arguments.suite == "smoke" else "; now: python -m benchmarks.suite report")
     return 0
 
 
-def _results(workload: Workload, names: list[str], path: Path) -> str:
-    """What is known of arms by now: their runs at the best rate, and seconds of their steps."""
+def _results(workload: Workload, settings: dict, path: Path) -> str:
+    """What is known of arms by now: their settings, and the losses of their runs on seeds."""
     from benchmarks.suite import harness
 
-    mine = [r for r in read_lines(path) if r["workload"] == workload.name]
-    times = read_lines(path.with_name("times.jsonl"))
-    seconds = {
-        k: v for r in times if r["workload"] == workload.name for k, v in r["seconds"].items()
-    }
-    rows = [("arm", "rate", "seeds", f"best {workload.metric}, median", "ms a step")]
-    for name in names:
-        rate = harness.best_rate(workload, mine, name)
-        runs = [r for r in mine if (r["arm"], r["track"], r["rate"]) == (name, "seeds", rate)]
-        best = [harness.best(workload, r) for r in runs]
-        found = f"{statistics.median(best):.4g}" if best else "-"
-        taken = [f"{1e3 * statistics.median(v):.3g}" for v in seconds.get(name, {}).values()]
-        rows.append(
-            (
-                name,
-                "-" if rate is None else f"{rate:g}",
-                str(len(runs)),
-                found,
-                " / ".join(taken) or "-",
-            )
-        )
+    known = [r for r in read_lines(path / "runs.jsonl") if r["workload"] == workload.name]
+    rows = [("arm", "batch", "rate", "of the budget", "seeds", "lowest loss, median")]
+    for name, several in settings.items():
+        for own in several:
+            key = {"arm": name, "batch": own.batch, "rate": own.rate, "share": own.share}
+            key["track"] = "seeds"
+            found = [harness.best(r) for r in known if key.items() <= r.items()]
+            loss = f"{statistics.median(found):.4g}" if found else "-"
+            cells = (str(own.batch), f"{own.rate:g}", f"{own.share:g}", str(len(found)), loss)
+            rows.append((name, *cells))
     return "\n".join(map(str.rstrip, aligned(rows)))
 
 
-def _arms(workload: object, plan: object) -> list[str]:
-    return [n for n in workload.arms if plan.arms is None or n in plan.arms]  # type: ignore[attr-defined]
+def _rerun(arguments: argparse.Namespace) -> int:
+    from benchmarks.suite import harness, rerun
+
+    path = harness.folder(arguments.suite, arguments.results or harness.EVIDENCE)
+    try:
+        text, same = rerun.repeat(_chosen(arguments), path, arguments.cells, arguments.draw)
+    except (DataError, ValueError) as error:
+        raise Failure(str(error)) from error
+    print(text)
+    return 0 if same else 1
 
 
 def _report(arguments: argparse.Namespace) -> int:
     from benchmarks.suite import report
-    from benchmarks.suite.workloads import FOLDER
+    from benchmarks.suite.harness import EVIDENCE
 
-    report.build(RESULTS, FOLDER, RESULTS / "REPORT.md")
-    print(RESULTS / "REPORT.md")
+    print(report.build(RESULTS, arguments.results or EVIDENCE, arguments.preview))
     return 0
 
 

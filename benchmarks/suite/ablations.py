@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import statistics as plain
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from benchmarks.records import read_lines
 from benchmarks.suite import statistics
-from benchmarks.suite.details import provenance
-from benchmarks.suite.standing import DEFAULTS, Describe, Standing
 from benchmarks.suite.statistics import Estimate
 from benchmarks.suite.words import gap, number, table
 
@@ -37,39 +37,45 @@ def sentence(subject: str, edge: Estimate) -> str:
     return f"- {subject}: no difference that {edge.pairs} seeds show, {gap(edge)}."
 
 
-def ablation_blocks(suite: Mapping, describe: Describe) -> list[str]:
-    """Which factor of the priority earns anything, by differences of the last validation metric."""
+def last_losses(runs: Sequence[Mapping]) -> dict[str, dict[int, float]]:
+    """By arm and seed the last validation loss, signed so that more is better."""
+    found: dict[str, dict[int, float]] = {}
+    for run in runs:
+        if run["track"] == "seeds" and run["evals"]:
+            found.setdefault(run["arm"], {})[run["seed"]] = -run["evals"][-1]["loss"]
+    return found
+
+
+def ablation_blocks(results: Path) -> list[str]:
+    """Which factor of the priority earns anything, by differences of the last validation loss.
+
+    Records are those of the second edition, else of the first, which ran these arms in the same
+    number of steps.
+    """
+    places = (results / "evidence/ablation-cpu", results / "suite/ablation-cpu")
+    runs = next((found for place in places if (found := read_lines(place / "runs.jsonl"))), [])
+    if not runs:
+        return []
     blocks = [
-        f"## Ablations of PriorityProp, {suite['device']}",
-        provenance(suite),
-        "Paired differences of the last validation metric, signed so that more is better, with "
-        "95 % bootstrap intervals.",
+        "## Ablations of PriorityProp",
+        f"Paired differences of the last validation loss, signed so that more is better, with "
+        f"95 % bootstrap intervals; {len(runs)} runs up to {max(r['date'] for r in runs)}.",
     ]
-    for name, workload in suite["workloads"].items():
-        blocks += [f"### {name}", workload.get("title", "(its file is missing)")]
-        runs = [r for r in suite["runs"] if r["workload"] == name]
-        standing = Standing(workload, runs, None, describe)
-        if not standing.runs:  # all that there is without tuning
-            standing = Standing(workload, runs, None, describe, DEFAULTS)
-        last = {arm: standing.metrics(arm, "last") for arm in standing.runs}
-        if not last:
-            blocks.append("No seeds yet.")
-            continue
+    for name in sorted({r["workload"] for r in runs}):
+        blocks.append(f"### {name}, ablations")
+        last = last_losses([r for r in runs if r["workload"] == name])
         against = [arm for arm in ("uniform", "random", "default") if arm in last]
         rows = []
         for arm, own in last.items():
-            median = abs(plain.median(own.values())) if own else None
-            cells = [str(len(own)), number(median)]
+            cells = [str(len(own)), number(abs(plain.median(own.values())))]
             for base in against:
                 edge = statistics.difference(last[base], own)
                 cells.append("base" if arm == base else gap(edge))
             rows.append(" | ".join([arm, *cells]))
         over = " | ".join(f"over {base}" for base in against)
         blocks.append(table(f"arm | seeds | median last{' | ' * bool(over)}{over}", rows))
-        if "uniform" not in last:
-            blocks.append("Uniform allocation has not been run: nothing to compare with.")
         if "default" in last:
-            own, bases = last["default"], against[:-1]
+            own, bases = last["default"], [base for base in against if base != "default"]
             subject = "**priority as it is by default**, against"
             edges = {base: statistics.difference(last[base], own) for base in bases}
             lines = [sentence(f"{subject} {base}", edge) for base, edge in edges.items()]

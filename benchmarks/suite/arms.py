@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from benchmarks.suite.workloads import Workload
-
-FAMILIES = ("baseline", "random", "ours", "combination")
+BASE = "adamw"
+SHORTER = "adamw, shorter"
+FAMILIES = ("baseline", "random", "ours")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,68 +16,66 @@ class Arm:
 
     Attributes:
       text: what it does, in a line.
-      family: `baseline`, `random` (selection at equal budget), `ours` or `combination`.
-      examples: seen in a run, as a fraction of those of the full budget.
-      batch: rows in a batch, as a fraction of the workload's.
-      optimizer: `adamw`, `muon`, `schedule_free`, `priorityprop` or `scale_by_priority`.
+      family: one of `FAMILIES`; `random` is selection at equal budget.
+      optimizer: `adamw`, `nadam`, `cautious`, `muon`, `schedule_free`, `priorityprop` or
+        `scale_by_priority`.
       options: of the optimizer.
       edits: what is done to the model before training, in order: (name, options).
       rows: whether gradients are meProp's rows, and the optimizer row-sparse Adam.
       policy: of a budget of compute; None without one.
       backward: share of the backward pass that the policy may spend on average.
-      top_k: whether the budget decides k of each meProp layer: the share of their backward pass.
       cached: whether outputs in front of the first active layer come from a cache.
-      pruned: of the rows whose last loss is below the mean, the share that an epoch leaves out;
-        the others stand for them (InfoBatch, Qin et al., 2023, arXiv 2303.04947).
     """
 
     text: str
     family: str = "ours"
-    examples: float = 1.0
-    batch: float = 1.0
     optimizer: str = "adamw"
     options: tuple[tuple[str, Any], ...] = ()
     edits: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = ()
     rows: bool = False
     policy: str | None = None
     backward: float = 1.0
-    top_k: float | None = None
     cached: bool = False
-    pruned: float = 0.0
-
-    def steps(self, workload: Workload) -> int:
-        return max(
-            1, round(workload.steps * self.examples * workload.batch / self.rows_of(workload))
-        )
-
-    def rows_of(self, workload: Workload) -> int:
-        return max(1, round(workload.batch * self.batch))
 
 
 def edit(name: str, **options: Any) -> tuple[str, tuple[tuple[str, Any], ...]]:
     return name, tuple(sorted(options.items()))
 
 
+def options(**given: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(given.items()))
+
+
+NINETY, LEAN = edit("sparse", sparsity=0.9), edit("lean")
+
 ARMS: dict[str, Arm] = {
-    "adamw": Arm("AdamW at the full budget", "baseline"),
-    "adamw, half the steps": Arm("AdamW, its schedule decayed in half the steps", "baseline", 0.5),
-    "adamw, quarter batch": Arm(
-        "AdamW at a quarter of the batch and four times the steps: equal FLOPs", "baseline", 1, 0.25
-    ),
-    "muon": Arm("Muon on the matrices, Adam on the rest", "baseline", optimizer="muon"),
+    # What anyone has without this library, but that Muon is here the one that is quicker a step.
+    BASE: Arm("AdamW, the whole budget", "baseline"),
+    SHORTER: Arm("AdamW, its schedule decayed in a part of the budget", "baseline"),
+    "adamw b1 0.8": Arm("AdamW, a shorter memory", "baseline", options=options(b1=0.8)),
+    "adamw b1 0.95": Arm("AdamW, a longer memory", "baseline", options=options(b1=0.95)),
+    "nadam": Arm("AdamW with Nesterov's momentum", "baseline", "nadam"),
+    "cautious": Arm("AdamW, no step against the gradient's sign", "baseline", "cautious"),
+    "muon": Arm("Muon on the matrices, NAdam on the rest", "baseline", "muon", options(budget=1.0)),
     "schedule-free": Arm(
-        "schedule-free AdamW: warm-up, then a constant rate", "baseline", optimizer="schedule_free"
+        "schedule-free AdamW: warm-up, then a constant rate", "baseline", "schedule_free"
     ),
     "lora": Arm("LoRA of rank 8 on the linear layers", "baseline", edits=(edit("lora", rank=8),)),
     "suffix": Arm("the output half of the layers alone", "baseline", policy="suffix(half)"),
-    "suffix, cached": Arm(
-        "the output half alone, outputs of the frozen half from a cache, twice the steps",
-        "ours", 2.0,
-        policy="suffix(half)", cached=True,
-    ),
     "random 0.5": Arm(
-        "layers drawn at random each cycle, half of the backward pass", "random",
-        policy="random", backward=0.5,
+        "layers drawn at random, half of the backward pass", "random", policy="random", backward=0.5
+    ),
+    "random meprop 8%": Arm(
+        "8 % of each layer's features, drawn at random", "random",
+        edits=(edit("meprop", k=0.08, pattern="random"),), rows=True,
+    ),
+    # This library's.
+    "muon 1/4": Arm(
+        "Muon on a quarter of the matrices a step", "ours", "muon", options(budget=0.25)
+    ),
+    "suffix, cached": Arm(
+        "the output half alone, outputs of the frozen half from a cache",
+        policy="suffix(half)", cached=True,
     ),
     "scale_by_priority": Arm(
         "AdamW's updates times what the priority grants each leaf", optimizer="scale_by_priority"
@@ -85,40 +83,32 @@ ARMS: dict[str, Arm] = {
     "priorityprop": Arm(
         "AdamW, as many updates in all, handed out by priority", optimizer="priorityprop"
     ),
-    "partial 0.25": Arm(
-        "layers chosen by priority, a quarter of the backward pass", policy="priority",
-        backward=0.25,
-    ),
     "partial 0.5": Arm(
         "layers chosen by priority, half of the backward pass", policy="priority", backward=0.5
     ),
     "meprop 8%": Arm(
-        "meProp with 8 % of each layer's features, row-sparse Adam",
-        edits=(edit("meprop", k=0.08),), rows=True,
+        "8 % of each layer's features backward", edits=(edit("meprop", k=0.08),), rows=True
     ),
-    "random meprop 8%": Arm(
-        "the same, features drawn at random", "random",
-        edits=(edit("meprop", k=0.08, pattern="random"),), rows=True,
-    ),
-    "meprop budget 0.1": Arm(
-        "meProp, k of each layer by priority, a tenth of the backward pass",
-        edits=(edit("meprop", k=(0.025, 0.05, 0.1, 0.2, 0.4)),), top_k=0.1,
-    ),
-    "sparse 90%": Arm(
-        "nine in ten weights left out, fixed places", edits=(edit("sparse", sparsity=0.9),)
-    ),
-    "sparse 95%": Arm(
-        "nineteen in twenty weights left out, fixed places", edits=(edit("sparse", sparsity=0.95),)
-    ),
-    "lean": Arm("exact gradients by the lean backward pass over time", edits=(edit("lean"),)),
+    "sparse 90%": Arm("nine in ten weights left out, fixed places", edits=(NINETY,)),
+    "lean": Arm("exact gradients, the lean backward pass over time", edits=(LEAN,)),
     "highway": Arm("highway backpropagation: one round", edits=(edit("highway", iterations=1),)),
+    # Several at once: the candidates for a workload's recipe.
+    "sparse 80%": Arm("four in five weights left out", edits=(edit("sparse", sparsity=0.8),)),
+    "sparse 90% + nadam": Arm(
+        "nine in ten weights left out, NAdam", optimizer="nadam", edits=(NINETY,)
+    ),
+    "lean + nadam": Arm("the lean backward pass, NAdam", optimizer="nadam", edits=(LEAN,)),
+    "lean + muon 1/4": Arm(
+        "the lean backward pass, Muon on a quarter of the matrices",
+        optimizer="muon", options=options(budget=0.25), edits=(LEAN,),
+    ),
 }  # fmt: skip
 
 
-def ablated(text: str, family: str = "ours", **options: Any) -> Arm:
+def ablated(text: str, family: str = "ours", **changed: Any) -> Arm:
     """PriorityProp around AdamW at half of the full budget of updates, one thing changed."""
-    chosen = {"total_budget": 0.5, **options}
-    return Arm(text, family, optimizer="priorityprop", options=tuple(sorted(chosen.items())))
+    chosen = options(**{"total_budget": 0.5, **changed})
+    return Arm(text, family, "priorityprop", chosen)
 
 
 # What PriorityProp's factors are worth: half of the updates, the same number for all.
@@ -146,40 +136,9 @@ ABLATIONS: dict[str, Arm] = {
     ),
 }  # fmt: skip
 
-# By workload, the best way that was found by trying; of `sst2` it is "suffix, cached".
-COMBINATIONS: dict[str, Arm] = {
-    "mnist-mlp": Arm(
-        "four in five weights left out, a quarter more steps", "combination", 1.25,
-        edits=(edit("sparse", sparsity=0.8),),
-    ),
-    "char-transformer": Arm(
-        "nine in ten weights left out, half of the batch, 0.85 of the examples", "combination",
-        0.85, 0.5, edits=(edit("sparse", sparsity=0.9),),
-    ),
-    "char-gru": Arm(
-        "the exact lean backward pass over time, a quarter of the batch, 0.85 of the examples",
-        "combination", 0.85, 0.25, edits=(edit("lean"),),
-    ),
-    "pos-tag": Arm(
-        "the exact lean backward pass over time, a quarter of the batch, four times the steps",
-        "combination", 1.0, 0.25, edits=(edit("lean"),),
-    ),
-}  # fmt: skip
 
-
-def arm_of(workload: Workload, name: str) -> Arm:
-    if name == "combination" and workload.name in COMBINATIONS:
-        return COMBINATIONS[workload.name]
-    if name in ABLATIONS:
-        return ABLATIONS[name]
-    if name not in ARMS:
-        raise ValueError(
-            f"no arm {name!r}; the arms of {workload.name} are {', '.join(workload.arms)}"
-        )
-    return ARMS[name]
-
-
-def describe(workload: Workload) -> dict[str, dict[str, str]]:
-    """Family and text of each arm of a workload, for the report."""
-    arms = {name: arm_of(workload, name) for name in workload.arms}
-    return {name: {"family": arm.family, "text": arm.text} for name, arm in arms.items()}
+def arm_of(name: str) -> Arm:
+    known = ARMS | ABLATIONS
+    if name not in known:
+        raise ValueError(f"no arm {name!r}; the arms are {', '.join(known)}")
+    return known[name]

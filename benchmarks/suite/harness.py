@@ -1,10 +1,17 @@
-"""Tunes arms, trains them on paired seeds, and takes their seconds: records that can be resumed.
+"""Times arms, tunes them, trains them on paired seeds: records that can be resumed.
 
-`train` writes one JSON line a finished run to `results/suite/SUITE-DEVICE/runs.jsonl`: metrics at
-each evaluation, the steps by phase up to it, FLOPs, bytes, compile seconds, versions. What is there
-is left as it is, and what was cut short is trained again. `take_times` writes one line a workload
-to `times.jsonl`: seconds a step of every arm, all arms in turn, on an idle machine. As only
-`take_times` reads a clock that counts, training may run on a busy one.
+All is kept in `results/evidence/SUITE-DEVICE/`, a line a record, and what is there is left as it
+is. The order:
+
+- `take_times`, on an idle machine: seconds of a step of every arm at every batch, in turn, to
+  `times.jsonl`. This alone reads a clock that counts.
+- `train`, on any machine: settings by `search`, then AdamW's target, the length of each arm's
+  runs, and runs on seeds, to `runs.jsonl`. Seconds of a run are its steps times those of a step,
+  so that a budget of seconds is a number of steps.
+
+The target is the median, over twice the seeds of an arm, of the lowest validation loss of AdamW
+at its best rate and batch in the whole budget. It is frozen in `targets.jsonl` before any other
+arm is run.
 """
 
 from __future__ import annotations
@@ -12,12 +19,12 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import gc
-import json
+import math
 import os
 import statistics
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +34,16 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from benchmarks.records import RESULTS, about, read_lines
-from benchmarks.suite.arms import Arm, arm_of
-from benchmarks.suite.runners import build, cycle_of, transformation
-from benchmarks.suite.workloads import TUNING_SEED, Stream, Workload, freeze, load
+from benchmarks.records import RESULTS, about, add_line, read_lines
+from benchmarks.suite import search
+from benchmarks.suite.arms import BASE, SHORTER, arm_of
+from benchmarks.suite.runners import build, transformation
+from benchmarks.suite.workloads import Stream, Workload, load
 
-SUITES = RESULTS / "suite"
-BLOCK = 1.0  # seconds that an arm is timed for in a round, about
+EVIDENCE = RESULTS / "evidence"
+BLOCK = 0.5  # seconds that an arm is timed for in a round, about
 MOST_FOREIGN = 0.1  # cores that other processes may use while the clock counts
+TUNING_EVALUATIONS = 4  # of a run on a tuning seed
 
 
 def device_name() -> str:
@@ -42,7 +51,7 @@ def device_name() -> str:
     return "cpu" if device.platform == "cpu" else device.device_kind.lower().replace(" ", "-")
 
 
-def folder(suite: str, results: Path = SUITES) -> Path:
+def folder(suite: str, results: Path = EVIDENCE) -> Path:
     return results / f"{suite}-{device_name()}"
 
 
@@ -54,17 +63,6 @@ def revision() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def append(path: Path, record: dict[str, Any]) -> None:
-    """One line in one write, so that a killed process leaves at most a line without an end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(record) + "\n"
-    with path.open("ab+") as file:
-        if file.tell():  # what was left without an end stays a line of its own
-            file.seek(-1, os.SEEK_END)
-            line = line if file.read() == b"\n" else "\n" + line
-        file.write(line.encode())
-
-
 def provenance(load_before: tuple[float, ...]) -> dict[str, Any]:
     found = about("suite", load_before)
     return {
@@ -74,20 +72,139 @@ def provenance(load_before: tuple[float, ...]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+# Seconds.
+
+
+def latest_times(path: Path, name: str) -> Mapping[str, Any] | None:
+    """The last timing of a workload that no foreign load spoilt; else the last; None without."""
+    found = [r for r in read_lines(path / "times.jsonl") if r["workload"] == name]
+    return next((r for r in found[::-1] if not r["void"]), found[-1] if found else None)
+
+
+def seconds_of(times: Mapping[str, Any], name: str, batch: int) -> dict[str, float]:
+    """Seconds of a step by phase, medians over rounds."""
+    phases = times["seconds"][name if name != SHORTER else BASE][str(batch)]
+    return {phase: statistics.median(rounds) for phase, rounds in phases.items()}
+
+
+def budget_of(workload: Workload, times: Mapping[str, Any]) -> float:
+    """Seconds of the whole budget."""
+    return workload.steps * seconds_of(times, BASE, workload.batch)["train"]
+
+
+def phases(name: str, per_epoch: int, step: int) -> dict[str, int]:
+    """The steps so far, by what they cost: a cache is filled in the first epoch, then read."""
+    if not arm_of(name).cached:
+        return {"train": step}
+    filling = min(step, per_epoch)
+    done = {"filling": filling, "cached": step - filling}
+    return {phase: steps for phase, steps in done.items() if steps}
+
+
+def steps_in(seconds: float, per_step: Mapping[str, float], per_epoch: int) -> int:
+    """Steps that so many seconds pay for; at least one."""
+    if "train" in per_step:
+        return max(1, round(seconds / per_step["train"]))
+    filling = per_epoch * per_step["filling"]
+    if seconds <= filling:
+        return max(1, round(seconds / per_step["filling"]))
+    return per_epoch + round((seconds - filling) / per_step["cached"])
+
+
+def take_times(
+    workload: Workload, names: Sequence[str], rounds: int, batches: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """Seconds a step of every arm, in turn, a batch size after another; parts of AdamW's step."""
+    before, busy = os.getloadavg(), _Foreign()
+    seconds: dict[str, dict[str, Any]] = {name: {} for name in names}
+    compiling: dict[str, dict[str, float]] = {name: {} for name in names}
+    memory: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for batch in batches or workload.batches:
+        blocks = []
+        for name in names:
+            blocks += _blocks(workload, name, batch)
+            runner = blocks[-1][2]
+            compiling[name][str(batch)] = runner.compile_seconds
+            memory[name][str(batch)] = runner.peak_bytes
+        bar = tqdm(
+            total=rounds * len(blocks), desc=f"{workload.name}: seconds at {batch}", disable=None
+        )
+        for _ in range(rounds):
+            for name, phase, runner, source, repeats in blocks:
+                spent = _seconds(runner, source, repeats)
+                seconds[name].setdefault(str(batch), {}).setdefault(phase, []).append(spent)
+                bar.update()
+        bar.close()
+        gc.collect()
+    splits = _split_programs(workload)
+    split: dict[str, list[float]] = {part: [] for part in splits}
+    for _ in range(rounds):
+        for part, again in splits.items():
+            again()
+            started = time.perf_counter()
+            for _ in range(10):
+                again()
+            split[part].append((time.perf_counter() - started) / 10)
+    runner = build(workload, BASE, workload.batch, workload.rate, 0, 1)
+    validation = load(workload)[0].validation
+    runner.evaluate(validation)
+    started = time.perf_counter()
+    runner.evaluate(validation)
+    foreign = busy.cores()
+    return {
+        "suite": workload.suite, "workload": workload.name, "seconds": seconds, "split": split,
+        "evaluation": time.perf_counter() - started, "compile_seconds": compiling,
+        "peak_bytes": memory, "foreign_cores": foreign, "void": (foreign or 0.0) > MOST_FOREIGN,
+        **provenance(before),
+    }  # fmt: skip
+
+
+def _blocks(workload: Workload, name: str, batch: int) -> list[tuple[str, str, Any, Any, int]]:
+    """What is timed of an arm, for each phase, compiled and warm."""
+    arm = arm_of(name)
+    # Gains that a policy weighs must not come to an end with a schedule.
+    runner = build(workload, name, batch, workload.rate / 10, 0, 100_000)
+    stream = Stream(load(workload)[0], batch, 0)
+    batches = stream.take(5 if arm.policy is None else 50)
+    for _ in range(1 if arm.policy is None else 2):  # compiles; a policy has several programs
+        runner.train(batches)
+    started = time.perf_counter()
+    runner.train(batches)
+    repeats = min(50, max(1, round(BLOCK / (time.perf_counter() - started))))
+    return [
+        (name, phase, runner, stream if phase == "filling" else batches, repeats)
+        for phase in phases(name, 1, 2)
+    ]
+
+
+def _seconds(runner: Any, source: Any, repeats: int) -> float:
+    if isinstance(source, Stream):
+        given = [source.take(10)]
+    else:
+        given = [source] * repeats
+        runner.train(source[:1])  # its data and program come back into the caches
+    compiling, started = runner.compile_seconds, time.perf_counter()
+    for part in given:
+        runner.train(part)
+    spent = time.perf_counter() - started - (runner.compile_seconds - compiling)
+    return spent / sum(map(len, given))
+
+
 # Training.
 
 
-def run_arm(workload: Workload, name: str, rate: float, seed: int) -> dict[str, Any]:
-    """Trains once; metrics at each evaluation."""
-    arm = arm_of(workload, name)
-    before, steps = os.getloadavg(), arm.steps(workload)
-    rows, _, _ = load(workload)
-    runner = build(arm, workload, rate, seed)
-    stream = Stream(rows, arm.rows_of(workload), seed, pruned=arm.pruned)
-    marks = [round(steps * (i + 1) / workload.evaluations) for i in range(workload.evaluations)]
+def run_arm(
+    workload: Workload, name: str, batch: int, rate: float, seed: int, steps: int, tuning: bool
+) -> dict[str, Any]:
+    """Trains once; the loss at each evaluation, of the tuning rows or of the validation rows."""
+    gc.collect()  # arrays of the run before
+    before = os.getloadavg()
+    rows = load(workload)[0]
+    runner, stream = build(workload, name, batch, rate, seed, steps), Stream(rows, batch, seed)
+    points = TUNING_EVALUATIONS if tuning else workload.evaluations
     evals: list[dict[str, Any]] = []
     done, wall, failed = 0, 0.0, None
-    for mark in sorted(set(marks)):
+    for mark in sorted({math.ceil(steps * (i + 1) / points) for i in range(points)}):
         batches = stream.take(mark - done)
         compiling, started = runner.compile_seconds, time.perf_counter()
         try:
@@ -97,207 +214,229 @@ def run_arm(workload: Workload, name: str, rate: float, seed: int) -> dict[str, 
             break
         finally:
             wall += time.perf_counter() - started - (runner.compile_seconds - compiling)
-        for seen, losses in runner.row_losses:
-            stream.record(seen, losses)
         done = mark
-        found = runner.evaluate(rows.validation, workload.batch)
-        evals.append(
-            {"step": done, "metric": found[workload.metric], **found,
-             "phases": phases(arm, stream.per_epoch, done)}
-        )  # fmt: skip
-    test = runner.evaluate(rows.test, workload.batch) if evals and failed is None else None
+        found = runner.evaluate(rows.tuning if tuning else rows.validation)
+        evals.append({"step": done, **found, "phases": phases(name, stream.per_epoch, done)})
+    test = runner.evaluate(rows.test) if evals and failed is None and not tuning else None
     return {
-        "suite": workload.suite, "workload": workload.name, "arm": name, "rate": rate, "seed": seed,
-        "steps": steps, "batch": arm.rows_of(workload), "metric": workload.metric,
-        "evals": evals, "test": test and test[workload.metric],
-        "test_accuracy": test and test["accuracy"],
-        "flops": runner.flops, "peak_bytes": runner.peak_bytes,
-        "compile_seconds": runner.compile_seconds, "wall_seconds": wall,
-        "where": runner.where() if evals else None, "failed": failed,
-        "options": workload.options, **provenance(before),
+        "suite": workload.suite, "workload": workload.name, "arm": name, "batch": batch,
+        "rate": rate, "seed": seed, "steps": steps, "evals": evals, "test": test,
+        "flops": runner.flops, "where": runner.where() if evals else None,
+        "wall_seconds": wall, "failed": failed, **provenance(before),
     }  # fmt: skip
 
 
-def phases(arm: Arm, per_epoch: int, step: int) -> dict[str, int]:
-    """The steps so far, by what they cost: a cache is filled in the first epoch, then read."""
-    if not arm.cached:
-        return {"train": step}
-    filling = min(step, per_epoch)
-    done = {"filling": filling, "cached": step - filling}
-    return {phase: steps for phase, steps in done.items() if steps}
-
-
-def best(workload: Workload, record: dict[str, Any]) -> float:
-    """The best metric of a run; the worst there is for one that diverged."""
-    sign = 1.0 if workload.higher_is_better else -1.0
+def best(record: Mapping[str, Any]) -> float:
+    """The lowest loss of a run; infinite for one that diverged."""
     if record["failed"] or not record["evals"]:
-        return -sign * float("inf")
-    return sign * max(sign * e["metric"] for e in record["evals"])
-
-
-def best_rate(workload: Workload, records: Iterable[dict[str, Any]], name: str) -> float | None:
-    """The rate with the best last metric on the tuning seed; None before any trial."""
-    sign = 1.0 if workload.higher_is_better else -1.0
-    tried = {
-        r["rate"]: sign * r["evals"][-1]["metric"]
-        for r in records
-        if r["arm"] == name and r["track"] == "tune" and not r["failed"] and r["evals"]
-    }
-    return max(tried, key=lambda rate: tried[rate]) if tried else None
-
-
-@dataclasses.dataclass
-class Plan:
-    """What is asked for.
-
-    Attributes:
-      arms: names; None for all of the workload.
-      seeds: runs of each arm at its best rate.
-      trials: learning rates tried by each arm.
-      target_seeds: runs of tuned AdamW that the target is the median of.
-      deadline: `time.monotonic()` after which no run is started.
-      results: the folder of all suites.
-    """
-
-    arms: tuple[str, ...] | None = None
-    seeds: int = 5
-    trials: int = 4
-    target_seeds: int = 10
-    deadline: float = float("inf")
-    results: Path = SUITES
+        return math.inf
+    return min((e["loss"] for e in record["evals"] if math.isfinite(e["loss"])), default=math.inf)
 
 
 class OutOfTime(Exception):
     """The time budget is spent; what is finished is kept."""
 
 
-def train(workload: Workload, plan: Plan, bar: tqdm | None = None) -> None:
-    """Tunes AdamW, freezes the target, tunes every arm, and trains all on paired seeds."""
-    path = folder(workload.suite, plan.results) / "runs.jsonl"
-    known = [r for r in read_lines(path) if r["workload"] == workload.name]
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """How an arm is run: found on tuning seeds, and then the same for all others."""
 
-    def once(name: str, rate: float, seed: int, track: str) -> dict[str, Any]:
-        for r in known:
-            if (r["arm"], r["rate"], r["seed"]) == (name, rate, seed):
-                break
-        else:
-            if time.monotonic() > plan.deadline:
-                raise OutOfTime
-            if bar is not None:
-                bar.set_description(f"{workload.name}: {name}, {track}")
-            r = {"track": track, **run_arm(workload, name, rate, seed)}
-            append(path, r)
-            known.append(r)
-            gc.collect()
-        if bar is not None:
-            bar.update()
-        return r
+    name: str
+    batch: int
+    rate: float
+    share: float = 1.0
 
-    def tune(name: str) -> float | None:
-        for rate in workload.trials(plan.trials):
-            once(name, rate, TUNING_SEED, "tune")
-        return best_rate(workload, known, name)
 
-    names = [name for name in workload.arms if plan.arms is None or name in plan.arms]
-    if workload.target is None and plan.target_seeds and "adamw" in workload.arms:
-        rate = tune("adamw")
-        assert rate is not None, "AdamW diverged at every rate"
-        found = [
-            best(workload, once("adamw", rate, seed, "seeds")) for seed in range(plan.target_seeds)
+class Training:
+    """The runs of one workload: those on record are read, the others made.
+
+    Args:
+      workload: what is trained.
+      path: folder of the suite's records.
+      names: arms, of those of the workload.
+      deadline: `time.monotonic()` after which no run is started.
+      bar: counts finished runs.
+    """
+
+    def __init__(
+        self, workload: Workload, path: Path, names: Sequence[str] | None = None,
+        deadline: float = math.inf, bar: tqdm | None = None,
+    ):  # fmt: skip
+        self.workload, self.path, self.deadline, self.bar = workload, path, deadline, bar
+        self.names = [n for n in workload.arms if names is None or n in names]
+        self.recipes = [n for n in workload.recipes if names is None or n in names]
+        self.known = [r for r in read_lines(path / "runs.jsonl") if r["workload"] == workload.name]
+        self.chosen: str | None = None  # the recipe, once `settings` has found it
+
+    def once(self, own: Setting, seed: int, track: str) -> dict[str, Any]:
+        """The record of a run."""
+        key = {"arm": own.name, "batch": own.batch, "rate": own.rate, "share": own.share}
+        key |= {"seed": seed, "track": track}
+        for record in self.known:
+            if key.items() <= record.items():
+                return record
+        if time.monotonic() > self.deadline:
+            raise OutOfTime
+        times = latest_times(self.path, self.workload.name)
+        if times is None:
+            raise ValueError(f"{self.workload.name} has no seconds yet: run --stage time first")
+        if self.bar is not None:
+            self.bar.set_description(f"{self.workload.name}: {own.name}, {track}")
+        seconds = own.share * budget_of(self.workload, times)
+        per_epoch = Stream(load(self.workload)[0], own.batch, 0).per_epoch
+        steps = steps_in(seconds, seconds_of(times, own.name, own.batch), per_epoch)
+        record = key | run_arm(
+            self.workload, own.name, own.batch, own.rate, seed, steps, track == "tune"
+        )
+        add_line(self.path / "runs.jsonl", record)
+        self.known.append(record)
+        if self.bar is not None:
+            self.bar.update()
+        return record
+
+    def tuned(self, name: str, batches: Sequence[int], trials: int) -> tuple[Setting, float] | None:
+        """The best setting of an arm and its loss; None where it diverged throughout."""
+        tried: dict[tuple[int, int], float] = {}
+        while at := search.next_setting(tried, batches, trials):
+            own = Setting(name, at[0], search.rate_of(self.workload.rate, at[1]))
+            tried[at] = best(self.once(own, search.TUNING_SEEDS[0], "tune"))
+        at = search.best_setting(tried)
+        if at is None:
+            return None
+        return Setting(name, at[0], search.rate_of(self.workload.rate, at[1])), tried[at]
+
+    def base(self) -> dict[int, Setting]:
+        """AdamW's best setting at each batch, as every arm is compared with it at its own."""
+        # More trials in all than any other arm has.
+        trials = (self.workload.trials + 1) // 2
+        found = {batch: self.tuned(BASE, (batch,), trials) for batch in self.workload.batches}
+        kept = {batch: own for batch, own in found.items() if own is not None}
+        ordered = sorted(kept, key=lambda batch: kept[batch][1])  # the best batch first
+        return {batch: kept[batch][0] for batch in ordered}
+
+    def target(self, own: Setting) -> Mapping[str, Any]:
+        """Frozen once, by AdamW at its best setting."""
+        path = self.path / "targets.jsonl"
+        for record in read_lines(path):
+            if record["workload"] == self.workload.name:
+                return record
+        if time.monotonic() > self.deadline:
+            raise OutOfTime  # who only looks at the records writes none
+        losses = [best(self.once(own, s, "seeds")) for s in range(2 * self.workload.seeds)]
+        tuning = [best(self.once(own, seed, "tune")) for seed in search.TUNING_SEEDS]
+        rows = load(self.workload)[0]
+        value = statistics.median(losses)
+        apart = rows.tuning is not rows.validation
+        record = {
+            "workload": self.workload.name, "value": value, "seeds": len(losses),
+            "tuning": statistics.fmean(tuning) if apart else value,
+            "batch": own.batch, "rate": own.rate,
+            "date": datetime.date.today().isoformat(), "revision": revision(),
+        }  # fmt: skip
+        if not math.isfinite(value + record["tuning"]):
+            raise ValueError(f"{self.workload.name}: AdamW diverged at its best setting")
+        add_line(path, record)
+        return record
+
+    def shortened(self, own: Setting, target: Mapping[str, Any] | None) -> Setting:
+        """The same in the share of the budget that it needs."""
+        arrived: dict[int, bool] = {}
+        while target is not None and (rung := search.next_share(arrived)) is not None:
+            part = dataclasses.replace(own, share=search.share_of(rung))
+            aim = self.workload.within * target["tuning"]
+            arrived[rung] = all(
+                best(self.once(part, seed, "tune")) <= aim for seed in search.TUNING_SEEDS
+            )
+        return dataclasses.replace(own, share=search.chosen_share(arrived))
+
+    def settings(self) -> dict[str, list[Setting]]:
+        """All settings that run on seeds, by arm; AdamW has one for each batch that is used."""
+        base, target = {}, None
+        if BASE in self.workload.arms:
+            base = self.base()
+            if not base:
+                raise ValueError(f"{self.workload.name}: AdamW diverged at every rate")
+            target = self.target(next(iter(base.values())))
+        found: dict[str, list[Setting]] = {}
+        losses: dict[str, float] = {}
+        for name in (*self.names, *self.recipes):
+            if name == SHORTER:
+                own = self.shortened(
+                    dataclasses.replace(next(iter(base.values())), name=name), target
+                )
+                if own.share < 1:
+                    found[name] = [own]
+            elif name != BASE and (
+                tuned := self.tuned(name, self.workload.batches, self.workload.trials)
+            ):
+                found[name], losses[name] = [self.shortened(tuned[0], target)], tuned[1]
+        candidates = [n for n in self.recipes if n in found]
+        chosen = min(candidates, key=lambda n: (found[n][0].share, losses[n]), default=None)
+        for name in candidates:
+            if name != chosen and name not in self.names:
+                del found[name]
+        if base:
+            first = next(iter(base))
+            used = {first, *(own.batch for settings in found.values() for own in settings)}
+            found = {BASE: [own for batch, own in base.items() if batch in used]} | found
+        self.chosen = chosen
+        return found
+
+    def train(self) -> dict[str, list[Setting]]:
+        """Everything of the workload, in the order of the protocol."""
+        found, seeds = self.settings(), self.workload.seeds
+        twice = found.get(self.chosen or "", [])
+        twice = twice + [
+            own for own in found.get(BASE, []) if own.batch in {o.batch for o in twice}
         ]
-        worst = min(found) if workload.higher_is_better else max(found)
-        workload = freeze(
-            workload,
-            {"value": statistics.median(found), "reachable": worst, "seeds": len(found),
-             "rate": rate, "date": datetime.date.today().isoformat(), "revision": revision()},
-        )  # fmt: skip
-    rates = {name: tune(name) for name in names}
-    # One seed of all arms before the next: what is cut short has something of every arm.
-    for seed in range(plan.seeds):
-        for name in names:
-            own = rates[name]
-            if own is not None:
-                once(name, own, seed, "seeds")
+        # One seed of all arms before the next: what is cut short has something of every arm.
+        for seed in range(2 * seeds):
+            for own in (own for settings in found.values() for own in settings):
+                if seed < seeds or own in twice:
+                    self.once(own, seed, "seeds")
+        return found
 
 
-def runs_in(workload: Workload, plan: Plan) -> int:
-    """How many runs `train` comes to, for a progress bar."""
-    names = [name for name in workload.arms if plan.arms is None or name in plan.arms]
-    trials = len(workload.trials(plan.trials))
-    freezes = workload.target is None and plan.target_seeds and "adamw" in workload.arms
-    return (trials + plan.target_seeds if freezes else 0) + len(names) * (trials + plan.seeds)
+def finished(workload: Workload, path: Path) -> dict[str, list[Setting]] | None:
+    """The settings of a workload all of whose runs are on record, the chosen recipe as such."""
+    training = Training(workload, path, deadline=-math.inf)
+    try:
+        return training.train()
+    except OutOfTime:
+        return None
 
 
-# Seconds.
+def estimate(workload: Workload, times: Mapping[str, Any]) -> tuple[int, float]:
+    """Runs of a workload at most, about, and hours: what a step takes, times what may be run.
 
-
-def take_times(
-    workload: Workload, names: Sequence[str], rounds: int, results: Path, *, share: float = 1.0
-) -> dict[str, Any]:
-    """Seconds a step of every arm and of parts of AdamW's step, all in turn."""
-    before, busy = os.getloadavg(), _Foreign()
-    rows, _, _ = load(workload)
-    blocks: list[tuple[str, str, Any, Any, int]] = []
-    for name in names:
-        arm = arm_of(workload, name)
-        planned = arm.policy is not None or arm.top_k is not None
-        # Gains that a policy weighs must not come to an end with a schedule.
-        steps = 100_000 if planned else arm.steps(workload)
-        runner = build(arm, workload, workload.default_rate / 10, 0, steps)
-        stream = Stream(rows, arm.rows_of(workload), 0, pruned=arm.pruned)
-        batches = stream.take(cycle_of(arm, workload) if planned else 5)
-        for _ in range(3 if planned else 1):  # compiles; a policy has several programs
-            runner.train(batches)
-        started = time.perf_counter()
-        runner.train(batches)
-        repeats = max(1, round(share * BLOCK / (time.perf_counter() - started)))
-        repeats = min(repeats, 50)
-        for phase in phases(arm, 1, 2):
-            blocks.append((name, phase, runner, stream if phase == "filling" else batches, repeats))
-    seconds: dict[str, dict[str, list[float]]] = {}
-    splits = _split_programs(workload)
-    split: dict[str, list[float]] = {part: [] for part in splits}
-    bar = tqdm(
-        total=rounds * (len(blocks) + len(splits)), desc=f"{workload.name}: seconds", disable=None
-    )
-    for _ in range(rounds):
-        for part, again in splits.items():
-            again()
-            started = time.perf_counter()
-            for _ in range(10):
-                again()
-            split[part].append((time.perf_counter() - started) / 10)
-            bar.update()
-        for name, phase, runner, source, repeats in blocks:
-            batches = source.take(10) if isinstance(source, Stream) else source
-            given = [batches] if isinstance(source, Stream) else [batches] * repeats
-            if not isinstance(source, Stream):
-                runner.train(batches[:1])  # its data and program come back into the caches
-            compiling, started = runner.compile_seconds, time.perf_counter()
-            for part in given:
-                runner.train(part)
-            spent = time.perf_counter() - started - (runner.compile_seconds - compiling)
-            steps = sum(map(len, given))
-            seconds.setdefault(name, {}).setdefault(phase, []).append(spent / steps)
-            bar.update()
-    bar.close()
-    foreign = busy.cores()
-    record = {
-        "suite": workload.suite, "workload": workload.name, "seconds": seconds, "split": split,
-        "foreign_cores": foreign, "void": (foreign or 0.0) > MOST_FOREIGN, **provenance(before),
-    }  # fmt: skip
-    append(folder(workload.suite, results) / "times.jsonl", record)
-    return record
+    Each arm's trials last the whole budget; to find the length of its runs takes up to eight that
+    add up to four budgets; runs on seeds are counted as of the whole budget, which those that are
+    worth it are not. Programs are compiled once, those of a `Trainer` in every run (less, where
+    JAX keeps them on disk).
+    """
+    budget, look = budget_of(workload, times), times["evaluation"]
+    arms = [name for name in workload.all_arms if name not in (BASE, SHORTER)]
+    seeded = len(workload.arms) - 1 + bool(workload.recipes)
+    base_trials = len(workload.batches) * ((workload.trials + 1) // 2 + 1)
+    tuning = base_trials + len(arms) * workload.trials
+    length = 8 * (len(arms) + 1)
+    seeds = workload.seeds * (2 + len(workload.batches) + seeded + 2)
+    training = tuning + length / 2 + seeds
+    looks = TUNING_EVALUATIONS * (tuning + length) + workload.evaluations * seeds
+    compiling = 0.0
+    for name, own in times["compile_seconds"].items():
+        again = 1 if arm_of(name).policy is None else workload.trials + 8 + workload.seeds
+        compiling += sum(own.values()) / len(own) * (len(own) if again == 1 else again)
+    return tuning + length + seeds, (training * budget + looks * look + compiling) / 3600
 
 
 def _split_programs(workload: Workload) -> dict[str, Any]:
     """Parts of AdamW's step: forward pass, with gradients, and whole."""
     rows, make_model, loss_fn = load(workload)
-    arm = arm_of(workload, "adamw")
     graph, params, rest = nnx.split(make_model(0), nnx.Param, ...)
     params = jax.tree.map(jnp.array, nnx.as_pure(params))
     batch = {name: array[: workload.batch] for name, array in rows.train.items()}
-    tx = transformation(arm, workload.default_rate / 10, 100_000)
+    tx = transformation(arm_of(BASE), workload.rate / 10, 100_000)
 
     def loss(params: Any) -> Any:
         return loss_fn(nnx.merge(graph, params, rest), batch)[0]

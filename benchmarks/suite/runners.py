@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import math
 import time
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +12,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from benchmarks.suite.arms import Arm
-from benchmarks.suite.workloads import Stream, Workload, load
+from benchmarks.suite.arms import Arm, arm_of
+from benchmarks.suite.workloads import EVALUATED, Stream, Workload, load
 from benchmarks.tasks.char import CharTransformer
 from priorityprop_jax import (
     find_slots,
@@ -29,6 +27,7 @@ from priorityprop_jax import (
 from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.core.program import program_flops
 from priorityprop_jax.models.lora import add_lora
+from priorityprop_jax.priority import muon
 from priorityprop_jax.priority.scores import Look, priority
 from priorityprop_jax.priority.transform import PriorityPropState
 from priorityprop_jax.training import Trainer
@@ -45,19 +44,17 @@ class Runner(Protocol):
       flops: of a step, as compiled, by phase; None where the compiler cannot say.
       peak_bytes: of the program, by phase.
       compile_seconds: so far.
-      row_losses: rows and their losses at the last steps, where a stream prunes by them.
     """
 
     flops: dict[str, float | None]
     peak_bytes: dict[str, int | None]
     compile_seconds: float
-    row_losses: list[tuple[np.ndarray, np.ndarray]]
 
     def train(self, batches: Batches) -> None:
         """Trains on these, and returns when the device is done."""
         ...
 
-    def evaluate(self, arrays: dict[str, np.ndarray], batch: int) -> dict[str, float]:
+    def evaluate(self, arrays: dict[str, np.ndarray]) -> dict[str, float]:
         """Loss and accuracy over all rows."""
         ...
 
@@ -68,28 +65,46 @@ class Runner(Protocol):
     def params(self) -> Any: ...
 
 
-def schedule(steps: int) -> Callable[[Any], jax.Array]:
+def pace(step: Any, steps: Any) -> jax.Array:
     """Warm-up over a twentieth of the steps, then a cosine to zero; the same for all arms."""
-    first = max(1, steps // 20)
-
-    def factor(step: Any) -> jax.Array:
-        left = jnp.clip((step - first) / max(1, steps - first), 0.0, 1.0)
-        return jnp.minimum((step + 1) / first, 0.5 * (1 + jnp.cos(jnp.pi * left)))
-
-    return factor
+    first = jnp.maximum(1, jnp.asarray(steps) // 20)
+    left = jnp.clip((step - first) / jnp.maximum(1, steps - first), 0.0, 1.0)
+    return jnp.minimum((step + 1) / first, 0.5 * (1 + jnp.cos(jnp.pi * left)))
 
 
-def build(arm: Arm, workload: Workload, rate: float, seed: int, steps: int | None = None) -> Runner:
-    """A fresh run of an arm; its schedule ends after `steps`."""
-    steps = arm.steps(workload) if steps is None else steps
-    if arm.policy is not None or arm.top_k is not None:
-        return TrainerRun(arm, workload, rate, seed, steps)
-    return CompiledRun(arm, workload, rate, seed, steps)
+class PacedState(NamedTuple):
+    """Rate and length are arrays, so that all runs of an arm share their programs."""
+
+    count: jax.Array  # [], of steps
+    rate: jax.Array  # []
+    steps: jax.Array  # []
 
 
-def cycle_of(arm: Arm, workload: Workload) -> int:
+def paced(rate: float, steps: int) -> optax.GradientTransformation:
+    """Times the rate and `pace`."""
+
+    def init(params: Any) -> PacedState:
+        return PacedState(jnp.zeros((), jnp.int32), jnp.float32(rate), jnp.int32(steps))
+
+    def update(updates: Any, state: PacedState, params: Any = None) -> Any:
+        factor = state.rate * pace(state.count, state.steps)
+        return optax.tree.scale(factor, updates), state._replace(count=state.count + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+def build(
+    workload: Workload, name: str, batch: int, rate: float, seed: int, steps: int, arm: Any = None
+) -> Runner:
+    """A fresh run of an arm, whose schedule ends after `steps`; `arm` stands for that name's."""
+    arm = arm_of(name) if arm is None else arm
+    kind = CompiledRun if arm.policy is None else TrainerRun
+    return kind(arm, workload, batch, rate, seed, steps)
+
+
+def cycle_of(steps: int) -> int:
     """Steps between two decisions of a policy."""
-    return max(CYCLE, arm.steps(workload) // 20)
+    return max(CYCLE, min(5 * CYCLE, steps // 20))
 
 
 # Changes of the model.
@@ -121,23 +136,32 @@ def edited(model: Any, arm: Arm, seed: int) -> Any:
 # One compiled step.
 
 
-def transformation(arm: Arm, rate: Any, steps: int) -> optax.GradientTransformation:
-    factor, options = schedule(steps), dict(arm.options)
+def transformation(arm: Arm, rate: Any, steps: Any) -> optax.GradientTransformation:
+    """The optimizer of an arm; rate and steps may be traced."""
+    options = dict(arm.options)
     if any(name == "lora" for name, _ in arm.edits):
         rate = 10 * rate  # thin factors want about ten times the rate of whole weights
 
     def scheduled(step: Any) -> Any:
-        return rate * factor(step)
+        return rate * pace(step, steps)
 
     if arm.rows:
         return meprop.row_sparse_adam(scheduled, weight_decay=WEIGHT_DECAY)
     if arm.optimizer == "muon":
-        return muon(scheduled)
+        return muon(
+            scheduled, **options, weight_dimension_numbers=hidden_matrices,
+            weight_decay=WEIGHT_DECAY,
+        )  # fmt: skip
+    if arm.optimizer == "cautious":
+        return optax.chain(
+            cautious(optax.scale_by_adam()),
+            optax.add_decayed_weights(WEIGHT_DECAY),
+            optax.scale_by_learning_rate(scheduled),
+        )
     if arm.optimizer == "schedule_free":
-        first = max(1, steps // 20)
 
         def warmed(step: Any) -> Any:
-            return rate * jnp.minimum((step + 1) / first, 1.0)
+            return rate * jnp.minimum((step + 1) / jnp.maximum(1, jnp.asarray(steps) // 20), 1.0)
 
         inner = optax.adamw(warmed, b1=0.0, weight_decay=WEIGHT_DECAY)
         return optax.contrib.schedule_free(inner, learning_rate=warmed, b1=0.9)
@@ -155,8 +179,41 @@ def transformation(arm: Arm, rate: Any, steps: int) -> optax.GradientTransformat
         )
         chosen = priorityprop(optax.adamw(rate, weight_decay=WEIGHT_DECAY), **options)
         # The schedule is on the clock of steps, the optimizer on that of each slot.
-        return optax.chain(chosen, optax.scale_by_schedule(factor))
-    return optax.adamw(scheduled, weight_decay=WEIGHT_DECAY)
+        factor = optax.scale_by_schedule(lambda step: pace(step, steps))
+        return optax.chain(chosen, factor)
+    make = optax.nadamw if arm.optimizer == "nadam" else optax.adamw
+    return make(scheduled, weight_decay=WEIGHT_DECAY, **options)
+
+
+def cautious(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Updates against the sign of the gradient are left out, the others scaled up.
+
+    Liang et al., *Cautious optimizers*, 2024, arXiv 2411.16085.
+    """
+
+    def kept(update: jax.Array, grad: jax.Array) -> jax.Array:
+        mask = (update * grad > 0).astype(update.dtype)
+        return update * mask / jnp.maximum(mask.mean(), 1e-3)
+
+    def update(grads: Any, state: Any, params: Any = None) -> Any:
+        updates, state = inner.update(grads, state, params)
+        return jax.tree.map(kept, updates, grads), state
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def hidden_matrices(params: Any) -> Any:
+    """How Muon is to read each leaf: kernels but the output layer's, those of convolutions too."""
+    slots = find_slots(params)
+    output = {n for n, depth in zip(slots.names, slots.depths, strict=True) if depth == 0}
+
+    def numbers(path: Any, leaf: Any) -> Any:
+        name, axes = path_name(path), jnp.ndim(leaf)
+        if not name.endswith("kernel") or name in output or axes not in (2, 4):
+            return None
+        return optax.contrib.MuonDimensionNumbers(tuple(range(axes - 1)), axes - 1)
+
+    return jax.tree_util.tree_map_with_path(numbers, params)
 
 
 def _from_gradient(grads: Any) -> jax.Array:
@@ -174,43 +231,9 @@ def _without_counts(look: Look) -> jax.Array:
     return priority(look.magnitudes, 0, look.depth_factors, look.costs)
 
 
-def muon(rate: Any) -> optax.GradientTransformation:
-    """Muon on hidden matrices, AdamW on all else, at one learning rate.
-
-    Updates of matrices `[m, n]` are scaled by `0.2 * sqrt(max(m, n))`, so that their root mean
-    square is that of Adam's (Liu et al., 2025, arXiv 2502.16982).
-    """
-
-    def scaled(updates: Any, params: Any) -> Any:
-        return jax.tree.map(lambda u: u * 0.2 * math.sqrt(max(u.shape)), updates)
-
-    def labels(params: Any) -> Any:
-        slots = find_slots(params)
-        output = {n for n, depth in zip(slots.names, slots.depths, strict=True) if depth == 0}
-
-        def label(path: Any, leaf: Any) -> str:
-            name = path_name(path)
-            hidden = name.endswith("kernel") and jnp.ndim(leaf) == 2 and name not in output
-            return "muon" if hidden else "adamw"
-
-        return jax.tree_util.tree_map_with_path(label, params)
-
-    def dimensions(tree: Any) -> Any:
-        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), tree)
-
-    matrices = optax.chain(
-        optax.contrib.scale_by_muon(weight_dimension_numbers=dimensions),
-        optax.stateless(scaled),
-        optax.add_decayed_weights(WEIGHT_DECAY),
-        optax.scale_by_learning_rate(rate),
-    )
-    rest = optax.adamw(rate, weight_decay=WEIGHT_DECAY)
-    return optax.partition({"muon": matrices, "adamw": rest}, labels)
-
-
-@functools.lru_cache(maxsize=16)
-def _programs(arm: Arm, workload: Workload, steps: int) -> Any:
-    """The compiled step and evaluation of an arm; seed and rate are arguments."""
+@functools.lru_cache(maxsize=64)
+def _programs(arm: Arm, workload: Workload, batch: int) -> Any:
+    """The compiled step and evaluation of an arm; seed, rate and steps are arguments."""
     rows, make_model, loss_fn = load(workload)
     graph, params, rest = nnx.split(edited(make_model(0), arm, 0), nnx.Param, ...)
     params = nnx.as_pure(params)
@@ -221,65 +244,43 @@ def _programs(arm: Arm, workload: Workload, steps: int) -> Any:
     make_gradient = meprop.value_and_grad if arm.rows else jax.value_and_grad
     gradient = make_gradient(loss, has_aux=True)
 
-    def step(params: Any, state: Any, rest: Any, batch: Any, rate: Any) -> Any:
-        tx = transformation(arm, rate, steps)
-        (value, aux), grads = gradient(params, rest, batch)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, value, aux.get("rows")
+    def step(params: Any, state: Any, rest: Any, batch: Any, rate: Any, steps: Any) -> Any:
+        (value, _), grads = gradient(params, rest, batch)
+        updates, state = transformation(arm, rate, steps).update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
 
-    if arm.pruned:
-        evaluated, loss = (
-            loss,
-            lambda params, rest, batch: _weighted(nnx.merge(graph, params, rest), batch),
-        )
-    else:
-        evaluated = loss
-    batch = Stream(rows, arm.rows_of(workload), 0, pruned=arm.pruned).take(1)[0]
-    state = transformation(arm, 1.0, steps).init(params)
-    given = (params, state, rest, batch, jnp.float32(1.0))
+    state = transformation(arm, 1.0, 1).init(params)
+    given = (params, state, rest, Stream(rows, batch, 0).take(1)[0], jnp.float32(1), jnp.int32(1))
     started = time.perf_counter()
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*given).compile()
-    seconds = time.perf_counter() - started
-    return compiled, jax.jit(evaluated), seconds
-
-
-def _weighted(model: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Weighted mean cross-entropy, and that of each row."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(model(batch["x"]), batch["y"])
-    axes = tuple(range(1, losses.ndim))
-    mask = batch.get("mask", jnp.ones_like(losses))
-    rows = jnp.sum(losses * mask, axes) / jnp.maximum(jnp.sum(mask, axes), 1.0)  # [batch]
-    return jnp.average(rows, weights=batch["weight"]), {"rows": rows}
+    return compiled, jax.jit(loss), time.perf_counter() - started
 
 
 class CompiledRun:
     """One program, its buffers donated."""
 
-    def __init__(self, arm: Arm, workload: Workload, rate: float, seed: int, steps: int):
-        self._arm, self._steps = arm, steps
-        self._program, self._loss, self.compile_seconds = _programs(arm, workload, steps)
+    def __init__(
+        self, arm: Arm, workload: Workload, batch: int, rate: float, seed: int, steps: int
+    ):
+        self._arm = arm
+        self._program, self._loss, self.compile_seconds = _programs(arm, workload, batch)
         _, make_model, _ = load(workload)
         _, params, self._rest = nnx.split(edited(make_model(seed), arm, seed), nnx.Param, ...)
         self._params = jax.tree.map(jnp.array, nnx.as_pure(params))
         state = transformation(arm, rate, steps).init(self._params)
         # A buffer can be donated once, and schedule-free keeps the parameters themselves.
         self._state = jax.tree.map(jnp.array, state)
-        self._rate = jnp.float32(rate)
-        self.row_losses: list[tuple[np.ndarray, np.ndarray]] = []
+        self._paced = jnp.float32(rate), jnp.int32(steps)
         self.flops = {"train": program_flops(self._program)}
         self.peak_bytes = {"train": _peak(self._program)}
 
     def train(self, batches: Batches) -> None:
         value = jnp.zeros(())
-        seen: list[Any] = []
         for batch in batches:
-            self._params, self._state, value, rows = self._program(
-                self._params, self._state, self._rest, batch, self._rate
+            self._params, self._state, value = self._program(
+                self._params, self._state, self._rest, batch, *self._paced
             )
-            if rows is not None:
-                seen.append((batch["row"], rows))
         jax.block_until_ready((self._params, self._state))
-        self.row_losses = [(row, np.asarray(losses)) for row, losses in seen]
         if not np.isfinite(float(value)):
             raise FloatingPointError("the loss became NaN or infinite")
 
@@ -288,9 +289,9 @@ class CompiledRun:
             return optax.contrib.schedule_free_eval_params(self._state, self._params)
         return self._params
 
-    def evaluate(self, arrays: dict[str, np.ndarray], batch: int) -> dict[str, float]:
+    def evaluate(self, arrays: dict[str, np.ndarray]) -> dict[str, float]:
         params = self.params()
-        return _averages(lambda part: self._loss(params, self._rest, part), arrays, batch)
+        return _averages(lambda part: self._loss(params, self._rest, part), arrays)
 
     def where(self) -> list[tuple[str, float]] | None:
         states = [
@@ -310,30 +311,35 @@ class CompiledRun:
 
 
 class TrainerRun:
-    """`Trainer` with a step of `partial` or `meprop`, trained a piece at a time."""
+    """`Trainer` with a step of `partial`, trained a piece at a time."""
 
-    def __init__(self, arm: Arm, workload: Workload, rate: float, seed: int, steps: int):
+    def __init__(
+        self, arm: Arm, workload: Workload, batch: int, rate: float, seed: int, steps: int
+    ):
         rows, make_model, loss_fn = load(workload)
         model: Any = edited(make_model(seed), arm, seed)
-        cycle, schedule_of = cycle_of(arm, workload), optax.scale_by_schedule(schedule(steps))
-        adamw = optax.adamw(rate, weight_decay=WEIGHT_DECAY)
-        if arm.top_k is not None:
-            step = meprop.step(arm.top_k, recalc_every=cycle)
-            optimizer = optax.chain(meprop.row_sparse(adamw), meprop.on_values(schedule_of))
-        else:
-            policy: Any = half if arm.policy == "suffix(half)" else arm.policy
-            share = None
-            if arm.policy in ("priority", "random"):
-                share = workload.least + (1 - workload.least) * arm.backward
-            cache = None
-            if arm.cached:
-                model = partial.nnx_stages(model.stages())
-                cache = partial.PrefixCache(None, examples=int(rows.train["id"].max()) + 1)
-            step = partial.step(policy, share=share, recalc_every=cycle, cache=cache, seed=seed)
-            optimizer = optax.chain(partial.update_active(adamw), schedule_of)
+        policy: Any = half if arm.policy == "suffix(half)" else arm.policy
+        share = None
+        if arm.policy in ("priority", "random"):
+            share = workload.least + (1 - workload.least) * arm.backward
+        cache = None
+        if arm.cached:
+            model = partial.nnx_stages(model.stages())
+            cache = partial.PrefixCache(None, examples=int(rows.train["id"].max()) + 1)
+        step = partial.step(
+            policy, share=share, recalc_every=cycle_of(steps), cache=cache, seed=seed
+        )
+        adamw = optax.adamw(1.0, weight_decay=WEIGHT_DECAY)  # times the rate at each step
+        optimizer = optax.chain(partial.update_active(adamw), paced(rate, steps))
         self._trainer = Trainer(model, optimizer, loss_fn, step, progress=False)
-        self.peak_bytes: dict[str, int | None] = {}
-        self.row_losses: list[tuple[np.ndarray, np.ndarray]] = []
+
+    @property
+    def peak_bytes(self) -> dict[str, int | None]:
+        """Of the largest program so far, what it keeps between steps included."""
+        trainer: Any = self._trainer
+        beside = [own.beside for some in trainer.step._programs.values() for own in some.values()]
+        held = jax.tree.leaves((trainer.params, trainer._opt_state))
+        return {"train": sum(x.nbytes for x in held) + max(beside)} if beside else {}
 
     @property
     def compile_seconds(self) -> float:
@@ -355,13 +361,12 @@ class TrainerRun:
     def params(self) -> Any:
         return self._trainer.params
 
-    def evaluate(self, arrays: dict[str, np.ndarray], batch: int) -> dict[str, float]:
-        return self._trainer.evaluate(_cut(arrays, batch))
+    def evaluate(self, arrays: dict[str, np.ndarray]) -> dict[str, float]:
+        return self._trainer.evaluate(_cut(arrays, EVALUATED))
 
     def where(self) -> list[tuple[str, float]] | None:
         layers = self._trainer.get_step_report()["layers"]
-        # Where k is chosen the layers' features are what was spent.
-        spent = [layer.get("flops", layer.get("mean_k")) for layer in layers]
+        spent = [layer["flops"] for layer in layers]
         return _shares([layer["layer"] for layer in layers], np.array(spent))
 
 
@@ -382,10 +387,10 @@ def _cut(arrays: dict[str, np.ndarray], batch: int) -> Batches:
     ]
 
 
-def _averages(loss: Any, arrays: dict[str, np.ndarray], batch: int) -> dict[str, float]:
+def _averages(loss: Any, arrays: dict[str, np.ndarray]) -> dict[str, float]:
     """Means over all rows; by the weight of the mask, where there is one."""
     total, sums = 0.0, np.zeros(2)
-    for part in _cut(arrays, batch):
+    for part in _cut(arrays, EVALUATED):
         value, metrics = loss(part)
         weight = float(part["mask"].sum()) if "mask" in part else len(part["y"])
         total += weight

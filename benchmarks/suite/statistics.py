@@ -1,4 +1,4 @@
-"""What may be said from a few paired runs: ratios, intervals, profiles, misses.
+"""What may be said from a few paired runs: ratios, intervals, misses.
 
 A ratio is the base's seconds to the target over an arm's, on the same seed. Ratios are averaged as
 logarithms, so that twice as fast and half as fast cancel. Intervals are percentile bootstraps over
@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 LEVEL = 0.95
 FEWEST = 3  # pairs; below this an interval would be made of nothing
-ROUNDING = 1 + 1e-9  # exactly tau times as slow is within tau
+ROUNDING = 1 + 1e-9  # 2.0000 times is 2 times, whatever the last bit
 ENUMERATED = 6  # up to so many values, all n ** n resamples are looked at
 
 
@@ -56,19 +56,23 @@ def whole(run: Mapping, seconds: Mapping[str, float]) -> float | None:
     return passed[-1] * run["steps"] / run["evals"][-1]["step"] if passed else None
 
 
-def time_to_target(
-    run: Mapping, seconds: Mapping[str, float], target: float, *, higher_is_better: bool = True
-) -> float | None:
-    """Seconds to the first evaluation that reaches the target; None where none does.
+def time_to_target(run: Mapping, seconds: Mapping[str, float], target: float) -> float | None:
+    """Seconds until the loss is down at the target; None where it never is.
 
-    A run that failed (it diverged) has not reached anything that one could keep training from.
+    Between two evaluations the loss goes by a straight line, so that the grid does not decide. A
+    run that failed (it diverged) has not reached anything that one could keep training from.
     """
     if run.get("failed"):
         return None
-    sign = 1 if higher_is_better else -1
+    before: tuple[float, float] | None = None
     for passed, evaluation in zip(clock(run, seconds), run["evals"], strict=True):
-        if sign * evaluation["metric"] >= sign * target:  # never true of NaN
-            return passed
+        loss = evaluation["loss"]
+        if loss <= target:  # never true of NaN
+            if before is None or not math.isfinite(before[1]):
+                return passed
+            start, above = before
+            return start + (passed - start) * (above - target) / (above - loss)
+        before = passed, loss
     return None
 
 
@@ -163,56 +167,12 @@ def speed_up(
     )
 
 
-def miss_share(own: Mapping[Hashable, float | None]) -> float:
-    """Share of the runs that never reached the target.
-
-    Raises:
-      ValueError: without runs.
-    """
-    if not own:
-        raise ValueError("a share of misses needs at least one run; got none")
-    return sum(seconds is None for seconds in own.values()) / len(own)
-
-
 def difference(base: Mapping[int, float], own: Mapping[int, float]) -> Estimate:
     """Mean of ``own - base`` over the seeds that both have."""
     values = [own[seed] - base[seed] for seed in sorted(own) if seed in base]
     values = [value for value in values if math.isfinite(value)]
     mean = float(np.mean(values)) if values else None
     return Estimate(mean, bootstrap(values), len(values))
-
-
-def performance_profile(
-    times: Mapping[str, Mapping[Hashable, float | None]], taus: Sequence[float]
-) -> dict[str, list[float]]:
-    """Share of problems that an arm solves within ``tau`` times the fastest arm's time.
-
-    An arm's share is of the problems that it was run on; a miss is infinitely slow (Dolan and
-    More, *Benchmarking optimization software with performance profiles*, 2002).
-
-    Args:
-      times: by arm, seconds by problem, which is a workload and a seed; None for a miss.
-      taus: from 1 on.
-
-    Raises:
-      ValueError: for a tau under 1.
-    """
-    if any(tau < 1 for tau in taus):
-        raise ValueError(f"nothing is faster than the fastest: taus start at 1; got {list(taus)}")
-    fastest: dict[Hashable, float] = {}
-    for own in times.values():
-        for problem, seconds in own.items():
-            if seconds is not None:
-                fastest[problem] = min(seconds, fastest.get(problem, math.inf))
-    return {
-        arm: [
-            sum(s is not None and s <= tau * fastest[p] * ROUNDING for p, s in own.items())
-            / len(own)
-            for tau in taus
-        ]
-        for arm, own in times.items()
-        if own
-    }
 
 
 def claim(interval: tuple[float, float] | None, misses: int) -> str:
@@ -223,7 +183,7 @@ def claim(interval: tuple[float, float] | None, misses: int) -> str:
       misses: runs that never reached the target.
     """
     if misses:
-        return f"nothing may be claimed: {misses} missed the target"
+        return f"nothing may be claimed: {misses} fell short"
     if interval is None:
         return "nothing may be claimed: too few seeds for an interval"
     lower, upper = interval

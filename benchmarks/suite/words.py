@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.suite import statistics
 from benchmarks.suite.statistics import Estimate
 from priorityprop_jax.core.tables import markdown
 
@@ -35,17 +34,8 @@ def gap(estimate: Estimate) -> str:
     return "{:+.4f} ({:+.4f} to {:+.4f})".format(estimate.mean, *estimate.interval)
 
 
-def said(estimate: Estimate, base: str) -> str:
-    may = statistics.claim(estimate.interval, estimate.misses)
-    return f"{ratio(estimate)} over {base} on {estimate.pairs} seeds: {may}."
-
-
 def of(count: int | None, n: int) -> str:
     return "-" if count is None else f"{count} of {n}"
-
-
-def relative(value: float | None, base: float | None) -> str:
-    return "-" if value is None or not base else f"{value / base:.2f}"
 
 
 def listed(words: Sequence[str]) -> str:

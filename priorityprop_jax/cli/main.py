@@ -42,7 +42,7 @@ def _run(argv: Sequence[str] | None) -> int:
     # argparse exits by itself, with 2, where an argument is wrong
     arguments = _parser().parse_args(argv)
     if arguments.run not in (report.run, models.run):
-        _keep_programs()
+        keep_programs()
     try:
         return arguments.run(arguments)
     except BrokenPipeError:
@@ -57,7 +57,7 @@ def _run(argv: Sequence[str] | None) -> int:
         return _fail(message, error.code if isinstance(error, Failure) else 1)
 
 
-def _keep_programs() -> None:
+def keep_programs() -> None:
     """What takes long to compile is kept from run to run."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ and importlib.util.find_spec("pooch"):
         import jax
