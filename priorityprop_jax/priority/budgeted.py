@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from priorityprop_jax.core.fragile import laid_out, spec_of
+from priorityprop_jax.core.fragile import laid_out, spec_of, zeros
 from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.core.slots import Slots, find_slots
 from priorityprop_jax.priority.scores import (
@@ -25,6 +25,8 @@ from priorityprop_jax.priority.scores import (
     precision,
     score,
 )  # fmt: skip
+
+Share = float | jax.Array | Callable[[Any], Any]
 
 
 class BudgetedState(NamedTuple):
@@ -60,7 +62,7 @@ def _stacked(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def budgeted(
     fn: Callable[[jax.Array], jax.Array],
-    budget: float = 0.25,
+    budget: Share = 0.25,
     *,
     score: Score = "robin",
 ) -> optax.GradientTransformation:
@@ -84,7 +86,10 @@ def budgeted(
     Args:
       fn: a function of one matrix that returns one of its shape; leaves of fewer axes go into it as
         they are. It must keep no state.
-      budget: the share of each class, above 0 and at most 1. Static: it decides what is compiled.
+      budget: the share of each class, above 0 and at most 1. A number is static: the chosen are one
+        batch of a size that is compiled. A schedule of steps, or what `optax.inject_hyperparams`
+        makes of a number, is traced: a loop runs the chosen one by one, as many as there are. Out
+        of its range a traced one is clamped, so that each class has at least one.
       score: ``"robin"``, in turn; ``"priorityprop"``, ``"change"``, ``"random"``; or a function of
         a `Look`. Magnitudes are means of ``|g|`` of what comes in.
 
@@ -93,8 +98,7 @@ def budgeted(
       `matrix_slots`, for a `Ledger`.
 
     Raises:
-      TypeError: if ``budget`` is traced, as by `optax.inject_hyperparams`.
-      ValueError: if it is not a share, or there is no such score.
+      ValueError: if ``budget`` is no share, or there is no such score.
 
     Example:
       >>> import jax.numpy as jnp
@@ -114,13 +118,8 @@ def budgeted(
     """
     kind = score
     check_score(kind)
-    if isinstance(budget, jax.Array):
-        raise TypeError(
-            "budget decides what is compiled and cannot be traced; "
-            'optax.inject_hyperparams leaves it alone with static_args="budget"'
-        )
-    if isinstance(budget, bool) or not 0 < budget <= 1:
-        raise ValueError(f"budget must be a share above 0 and at most 1, got {budget!r}")
+    if not callable(budget):
+        _check_share(budget)
 
     def init_fn(params):
         slots = len(matrix_slots(params))
@@ -147,7 +146,9 @@ def budgeted(
             measure=lambda fn: measure(slots, fn, grads, given),
             weigh=lambda: measure(slots, lambda grads, *_: magnitude(grads), grads),
         )  # fmt: skip
-        new, chosen, scores = _choose_and_apply(fn, budget, kind, look, grads)
+        share = budget(state.step) if callable(budget) else budget
+        _check_share(share)
+        new, chosen, scores = _choose_and_apply(fn, share, kind, look, grads)
         last = state.magnitudes
         if "magnitudes" in vars(look):  # the score has asked for them
             last = jnp.where(chosen == 1, look.magnitudes.astype(last.dtype), last)
@@ -157,6 +158,11 @@ def budgeted(
         return treedef.unflatten(new), state
 
     return optax.GradientTransformation(init_fn, on_any_mesh(update_fn))
+
+
+def _check_share(share: Any) -> None:
+    if isinstance(share, bool) or not (isinstance(share, jax.Array) or 0 < share <= 1):
+        raise ValueError(f"budget must be a share above 0 and at most 1, got {share!r}")
 
 
 def on_any_mesh(update_fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -171,7 +177,11 @@ def on_any_mesh(update_fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _choose_and_apply(
-    fn: Callable[[jax.Array], jax.Array], budget: float, kind: Score, look: Look, grads: list[Any]
+    fn: Callable[[jax.Array], jax.Array],
+    share: float | jax.Array,
+    kind: Score,
+    look: Look,
+    grads: list[Any],
 ) -> tuple[list[Any], jax.Array, jax.Array]:
     """Updates, who has got one (``int32[slots]``), and the scores."""
     values = score(look, kind)
@@ -189,22 +199,47 @@ def _choose_and_apply(
         ]
         places = np.concatenate([np.arange(b.start, b.start + b.slots) for b in bundles])
         n, stack = len(places), jnp.concatenate(stacks)  # [n, ...]
-        k = min(n, max(1, math.floor(budget * n + 0.5)))
-        rank = jnp.arange(n)  # the place among the chosen, k for the others
-        if k < n:
-            keys = (-values[places], look.counts[places], rank)
-            first = lax.sort(keys, num_keys=2, is_stable=True)[2][:k]
-            rank, stack = jnp.full(n, k).at[first].set(jnp.arange(k)), stack[first]
-        out = (jax.vmap(fn)(stack) * math.sqrt(n / k)).astype(stack.dtype)  # [k, ...]
-        start = 0
-        for leaf, bundle in zip(members, bundles, strict=True):
-            if k < n:
-                own = rank[start : start + bundle.slots]
-                shown = (own < k).reshape(-1, *[1] * (out.ndim - 1))
-                part = jnp.where(shown, out[jnp.minimum(own, k - 1)], jnp.zeros((), out.dtype))
-            else:
-                part = out[start : start + bundle.slots]
-            new[leaf] = part
-            start += bundle.slots
-        chosen = chosen.at[places].set((rank < k).astype(jnp.int32))
+        keys = (-values[places], look.counts[places], jnp.arange(n))
+        order = lax.sort(keys, num_keys=2, is_stable=True)[2]
+        take = _take_some if n > 1 and isinstance(share, jax.Array) else _take_batch
+        out, own = take(fn, 1.0 if n == 1 else share, order, stack)
+        starts = np.cumsum([0] + [bundle.slots for bundle in bundles])
+        for leaf, start, stop in zip(members, starts[:-1], starts[1:], strict=True):
+            new[leaf] = out(start, stop)
+        chosen = chosen.at[places].set(own.astype(jnp.int32))
     return new, chosen, values.astype(look.last.dtype)
+
+
+def _take_batch(fn: Any, share: Any, order: jax.Array, stack: jax.Array) -> tuple[Any, jax.Array]:
+    """The first of an order in one batch: a function that gives updates, and who is chosen."""
+    n = len(order)
+    k = min(n, max(1, math.floor(share * n + 0.5)))
+    rank = jnp.arange(n)  # the place among the chosen, k for the others
+    if k < n:
+        rank, stack = jnp.full(n, k).at[order[:k]].set(jnp.arange(k)), stack[order[:k]]
+    out = (jax.vmap(fn)(stack) * math.sqrt(n / k)).astype(stack.dtype)  # [k, ...]
+
+    def updates(start, stop):
+        if k == n:
+            return out[start:stop]
+        own = rank[start:stop]
+        shown = (own < k).reshape(-1, *[1] * (out.ndim - 1))
+        return jnp.where(shown, out[jnp.minimum(own, k - 1)], jnp.zeros((), out.dtype))
+
+    return updates, rank < k
+
+
+def _take_some(fn: Any, share: Any, order: jax.Array, stack: jax.Array) -> tuple[Any, jax.Array]:
+    """The same of a traced share: the loop runs as often as there are chosen ones."""
+    n = len(order)
+    wanted = jnp.floor(share.astype(jnp.float32) * n + 0.5)
+    k = jnp.where(wanted > 1, jnp.minimum(wanted, n), 1).astype(jnp.int32)
+    scale = jnp.sqrt(n / k)
+
+    def one(i, out):
+        y = fn(stack[order[i]])
+        return out.at[order[i]].set((y * scale.astype(y.dtype)).astype(out.dtype))
+
+    out = lax.fori_loop(0, k, one, zeros(stack.shape, stack.dtype, stack))  # [n, ...]
+    own = jnp.zeros(n, bool).at[order].set(jnp.arange(n) < k)
+    return lambda start, stop: out[start:stop], own

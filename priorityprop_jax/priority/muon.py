@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from priorityprop_jax.priority.budgeted import budgeted, on_any_mesh
+from priorityprop_jax.priority.budgeted import Share, budgeted, on_any_mesh
 from priorityprop_jax.priority.scores import Score
 
 Dimensions = optax.contrib.MuonDimensionNumbers
@@ -98,7 +98,7 @@ def _on_gram(x: jax.Array, ns_coeffs: Sequence[Sequence[float]]) -> jax.Array:
 
 def muon(
     learning_rate: optax.ScalarOrSchedule,
-    budget: float = 0.25,
+    budget: Share = 0.25,
     *,
     score: Score = "robin",
     mask: Any = None,
@@ -133,7 +133,8 @@ def muon(
 
     Args:
       learning_rate: a number or a schedule of steps.
-      budget: the share of the matrices of each shape, at least one; see `budgeted`. Static.
+      budget: the share of the matrices of each shape, at least one, or a schedule of it; see
+        `budgeted`.
       score: who is next, see `budgeted`.
       mask: a tree of bools, which may be a prefix of the parameters', or a function from the
         parameters to one: False where NAdam is to be used all the same.
@@ -156,7 +157,6 @@ def muon(
       An `optax.GradientTransformationExtraArgs`.
 
     Raises:
-      TypeError: as `budgeted`.
       ValueError: as `budgeted`.
 
     Example:

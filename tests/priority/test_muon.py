@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
@@ -29,14 +30,18 @@ def gradients(step, dtype=jnp.float32):
     return {name: jnp.asarray(rng.normal(size=s), dtype) for name, s in SHAPES.items()}
 
 
-def run(tx, steps, start=0):
+def run(tx, steps):
     """Updates of every step, on gradients that do not depend on the parameters, and the state."""
-    params = gradients(100)
-    state, step, made = tx.init(params), jax.jit(tx.update), []
-    for t in range(start, start + steps):
+    return run_on(tx, tx.init(gradients(100)), 0, steps)
+
+
+def run_on(tx, state, start, stop, programs=1):
+    """The same, from a state on."""
+    params, step, made = gradients(100), jax.jit(tx.update), []
+    for t in range(start, stop):
         updates, state = step(gradients(t), state, params)
         made.append(updates)
-    assert step._cache_size() == 1
+    assert step._cache_size() == programs
     return made, state
 
 
@@ -185,8 +190,56 @@ def test_hyperparameters_are_injected_and_half_precision_stays():
     for name, update in first.items():
         assert update.dtype == jnp.bfloat16
         np.testing.assert_array_equal(np.float32(update), 2 * np.float32(second[name]))
-    with pytest.raises(TypeError, match='static_args="budget"'):
-        optax.inject_hyperparams(muon)(0.1).init(params)
+
+
+def shares(step):
+    return jnp.where(step < 3, 1.0, 1 / 3)  # of six matrices of one shape
+
+
+def test_a_schedule_of_the_budget_is_each_of_its_budgets_in_its_time():
+    options = {"weight_dimension_numbers": NUMBERS, "ns_coeffs": TWO}
+    made, state = run(muon(0.1, shares, **options), 7)
+    full, middle = run(muon(0.1, 1, **options), 3)
+    third, end = run_on(muon(0.1, 1 / 3, **options), middle, 3, 7)
+    for got, wanted in zip(made, full + third, strict=True):
+        for name in SHAPES:
+            np.testing.assert_allclose(got[name], wanted[name], rtol=1e-4, atol=1e-6)
+    same = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)  # noqa: E731
+    jax.tree.map(same, state, end)
+    assert find_state(state).update_counts.tolist()[1] == 7  # the square one is alone
+    assert sum(find_state(state).update_counts.tolist()) == 3 * 7 + 4 * 3
+
+
+def test_a_budget_is_injected_and_a_checkpoint_goes_on_with_it(tmp_path):
+    options = {"weight_dimension_numbers": NUMBERS, "ns_coeffs": TWO}
+    made = optax.inject_hyperparams(muon, static_args=("weight_dimension_numbers", "ns_coeffs"))
+    scheduled = made(0.1, shares, **options)
+    wanted, end = run(muon(0.1, shares, **options), 5)
+    got, _ = run(scheduled, 2)
+    _, state = run(scheduled, 2)
+    assert float(state.hyperparams["budget"]) == 1
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        target = jax.eval_shape(scheduled.init, gradients(100))
+        state = checkpointer.restore(tmp_path / "state", target)
+    # Two, as what Optax injects is of a weak type, which no checkpoint keeps
+    after, state = run_on(scheduled, state, 2, 5, programs=2)
+    assert float(state.hyperparams["budget"]) == pytest.approx(1 / 3)
+    for own, its in zip(got + after, wanted, strict=True):
+        for name in SHAPES:
+            np.testing.assert_allclose(own[name], its[name], rtol=1e-5, atol=1e-6)
+    counts = find_state(state).update_counts
+    np.testing.assert_array_equal(counts, find_state(end).update_counts)
+    # By hand, without a new program
+    tx = made(0.1, 1.0, **options)
+    state, step, params = tx.init(gradients(100)), jax.jit(tx.update), gradients(100)
+    spent = []
+    for budget in (1.0, 1 / 2, 1 / 6):
+        state.hyperparams["budget"] = jnp.float32(budget)
+        _, state = step(params, state, params)
+        spent.append(int(find_state(state).allocation.sum()))
+    assert spent == [7, 4, 2] and step._cache_size() == 1
 
 
 def test_a_mesh_of_explicit_axes_changes_nothing():
