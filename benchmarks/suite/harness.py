@@ -145,15 +145,17 @@ def take_times(
             for _ in range(10):
                 again()
             split[part].append((time.perf_counter() - started) / 10)
-    runner = build(workload, BASE, workload.batch, workload.rate, 0, 1)
-    validation = load(workload)[0].validation
-    runner.evaluate(validation)
-    started = time.perf_counter()
-    runner.evaluate(validation)
+    runner, rows = build(workload, BASE, workload.batch, workload.rate, 0, 1), load(workload)[0]
+    looks = {}
+    for part in ("tuning", "validation"):
+        runner.evaluate(getattr(rows, part))
+        started = time.perf_counter()
+        runner.evaluate(getattr(rows, part))
+        looks[part] = time.perf_counter() - started
     foreign = busy.cores()
     return {
         "suite": workload.suite, "workload": workload.name, "seconds": seconds, "split": split,
-        "evaluation": time.perf_counter() - started, "compile_seconds": compiling,
+        "evaluation": looks, "compile_seconds": compiling,
         "peak_bytes": memory, "foreign_cores": foreign, "void": (foreign or 0.0) > MOST_FOREIGN,
         **provenance(before),
     }  # fmt: skip
@@ -422,12 +424,13 @@ def estimate(workload: Workload, times: Mapping[str, Any]) -> tuple[int, float]:
     length = 8 * (len(arms) + 1)
     seeds = workload.seeds * (2 + len(workload.batches) + seeded + 2)
     training = tuning + length / 2 + seeds
-    looks = TUNING_EVALUATIONS * (tuning + length) + workload.evaluations * seeds
+    looking = TUNING_EVALUATIONS * (tuning + length) * look["tuning"]
+    looking += workload.evaluations * seeds * look["validation"]
     compiling = 0.0
     for name, own in times["compile_seconds"].items():
         again = 1 if arm_of(name).policy is None else workload.trials + 8 + workload.seeds
         compiling += sum(own.values()) / len(own) * (len(own) if again == 1 else again)
-    return tuning + length + seeds, (training * budget + looks * look + compiling) / 3600
+    return tuning + length + seeds, (training * budget + looking + compiling) / 3600
 
 
 def _split_programs(workload: Workload) -> dict[str, Any]:

@@ -41,8 +41,9 @@ interval a 95 % percentile bootstrap over seeds, which with few seeds is rather 
 stands where AdamW itself falls short on some seeds and is charged its whole budget. Where a method
 falls short on a seed, its ratio is over the others, and nothing may be claimed from it. Seconds are
 steps times the seconds of a step, taken with all methods in turn on an idle machine; compiling and
-evaluating are not in them. Between two evaluations (at least forty a run) the loss goes by a
-straight line. The best baseline is the fastest of all on the seeds that are shown."""
+evaluating are not in them. Between two evaluations (forty a run; twelve where a pretrained model is
+fine-tuned, as each costs as much as many steps) the loss goes by a straight line. The best baseline
+is the fastest of all on the seeds that are shown."""
 
 # Speed benchmarks, each with a function `markdown` of its record.
 SPEED = ("highway", "meprop_lstm", "meprop_speed", "sparse_layers", "transform_overhead")
