@@ -1,0 +1,108 @@
+"""Which should I use?, and the FAQ's answer to 200x: every figure is one of a committed record."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.once
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+PAGE = (ROOT / "docs/which.md").read_text(encoding="utf-8")
+
+
+def record(name):
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def exact():
+    models = record("speed/exact-cpu.json")["models"]
+    times = {name: one["times_sooner"] for name, one in models.items()}
+    waits = {name: one["processes"][0]["apply_seconds"] for name, one in models.items()}
+    temporary = models["scan"]["processes"][0]["temporary_bytes"]
+    lstm, tagger = times["lstm"], times["tagger"]
+    yield f"an LSTM is {lstm:.1f}x sooner, of a bidirectional tagger {tagger:.1f}x"
+    yield f"measuring for {waits['lstm']:.0f} and {waits['tagger']:.0f} seconds"
+    share = temporary["applied"] / temporary["as written"]
+    yield f"{times['scan']:.2f}x sooner, in {share:.2f} of the temporary memory"
+    yield f"measuring for {waits['scan']:.0f} seconds"
+    yield f"{times['minilm-128']:.2f}x sooner | measuring for {waits['minilm-128']:.0f} seconds"
+    yield f"they gain {times['minilm']:.2f}x and {times['list']:.2f}x"
+
+
+def fine_tuning():
+    arms = record("finetune_llm/steps-cpu.json")["arms"]
+    last, badam, lora = arms["suffix:8"], arms["badam:1"], arms["lora:8"]
+    time, memory = last["of_full"], last["of_full_bytes"]
+    yield f"{time:.2f} of full training's time and {memory:.2f} of its memory"
+    yield f"| {badam['of_full']:.2f} of the time, {badam['of_full_bytes']:.2f} of the memory |"
+    yield f"first row: {lora['of_full']:.2f} of the time, {lora['of_full_bytes']:.2f} of the memory"
+    steps = record("speed/partial_steps-cpu.json")["minilm"]["milliseconds"]
+    one, two = (steps[f"suffix({k})"] / steps["full"] for k in (1, 2))
+    yield f"a step takes {two:.2f} of full training's time, `suffix(1)` {one:.2f}"
+
+
+def muon():
+    [width] = record("muon/learning-cpu.json")["widths"]
+    arm = width["arms"]["budget 1/4"]
+    said = {}
+    for base in ("over nadam", "over budget 1"):
+        found = arm[base]
+        said[base] = "{:.2f}x ({:.2f} to {:.2f})".format(found["mean"], *found["interval"])
+    yield f"width {width['width']}: {said['over nadam']} over NAdam"
+    yield f"{said['over budget 1']} over full Muon"
+
+
+def first_edition():
+    """What stands in its report, which a test holds against its records."""
+    report = (RESULTS / "REPORT.md").read_text(encoding="utf-8")
+    head, _, rest = report.partition("# Details")
+    row = lambda arm: next(x for x in head.splitlines() if x.startswith(f"| {arm} |"))  # noqa: E731
+    columns = row("method").strip("| ").split(" | ")
+    cell = lambda arm, task: row(arm).strip("| ").split(" | ")[columns.index(task)]  # noqa: E731
+    yield f"the training is {cell('suffix, cached', 'sst2')} sooner"
+    yield f"MNIST: the training is {cell('sparse 90%', 'mnist-mlp')} sooner"
+    yield f"characters: {cell('sparse 90%', 'char-transformer')}"
+    yield f"characters: {cell('best combination', 'char-gru')}"
+    page = rest.partition("### mnist-mlp\n")[2]
+    line = next(x for x in page.splitlines() if x.startswith("| sparse 90% |"))
+    yield f"accuracy {line.strip('| ').split(' | ')[4]}; nothing on GPUs"
+    never = re.search(r"do not get there on all seeds of any workload: (.*)\.", head)[1]
+    for arm in ("priorityprop", "scale_by_priority", "partial 0.5", "meprop 8%", "highway"):
+        assert f"`{arm}`" in never
+
+
+SAID = {make.__name__: list(make()) for make in (exact, fine_tuning, muon, first_edition)}
+
+
+@pytest.mark.parametrize("source", SAID)
+def test_figures_are_those_of_the_records(source):
+    assert [text for text in SAID[source] if text not in PAGE] == []
+
+
+def test_no_figure_stands_alone():
+    left = PAGE
+    for text in sorted((text for own in SAID.values() for text in own), key=len, reverse=True):
+        left = left.replace(text, "")
+    assert re.findall(r"\d+\.\d+x?", left) == []
+
+
+def test_the_answer_to_200x_is_that_of_the_records():
+    spec = importlib.util.spec_from_file_location("docs_pictures", ROOT / "docs/pictures.py")
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    known = pictures.found_over_adamw()
+    answer = (ROOT / "docs/faq.md").read_text("utf-8").partition("## ")[2].partition("\n## ")[0]
+    leaves = [known[arm] for group in ("leaves", "layers") for arm in pictures.GROUPS[group]]
+    assert f"a step at most {max(step for step, _, _ in leaves):.1f}x cheaper" in answer
+    assert all(2 * len(sooner) < seeds for _, sooner, seeds in leaves)  # "most of these runs"
+    assert f"make it {known['meprop 8%'][0]:.1f}x cheaper" in answer
+    _, sooner, seeds = known["sparse 90%"]
+    assert len(sooner) == seeds
+    assert f"the training {np.exp(np.log(sooner).mean()):.1f}x sooner" in answer
+    _, sooner, seeds = known["adamw, half the steps"]
+    assert f"on {len(sooner)} of {seeds} seeds" in answer
