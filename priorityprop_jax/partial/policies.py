@@ -86,26 +86,30 @@ def by_priority(*, scoring_share: float = 0.1, always: Iterable[int] = (0,)) -> 
     often as ``scoring_share`` of the budget pays. The rest of the cycle makes up for it. Slots at
     the depths ``always`` are always active.
 
-    In a budget of memory there are no such steps, as no other makes up for them: what has never
-    been updated counts as much as the best that has.
+    There are no such steps where the rest of a cycle cannot make up for them, in a budget of memory
+    and in short cycles: what has never been updated counts as much as the best that has.
     """
     always = tuple(always)
 
     def policy(at: Situation) -> list[frozenset[str]]:
-        costs, values, limited = at.known_costs, at.values, at.known_costs.unit == "bytes"
+        costs, budget = at.known_costs, at.budget
+        known = at.values[np.isfinite(at.values)]
+        values = np.where(np.isnan(at.values), known.max(initial=0.0) or 1.0, at.values)
         spare = scoring_share * at.budget / at.full * at.steps
         scoring = at.cycle == 0 or math.floor(spare * (at.cycle + 1)) > math.floor(spare * at.cycle)
-        budget = at.budget
-        if limited:
-            scoring, known = False, values[np.isfinite(values)]
-            values = np.where(np.isnan(values), known.max(initial=0.0) or 1.0, values)
+        # A tenth of a cycle's budget may be left to the cycles after it: 0.2 % of that of 50.
+        cheapest = at.cost(at.at_depths(always) or at.at_depths([0]))
+        left = at.full + (at.steps - 1) * cheapest - at.steps * budget
+        scoring &= left <= 0.1 * at.steps * budget
+        if costs.unit == "bytes":
+            scoring = False
             # What every step takes is no part of the choice, so that the rest is cut finely.
             budget -= costs.floors[0]
             floors = tuple(floor - costs.floors[0] for floor in costs.floors)
             costs = dataclasses.replace(costs, floors=floors)
         if scoring and at.steps > 1:
             budget = max(at.budget * at.steps - at.full, 0.0) / (at.steps - 1)
-        worth = np.asarray(priority(np.nan_to_num(values), at.update_counts, 1.0))
+        worth = np.asarray(priority(values.astype(np.float32), at.update_counts, 1.0))
         active = at.at_depths(always)
         if (worth > 0).any() and budget > 0:
             must = np.flatnonzero(np.isin(at.slots.depths, always))

@@ -75,10 +75,13 @@ def test_steps_that_cost_other_than_planned_are_made_up_for(policy, otherwise):
     np.testing.assert_allclose(found, 1, atol=0.02)
 
 
-def test_random_keeps_it_in_cycles_of_one_step():
-    for layers in (4, 6, 12):
-        found = simulated("random", 0.5, layers=layers, steps=1)
-        np.testing.assert_allclose(found, 1, atol=0.02)
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+@pytest.mark.parametrize("policy", ["random", "priority"])
+def test_short_cycles_keep_it(policy, steps):
+    for layers, each in ((4, 1), (6, 2), (12, 3)):
+        for share in (0.4, 0.5, 0.8):
+            found = simulated(policy, share, layers=layers, steps=steps, each=each)
+            np.testing.assert_allclose(found, 1, atol=0.02)
 
 
 @pytest.mark.parametrize("policy", ["random", "priority"])

@@ -284,14 +284,41 @@ def test_without_slots_that_are_always_active_something_is(make):
 
 
 def test_the_first_cycle_starts_with_everything():
-    unknown = np.full(len(SLOTS), np.nan)
-    sets = make_policy("priority")(situation(cycle=0, values=unknown))
+    at = situation(cycle=0, values=np.full(len(SLOTS), np.nan))
+    sets = make_policy("priority")(at)
     assert sets[0] == frozenset(SLOTS.names)
-    assert sets[1:] == [frozenset({HEAD})] * 3
+    assert sets[1:] == [sets[1]] * 3 and HEAD in sets[1]
+    assert sum(map(at.cost, sets)) <= at.budget * at.steps + 1e-9
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_no_step_scores_where_its_cycle_cannot_make_up_for_it(steps, share):
+    for cycle in range(20):
+        at = situation(cycle=cycle, steps=steps, budget=share * FULL)
+        sets = policies.by_priority(scoring_share=1.0)(at)
+        left = FULL + (steps - 1) * at.cost({HEAD}) - steps * at.budget
+        if left > 0.1 * steps * at.budget:
+            assert at.everything not in sets
+        elif cycle == 0:
+            assert sets[0] == at.everything
+
+
+def test_what_was_never_updated_counts_as_the_best():
+    values = np.full(len(SLOTS), 0.1)
+    tried = frozenset({"layer_3/kernel"})
+    values[SLOTS.names.index(*tried)] = np.nan
+    values[SLOTS.names.index("layer_2/kernel")] = np.inf  # tells nothing
+    policy = policies.by_priority(scoring_share=0.0)
+    budget = COSTS.of(SLOTS, [HEAD, *tried]) + 0.1
+    equal = np.full(len(SLOTS), 0.1)
+    counts = np.array([9 if name not in tried else 1 for name in SLOTS.names])
+    given = {"budget": budget, "update_counts": counts}
+    assert one(policy, **given, values=values) == one(policy, **given, values=equal)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.1, 0.5, 1.0])
-@pytest.mark.parametrize("steps", [1, 7])
+@pytest.mark.parametrize("steps", [7, 12])
 def test_scoring_spends_its_share_and_no_more(share, steps):
     policy = policies.by_priority(scoring_share=share)
     cycles, budget = 200, 0.3 * FULL
@@ -338,7 +365,7 @@ def test_what_is_worth_most_is_chosen():
     values[:] = 1.0
     assert max(layers_of_any(one(policy, budget=budget, values=values))) < DEEPEST
     # Nothing is worth anything: the output layer alone.
-    assert one(policy, budget=budget, values=np.full(len(SLOTS), np.nan)) == {HEAD}
+    assert one(policy, budget=budget, values=np.zeros(len(SLOTS))) == {HEAD}
 
 
 def layers_of_any(active):
