@@ -5,7 +5,8 @@ Two models, AdamW, buffers donated:
 - `stack`: 12 pre-norm blocks of width 256 in a `partial.Stack`, 8 x 64 tokens. One compiled
   program takes the numbers of the active blocks.
 - `minilm`: a BERT of MiniLM's shape (6 blocks of width 384), 32 x 24 tokens, a program for each
-  active set, as `partial.step` compiles them.
+  active set, as `partial.step` compiles them; `cached` are steps that find what the frozen blocks
+  make of their batch in a `PrefixCache` in memory, looking it up included.
 
 The ideal time of an arm is its FLOPs (see `program_flops`) over the full step's, times the full
 step's milliseconds. Arms run in turns in one process, and three fresh processes a model; figures
@@ -116,19 +117,26 @@ def plain(model: Any, batch: Any) -> tuple[Any, float]:
 def steps(model: Any, batch: Any, policies: dict[str, Any], every: int = 10) -> dict[str, Any]:
     """For each policy a function that runs one step of the trainer's, and its FLOPs' share."""
     found = {}
+    full = None
     for name, policy in policies.items():
-        make = pp.partial.step(policy, recalc_every=every, max_variants=16)
-        trainer = pp.Trainer(nnx.clone(model), optax.adamw(1e-4), loss_fn, make, progress=False)
-        trainer.train([batch])
+        own, cache = nnx.clone(model), None
+        if cached := name.endswith(", cached"):
+            rows = len(batch["x"])
+            cache = pp.partial.PrefixCache(None, examples=rows)
+            own, batch = pp.partial.nnx_stages(own.stages()), batch | {"id": np.arange(rows)}
+        make = pp.partial.step(policy, recalc_every=every, max_variants=16, cache=cache)
+        trainer = pp.Trainer(own, optax.adamw(1e-4), loss_fn, make, progress=False)
+        history = trainer.train([batch] * 3)  # the third finds what the second kept
+        full = full or history.column("flops")[-1]
         step, (params, rest, state) = trainer.step, trainer._arrays()
         carry = [*jax.tree.map(jnp.copy, (params, rest, state))]
-        placed = jax.tree.map(jnp.asarray, batch)
+        placed = batch if cached else jax.tree.map(jnp.asarray, batch)
 
         def run(step=step, carry=carry, placed=placed) -> None:
             *carry[:], _ = step(*carry, placed)
             jax.block_until_ready(carry)
 
-        found[name] = run, trainer.get_step_report()["share"], trainer
+        found[name] = run, history.column("flops")[-1] / full, trainer
     return found
 
 
@@ -139,6 +147,7 @@ def measure(model: str, repeats: int) -> dict[str, Any]:
     if model == "minilm":
         policies: dict[str, Any] = {f"suffix({k})": f"suffix({k})" for k in range(1, 6)}
         policies["lisa(2)"] = "lisa(2)"
+        policies |= {f"suffix({k}), cached": f"suffix({k})" for k in (1, 3)}
     else:
         policies = {}
         for name, layers in SETS.items():

@@ -7,7 +7,7 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +112,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+OF_DECODERS = ("head", "pack", "dtype", "remat")
+
+
 def defaults(**given: Any) -> Config:
     """All options, as they are where nothing else is given."""
     options = {name: option.get("default") for name, option in OPTIONS.items()}
@@ -159,7 +162,7 @@ def _check_options(config: Config, decoder: bool) -> None:
     """An option that would change nothing is an error."""
     from priorityprop_jax.cli.decoders import parts_of
 
-    unused, of = ["head", "pack", "alpha", "accumulate", "dtype", "remat"], "an encoder"
+    unused, of = [*OF_DECODERS, "alpha", "accumulate"], "an encoder"
     if decoder:
         name, number = parts_of("suffix" if config.policy is None else config.policy)
         unused, of = ["cache", "numbers"], f"{name} of a decoder"
@@ -171,7 +174,12 @@ def _check_options(config: Config, decoder: bool) -> None:
             unused.append("budget")
         if name == "full" and number:
             raise Failure("full, which trains all, takes no number", 2)
-    for option in unused:
+    check_unused(config, unused, of)
+
+
+def check_unused(config: Config, options: Iterable[str], of: str) -> None:
+    """Raises where one of these options is given, which change nothing there."""
+    for option in options:
         if getattr(config, option) not in (None, False, OPTIONS[option].get("default")):
             raise Failure(f"--{option.replace('_', '-')} does nothing for {of}: leave it out", 2)
 

@@ -26,12 +26,13 @@ def size(text: str) -> float:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+OF_TEXTS = ("model", "data", "max_length")
 OPTIONS: dict[str, dict[str, Any]] = {
     "task": {
         "choices": ("finetune", "digits"), "default": "finetune",
         "help": "whose model and batches: those of finetune, or those of train",
     },
-    **{name: finetune.OPTIONS[name] for name in ("model", "data", "max_length", "batch_size")},
+    **{name: finetune.OPTIONS[name] for name in (*OF_TEXTS, *finetune.OF_DECODERS, "batch_size")},
     "memory": {"type": size, "metavar": "SIZE", "help": "that a step may take, such as 4GiB"},
     "milliseconds": {"type": rate, "metavar": "MS", "help": "that a step may take"},
     "out": {"type": Path, "metavar": "DIR", "help": "where to write plan.json and plan.png"},
@@ -54,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     beside: Any = None
     with told(ValueError):
         if arguments.task == "digits":
+            finetune.check_unused(config, (*OF_TEXTS, *finetune.OF_DECODERS), "digits")
             task = digits().adjusted(config)
             model, batch = task.model, next(iter(task.train_data))
         elif is_decoder(path := model_path(config)):
@@ -63,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
             model, batch = task.model, max(loader, key=lambda batch: batch["x"].shape[1])
             beside = decoders.others(model, batch)
         else:
+            finetune.check_unused(config, finetune.OF_DECODERS, "an encoder")
             task = finetune.load(config)
             whole: Any = task.model
             model, batch = nnx_stages(whole.stages()), next(iter(task.train_data))

@@ -24,11 +24,11 @@ from priorityprop_jax.partial.costs import StepCosts, costs_of, measure_costs
 from priorityprop_jax.partial.grad import find_active, value_and_grad_of
 from priorityprop_jax.partial.offload import STATES, ActiveState
 from priorityprop_jax.partial.planner import Options, Planner, budget_of
-from priorityprop_jax.partial.policies import Policy, make_policy
+from priorityprop_jax.partial.policies import Policy, is_one_set, make_policy
 from priorityprop_jax.partial.prefix import Prefix, shapes_of
 from priorityprop_jax.partial.prefix_cache import PrefixCache
-from priorityprop_jax.partial.stack import read, slots_of
-from priorityprop_jax.partial.stages import Stages, in_order
+from priorityprop_jax.partial.stack import read
+from priorityprop_jax.partial.stages import Stages, in_order, slots_of
 from priorityprop_jax.partial.update import (
     ActiveUpdatesState,
     expected_gains,
@@ -155,6 +155,7 @@ class PartialStep:
         self._loss_of = lambda params, arguments: setup.loss(params, *arguments)
         # Then the program is that of the plain optimizer, bit for bit.
         self._uniform = options.policy == "full" and options.state == "keep"
+        self._one_set = is_one_set(options.policy)
         self._shapes = shapes = jax.tree.map(abstract, setup.params)
         where = dict(options.where)
         self._by_stacks = where == {"stacked_axis": None, "group": None}
@@ -277,10 +278,11 @@ class PartialStep:
         counts = {"updates": len(active), "flops": flops, "cached": int(cached)}
         return params, rest, opt_state, values | counts
 
-    def _program(self, active: frozenset[str], start: int) -> Callable[..., Any]:
-        """The step of an active set, and of those layers that it is given, as a pure function."""
+    def _program(self, active: frozenset[str], start: int, known: Any) -> Callable[..., Any]:
+        """The step of an active set and of layers, ``known`` or else given, as a pure function."""
 
         def step(part, frozen, rest, opt_state, batch, x, rows):
+            rows = known or rows  # for those that are constants less is kept
             chosen = find_active(self._shapes, self.slots, active, rows)
             kept, told = self._by_row.kept(chosen, rows), self._by_row.leaves(rows)
             params = kept.join(part, frozen)
@@ -336,7 +338,8 @@ class PartialStep:
             donate = (0, 2, 3)
             told = self._by_row.layout(params, arguments[-1])
             out = (*(layout_of(arguments[i]) for i in donate), None, told)
-            build = functools.partial(self._build, self._program(active, start), arguments)
+            known = arguments[-1] if self._one_set else None
+            build = functools.partial(self._build, self._program(active, start, known), arguments)
             programs[shapes] = build(out, donate, meanwhile)
         return programs[shapes]
 
@@ -492,7 +495,5 @@ def _laid_out(x: Any) -> Any:
 
 def _as_array(x: Any) -> Any:
     """A leaf of a batch as JAX has it; what a program takes as it is costs no call of JAX."""
-    if isinstance(x, jax.Array):
-        return x
     fits = isinstance(x, np.ndarray) and x.dtype == jax.dtypes.canonicalize_dtype(x.dtype)
-    return x if fits else jnp.asarray(x)
+    return x if fits or isinstance(x, jax.Array) else jnp.asarray(x)

@@ -19,16 +19,17 @@ from flax import nnx
 
 from priorityprop_jax.core.layout import bytes_held, layout_of
 from priorityprop_jax.core.modules import first, pure_loss
-from priorityprop_jax.core.program import bytes_beside, program_flops
+from priorityprop_jax.core.program import build, bytes_beside, program_flops
 from priorityprop_jax.core.rows import is_row_sparse
-from priorityprop_jax.core.slots import Slots, find_slots
+from priorityprop_jax.core.slots import Bundle, Slots, find_slots
 from priorityprop_jax.core.tables import aligned, bytes_of, mebibytes, short
 from priorityprop_jax.core.timing import medians
 from priorityprop_jax.core.work import Work
-from priorityprop_jax.partial.grad import ActiveLeaves, find_active, value_and_grad_of
-from priorityprop_jax.partial.policies import Situation, make_policy
-from priorityprop_jax.partial.stack import read, slots_of, unrolled
-from priorityprop_jax.partial.stages import Stages, in_order
+from priorityprop_jax.partial.by_row import ByRow
+from priorityprop_jax.partial.grad import Names, choose, find_active, value_and_grad_of
+from priorityprop_jax.partial.policies import Situation, is_one_set, make_policy
+from priorityprop_jax.partial.stack import read, unrolled
+from priorityprop_jax.partial.stages import Stages, in_order, slots_of
 
 _PATIENCE = 5.0  # seconds of measuring
 LEGEND = (
@@ -204,15 +205,15 @@ def plan(
         if stages is not None and asked.start:
             x = _enters(stages, params, rest, batch, asked.start)
         from_there = functools.partial(loss, start=asked.start)
-        chosen = find_active(params, slots, asked.active)
-        return _Candidate(from_there, chosen, tx, bool(stacks), params, rest, batch, x)
+        known = is_one_set(asked.name.split(",")[0])
+        of = slots, asked.active, stacks, known
+        return _Candidate(from_there, *of, tx, params, rest, batch, x)
 
     def other(model, example):
         loss, *arrays = _pure(model, loss_fn)
         arrays = jax.tree.map(jnp.asarray, (*arrays, example, None))
-        slots = find_slots(arrays[0])
-        chosen = find_active(arrays[0], slots, slots.names)
-        return _Candidate(functools.partial(loss, start=0), chosen, tx, True, *arrays)
+        slots, loss = find_slots(arrays[0]), functools.partial(loss, start=0)
+        return _Candidate(loss, slots, slots.names, frozenset(), True, tx, *arrays)
 
     cached = stages if isinstance(batch, Mapping) and "x" in batch else None
     choices = {asked.name: asked for asked in _choices(slots, work, cached)}
@@ -369,53 +370,81 @@ def _enters(stages: Stages, params: Any, rest: Any, batch: Any, start: int) -> A
     return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), like)
 
 
-def _step(loss: Any, chosen: ActiveLeaves, optimizer: Any) -> Callable[..., Any]:
-    """A step of a loop that trains some layers."""
-
-    def step(part, frozen, rest, state, batch, x):
-        params = chosen.join(part, frozen)
-        run = value_and_grad_of(loss, chosen, has_aux=True)
-        (value, rest), grads = run(params, rest, batch, x)
-        dense = lambda g: jnp.conj(g.values if is_row_sparse(g) else g)  # noqa: E731
-        grads, own = jax.tree.map(dense, grads, is_leaf=is_row_sparse), chosen.part(params)
-        updates, state = optimizer.update(grads, state, own, value=value)
-        params = chosen.replace(params, optax.apply_updates(own, updates))
-        return chosen.split(params)[0], rest, state, value
-
-    return step
-
-
-def _arguments(chosen: ActiveLeaves, optimizer: Any, params: Any, *others: Any) -> tuple[Any, ...]:
-    """Arguments of a step, new ones where they are donated."""
-    copied = lambda tree: jax.tree.map(lambda x: jnp.array(x, copy=True), tree)  # noqa: E731
-    (part, frozen), (rest, batch, x) = chosen.split(params), others
-    state = copied(optimizer.init(chosen.part(params)))
-    return jax.block_until_ready((copied(part), frozen, copied(rest), state, batch, x))
+def _copied(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
 
 
 class _Candidate:
-    """A choice, traced, and after `compile` ready to run."""
+    """A choice, traced, and after `compile` ready to run.
 
-    def __init__(self, loss: Any, chosen: ActiveLeaves, optimizer: Any, looped: bool, *arrays: Any):
-        step = _step(loss, chosen, optimizer)
-        self.arguments = functools.partial(_arguments, chosen, optimizer, *arrays)
-        given, donated = self.arguments(), (0, 2, 3)
-        out = (*(layout_of(given[i]) for i in donated), None)
+    It is a step of a loop that trains some layers; those of ``stacks`` it is told by number, or
+    they are ``known``.
+    """
+
+    def __init__(
+        self,
+        loss: Any,
+        slots: Slots,
+        active: Names,
+        stacks: frozenset[Bundle],
+        known: bool,
+        optimizer: Any,
+        *arrays: Any,
+    ) -> None:
+        params, *others = arrays
+        self._by_row = by_row = ByRow(build)
+        by_row.stacks = stacks
+        static, rows = by_row.told(slots, choose(slots.names, active))
+        all_of_it = find_active(params, slots, static, rows)
+        self._kept = kept = by_row.kept(all_of_it, rows)
+        told = by_row.leaves(rows)
+
+        def step(part, frozen, rest, state, batch, x, told_rows):
+            chosen = all_of_it if known else find_active(params, slots, static, told_rows)
+            whole = kept.join(part, frozen)
+            run = value_and_grad_of(loss, chosen, has_aux=True)
+            (value, rest), grads = run(whole, rest, batch, x)
+            dense = lambda g: jnp.conj(g.values if is_row_sparse(g) else g)  # noqa: E731
+            grads, own = jax.tree.map(dense, grads, is_leaf=is_row_sparse), chosen.part(whole)
+            updates, state = optimizer.update(grads, state, own, value=value)
+            flat = chosen.treedef.flatten_up_to(chosen.as_rows(whole, updates))
+            mine = [u for on, u in zip(kept.rows, flat, strict=True) if on is not None]
+            part = optax.apply_updates(part, mine)
+            return part, rest, state, value, {i: flat[i].values for i in told}
+
+        def arguments():
+            part, frozen = kept.split(params)
+            leaves = {id(leaf) for i, leaf in enumerate(jax.tree.leaves(params)) if i in told}
+            frozen = [_copied(x) if id(x) in leaves else x for x in frozen]
+            rest, batch, x = others
+            state = _copied(optimizer.init(all_of_it.part(params)))
+            given = (_copied(part), frozen, _copied(rest), state, batch, x, rows)
+            return jax.block_until_ready(given)
+
+        self.arguments = arguments
+        given, donated = arguments(), (0, 2, 3)
+        out = (*(layout_of(given[i]) for i in donated), None, by_row.layout(params, rows))
         traced = jax.jit(step, donate_argnums=donated, out_shardings=out).trace(*given)
         with unrolled():  # a stack's loop would count once; another function, or JAX traces no more
-            program = jax.make_jaxpr(lambda *x: step(*x))(*given) if looped else traced.jaxpr
-        self._lowered, self.flops = traced.lower(), program_flops(program)
+            program = jax.make_jaxpr(lambda *x: step(*x, rows))(*given[:-1])
+        written = sum(leaf.size for leaf in jax.tree.leaves(traced.out_info[-1]))
+        self._lowered, self.flops = traced.lower(), program_flops(program) + written
         self.held_bytes, self.state_bytes = bytes_held(given), bytes_held(given[3])
-        own = jax.eval_shape(chosen.part, arrays[0])
+        own = jax.eval_shape(all_of_it.part, params)
         self.count = sum(leaf.size for leaf in jax.tree.leaves(own))
 
     def compile(self) -> _Candidate:
         """Compiles the step, and asks for its memory."""
-        program = self._lowered.compile()
-        self.run = lambda *given: jax.block_until_ready(program(*given))
+        self._program = self._lowered.compile()
         # All arguments, as the compiler leaves out those that a program does not read.
-        self.peak_bytes = self.held_bytes + bytes_beside(program)
+        self.peak_bytes = self.held_bytes + bytes_beside(self._program)
         return self
+
+    def run(self, *given: Any) -> None:
+        """One step of arguments like those of `arguments`."""
+        part, *new, updates = self._program(*given)
+        params, rows = self._kept.join(part, given[1]), given[-1]
+        jax.block_until_ready((self._by_row.written(params, updates, rows) if rows else part, new))
 
 
 def _compiled(jobs: Mapping[str, Callable[[], _Candidate]]) -> dict[str, _Candidate]:

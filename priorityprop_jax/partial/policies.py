@@ -194,6 +194,11 @@ _POLICIES: dict[str, tuple[Callable[..., Policy], int | None]] = {
 SPENDING = ("priority", "random")  # what they run is what a budget pays
 
 
+def is_one_set(policy: str | Policy) -> bool:
+    """Whether a policy asks for the same slots at every step."""
+    return isinstance(policy, str) and written_as(policy)[0] in ("suffix", "full")
+
+
 def make_policy(policy: str | Policy) -> Policy:
     """A policy by its name, with the number of layers behind it where it takes one.
 

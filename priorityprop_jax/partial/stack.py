@@ -21,7 +21,7 @@ from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from priorityprop_jax.core.modules import trainable
-from priorityprop_jax.core.slots import Bundle, Slots, by_layer
+from priorityprop_jax.core.slots import Bundle, Slots
 from priorityprop_jax.core.work import Work, read_loss
 
 
@@ -205,12 +205,16 @@ def stack(
         )
         one, consts = jax.closure_convert(layer, *example, x)
         on = jnp.ones(layers, bool) if active is None else jnp.asarray(active)
+        told = [None if isinstance(tap.rows, jax.Array) else tap.rows for tap in taps if tap]
+        lowest = None
+        if active is None and not any(own is None for own in told):
+            lowest = int(np.clip(np.min(np.concatenate([*told, [layers]])), 0, layers))
         whole, parts, rows = [], [], []
         for leaf, tap in zip(leaves, taps, strict=True):
             whole.append(leaf if tap is None else tap.whole)
             parts.append(None if tap is None else tap.part)
             rows.append(None if tap is None else jnp.asarray(tap.rows))
-        y, outs = _partial(one)(whole, parts, rows, on, extra, x, consts)
+        y, outs = _partial(one, lowest)(whole, parts, rows, on, extra, x, consts)
     return (y, outs) if has_aux else y
 
 
@@ -268,27 +272,8 @@ class Stack(nnx.Module):
         return x
 
 
-def slots_of(module: Any, params: Any, staged: bool) -> dict[str, Any]:
-    """``stacked_axis`` and ``group`` where nobody gave any.
-
-    A slot is a layer of a `Stack` in the module, or else a layer, of a chain of stages a stage.
-    """
-    group = (lambda path: path.split("/")[0]) if staged else by_layer(params)
-    found = nnx.iter_modules(module) if isinstance(module, nnx.Module) else ()
-    roots = ["/".join(map(str, path)) for path, node in found if isinstance(node, Stack)]
-    roots.sort(key=len)  # of one in another, the outer
-
-    def root(path: str) -> str | None:
-        return next((r for r in roots if path.startswith(f"{r}/" if r else "")), None)
-
-    return {
-        "stacked_axis": lambda path: None if root(path) is None else 0,
-        "group": lambda path: group(path) if root(path) is None else root(path) or "stack",
-    }
-
-
-def _partial(one: Callable[..., Any]) -> Callable[..., Any]:
-    """The stack with its backward pass.
+def _partial(one: Callable[..., Any], lowest_row: int | None) -> Callable[..., Any]:
+    """The stack with its backward pass; ``lowest_row`` of those that have parts, if not traced.
 
     ``one(leaves, extra, h, *consts) -> (h, out)`` is a layer. The function is ``(whole, parts,
     rows, on, extra, x, consts) -> (y, outs)``: a leaf with a part has its gradient there, one row
@@ -323,18 +308,24 @@ def _partial(one: Callable[..., Any]) -> Callable[..., Any]:
         )
         whole, parts, rows, on, extra, x, consts = unpacked(lambda p: p.value)
         d_whole, d_parts, _, _, d_extra, d_x, d_consts = unpacked(lambda p: p.perturbed)
-        d_weights = [b if a is None else a for a, b in zip(d_parts, d_whole, strict=True)]
+        d_each = list(zip(d_parts, d_whole, strict=True))
+        d_weights = [b if a is None else a for a, b in d_each]
         moved, layers = (d_weights, d_extra, d_consts), len(on)
         trained = _trained(rows, d_weights, on)
         # Layers below the lowest whose pullback is needed run without keeping anything.
         through = any(jax.tree.leaves((d_extra, d_x, d_consts)))
-        lowest = 0 if through else jnp.argmax(jnp.append(trained, True)).astype(jnp.int32)
+        lowest = jnp.argmax(jnp.append(trained, True)).astype(jnp.int32)
+        if through:
+            lowest = 0
+        elif lowest_row is not None and all(a is not None or not b for a, b in d_each):
+            lowest = lowest_row
+        base = lowest if isinstance(lowest, int) else 0  # below, nothing is kept
 
         def at(layer: Any) -> Any:
             return _row((whole, extra), layer)
 
         example = jax.eval_shape(functools.partial(pullback, moved), *at(0), x, consts)
-        outs, saved = (_empty(tree, layers) for tree in example[1:])
+        outs, saved = _empty(example[1], layers), _empty(example[2], layers - base)
 
         def skip(layer, carry):
             h, outs = carry
@@ -345,23 +336,23 @@ def _partial(one: Callable[..., Any]) -> Callable[..., Any]:
             h, outs, saved = carry
             weights, own = at(layer)
             h, out, values = pullback(moved, weights, own, h, consts)
-            return h, _put(outs, layer, out), _put(saved, layer, values)
+            return h, _put(outs, layer, out), _put(saved, layer - base, values)
 
         h, outs = lax.fori_loop(0, lowest, skip, (x, outs)) if not through else (x, outs)
         h, outs, saved = lax.fori_loop(lowest, layers, keep, (h, outs, saved))
-        static = _Static((moved, through, *layout))
+        static = _Static((moved, through, base, *layout))
         return (h, outs), (static, saved, whole, parts, rows, on, trained, lowest, extra, consts)
 
     def backward(kept, cotangents):
         static, saved, whole, parts, rows, on, trained, lowest, extra, consts = kept
-        moved, through, treedef, given = static.value
+        moved, through, base, treedef, given = static.value
         d_weights, d_extra, d_consts = moved
         dy, d_outs = jax.tree.map(_instantiated, cotangents, is_leaf=_is_zero)
         layers = len(trained)
 
         def pulled(layer, dh):
             at_hand = jax.tree.leaves((*_row((whole, extra), layer), consts))
-            values = iter(_row(saved, layer))
+            values = iter(_row(saved, layer - base))
             pull = treedef.unflatten([next(values) if i is None else at_hand[i] for i in given])
             (weights, extras, constants), dh = pull((dh, _row(_only(d_outs, True), layer)))
             return weights, extras, constants, dh

@@ -21,7 +21,8 @@ from priorityprop_jax.core.modules import (
     trainable,
     warn_off,
 )
-from priorityprop_jax.core.slots import Slots
+from priorityprop_jax.core.slots import Slots, by_layer
+from priorityprop_jax.partial.stack import Stack
 
 # (params, state, x) -> (y, new_state)
 Apply = Callable[[Any, Any, Any], tuple[Any, Any]]
@@ -340,3 +341,22 @@ def in_order(slots: Slots, names: tuple[str, ...], params: Any) -> Slots:
         layers.append(stages.pop())
     depths = tuple(len(trained) - 1 - trained.index(layer) for layer in layers)
     return dataclasses.replace(slots, layers=tuple(layers), depths=depths)
+
+
+def slots_of(module: Any, params: Any, staged: bool) -> dict[str, Any]:
+    """``stacked_axis`` and ``group`` where nobody gave any.
+
+    A slot is a layer of a `Stack` in the module, or else a layer, of a chain of stages a stage.
+    """
+    group = (lambda path: path.split("/")[0]) if staged else by_layer(params)
+    found = nnx.iter_modules(module) if isinstance(module, nnx.Module) else ()
+    roots = ["/".join(map(str, path)) for path, node in found if isinstance(node, Stack)]
+    roots.sort(key=len)  # of one in another, the outer
+
+    def root(path: str) -> str | None:
+        return next((r for r in roots if path.startswith(f"{r}/" if r else "")), None)
+
+    return {
+        "stacked_axis": lambda path: None if root(path) is None else 0,
+        "group": lambda path: group(path) if root(path) is None else root(path) or "stack",
+    }

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -391,3 +392,35 @@ def test_a_plan_has_what_finetune_does(place, tiny, capsys):
     out = capsys.readouterr().out
     for shown in ("full", "suffix(2), below run once", "lora(8)", "lisa(2)", "badam(1)"):
         assert f"\n{shown}" in out
+
+
+def test_a_plan_takes_what_makes_the_steps_of_finetune_others(place, tiny, capsys):
+    def flops(*options):
+        given = (
+            "--model",
+            tiny,
+            "--data",
+            "reviews.csv",
+            "--batch-size",
+            "2",
+            "--max-length",
+            "48",
+        )
+        assert run("plan", *given, *options, "--out", "out") == 0
+        out = capsys.readouterr().out
+        found = json.loads(Path("out/plan.json").read_text())["choices"]
+        return {choice["name"]: choice["flops"] for choice in found}, out
+
+    plain, _ = flops()
+    packed, out = flops("--pack", "--dtype", "bfloat16")
+    assert "are packed into" in out and packed["full"] > 1.2 * plain["full"]
+    again, _ = flops("--remat", "all")
+    assert again["full"] > plain["full"]
+    headed, _ = flops("--head")
+    assert headed.keys() == plain.keys() and headed["full"] < plain["full"]
+
+
+@pytest.mark.parametrize("option", [("--head",), ("--remat", "all"), ("--model", "nowhere")])
+def test_a_plan_refuses_what_changes_nothing_in_it(option, place, capsys):
+    assert run("plan", "--task", "digits", *option) == 2
+    assert f"{option[0]} does nothing for digits" in one_line(capsys)

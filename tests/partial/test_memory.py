@@ -249,3 +249,36 @@ def test_memory_is_that_of_one_device():
     assert done.returncode == 0, done.stderr
     whole, quarter = json.loads(done.stdout.splitlines()[-1])
     assert quarter > whole >= 1  # a quarter of the activations on each
+
+
+def test_a_suffix_of_a_stack_keeps_what_its_layers_need():
+    class Net(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.blocks = partial.Stack([nnx.Linear(WIDTH, WIDTH, rngs=rngs) for _ in range(8)])
+            self.head = nnx.Linear(WIDTH, 1, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(nnx.tanh(self.blocks(x)))
+
+    x = np.ones((2048, WIDTH), np.float32)
+
+    def net_loss(model, x):
+        return jnp.mean((model(x) - 1) ** 2)
+
+    def beside(policy):
+        found = trained(policy, model=Net(), loss=net_loss, batch=x, steps=4)
+        (programs,) = found.step._programs.values()
+        return max(program.beside for program in programs.values())
+
+    taken = {k: beside(f"suffix({k})") for k in (1, 3, 5)}
+    # A layer's inputs are kept for its weight gradient.
+    assert taken[3] - taken[1] >= 1.9 * x.nbytes and taken[5] - taken[3] >= 1.9 * x.nbytes
+    assert taken[1] < beside("badam(1)") - 5 * x.nbytes
+    planned = partial.plan(Net(), net_loss, x, optax.adam(1e-3), repeats=1)
+    peaks = {choice.name.split(",")[0]: choice.peak_bytes for choice in planned.choices}
+    # A plan holds the state of what is trained alone; a step holds counts of slots as well.
+    for k in (1, 3, 5):
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(Net(), nnx.Param))) + x.nbytes
+        state = 8 * (k * (WIDTH * WIDTH + WIDTH) + WIDTH + 1)
+        assert peaks[f"suffix({k})"] == pytest.approx(held + state + taken[k], rel=0.1)

@@ -225,6 +225,39 @@ class TestRows:
         for wrong in ([3, 3], [3, 1], [1, 9], [0, 0, 1, 2, 3], [0, 1, 2, 3, 9]):
             assert all(np.isnan(g).all() for g in jax.tree.leaves(grads(jnp.array(wrong))))
 
+    @pytest.mark.parametrize("layers", [(4,), (2, 3), (0, 4)])
+    def test_layers_that_are_known_keep_nothing_of_those_below(self, layers):
+        x = jnp.ones((2000, WIDTH))
+
+        def compiled(active):
+            grad_fn = partial.value_and_grad(model_loss, active, **STACKED)
+            return jax.jit(grad_fn).lower(model_params(), x).compile()
+
+        known = {f"blocks/{k}[{i}]" for k in PARAMS for i in layers} | {"head"}
+        whole = jax.grad(model_loss)(model_params(), x)
+        _, grads = (program := compiled(known))(model_params(), x)
+        assert_rows(jax.tree.map(lambda g: g.densify(), grads["blocks"],
+                                 is_leaf=lambda g: hasattr(g, "densify")),
+                    whole["blocks"], layers)  # fmt: skip
+        taken = program.memory_analysis().temp_size_in_bytes
+        above = compiled(known | {"embed"})
+        assert above.memory_analysis().temp_size_in_bytes - taken >= (layers[0] - 0.1) * x.nbytes
+
+    @pytest.mark.parametrize(
+        "active",
+        [{"blocks/w[3]", "blocks/b"}, {"blocks/w[3]", "blocks/b[1]"}, {"blocks/w[3]", "embed"}],
+    )
+    def test_leaves_whose_layers_differ(self, active):
+        whole = jax.grad(model_loss)(model_params(), X)
+        _, grads = partial.value_and_grad(model_loss, active, **STACKED)(model_params(), X)
+        dense = lambda g: g.densify() if hasattr(g, "densify") else g  # noqa: E731
+        for name in ("w", "b"):
+            own = [i for i in range(LAYERS) if {f"blocks/{name}[{i}]", f"blocks/{name}"} & active]
+            if own:
+                assert_rows(dense(grads["blocks"][name]), whole["blocks"][name], own)
+        if "embed" in active:
+            np.testing.assert_allclose(grads["embed"], whole["embed"], rtol=1e-4, atol=1e-6)
+
     def test_without_a_stack_the_gradients_are_right_too(self):
         def loss(p, x):
             return jnp.mean((by_scan(p["blocks"], x @ p["embed"]) @ p["head"] - 1) ** 2)
