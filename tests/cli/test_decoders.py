@@ -417,7 +417,7 @@ def test_a_plan_takes_what_makes_the_steps_of_finetune_others(place, tiny, capsy
     again, _ = flops("--remat", "all")
     assert again["full"] > plain["full"]
     headed, _ = flops("--head")
-    assert headed.keys() == plain.keys() and headed["full"] < plain["full"]
+    assert len(headed) > len(plain) and headed["full"] < plain["full"]  # a layer more
 
 
 @pytest.mark.parametrize("option", [("--head",), ("--remat", "all"), ("--model", "nowhere")])

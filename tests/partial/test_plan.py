@@ -184,7 +184,7 @@ def test_what_is_frozen_of_a_stack_still_runs_forward():
     # The first trained block has its weights' product and update, each further one its chain too;
     # the gradient of tanh takes a few operations on `[2, WIDTH]`, how many differs by release.
     extra = rows["suffix(1)"].flops - rows["suffix(0)"].flops
-    assert 0 <= extra - (forward / 6 + 2 * WIDTH * WIDTH) <= 6 * x.size
+    assert 0 <= extra - (forward / 6 + 2 * WIDTH * WIDTH) <= 7 * x.size
 
 
 @pytest.mark.parametrize(
