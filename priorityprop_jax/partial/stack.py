@@ -205,9 +205,8 @@ def stack(
         )
         one, consts = jax.closure_convert(layer, *example, x)
         on = jnp.ones(layers, bool) if active is None else jnp.asarray(active)
-        told = [None if isinstance(tap.rows, jax.Array) else tap.rows for tap in taps if tap]
-        lowest = None
-        if active is None and not any(own is None for own in told):
+        told, lowest = [tap.rows for tap in taps if tap], None
+        if active is None and not any(isinstance(own, jax.Array) for own in told):
             lowest = int(np.clip(np.min(np.concatenate([*told, [layers]])), 0, layers))
         whole, parts, rows = [], [], []
         for leaf, tap in zip(leaves, taps, strict=True):
