@@ -426,7 +426,7 @@ class _Candidate:
         out = (*(layout_of(given[i]) for i in donated), None, by_row.layout(params, rows))
         traced = jax.jit(step, donate_argnums=donated, out_shardings=out).trace(*given)
         with unrolled():  # a stack's loop would count once; another function, or JAX traces no more
-            program = jax.make_jaxpr(lambda arguments: step(*arguments, rows))(given[:-1])
+            program = jax.make_jaxpr(functools.partial(step, told_rows=rows))(*given[:-1])
         written = sum(leaf.size for leaf in jax.tree.leaves(traced.out_info[-1]))
         self._lowered, self.flops = traced.lower(), program_flops(program) + written
         self.held_bytes, self.state_bytes = bytes_held(given), bytes_held(given[3])
