@@ -282,6 +282,12 @@ class Training:
         times = latest_times(self.path, self.workload.name)
         if times is None:
             raise ValueError(f"{self.workload.name} has no seconds yet: run --stage time first")
+        if times["void"] and self.workload.suite != "smoke":
+            # Load slows some arms more than others, and a budget would not be the same for all.
+            raise ValueError(
+                f"the seconds of {self.workload.name} are void, as the machine was busy: run "
+                "--stage time on an idle one first"
+            )
         if self.bar is not None:
             self.bar.set_description(f"{self.workload.name}: {own.name}, {track}")
         seconds = own.share * budget_of(self.workload, times)

@@ -82,7 +82,7 @@ def write_workloads(folder):
         path.write_text(json.dumps(numbers | more))
 
 
-def write_suite(root, monkeypatch, *, void=False):
+def write_suite(root, monkeypatch):
     """All runs of it, below `root / "evidence"`; returns the folder of its records."""
     monkeypatch.setattr(workloads, "FOLDER", root / "workloads")
     monkeypatch.setattr(harness, "run_arm", fake_run)
@@ -90,6 +90,6 @@ def write_suite(root, monkeypatch, *, void=False):
     path = root / "evidence" / "small-cpu"
     for name in WORKLOADS:
         workload = workloads.read_workload("small", name)
-        harness.add_line(path / "times.jsonl", times(workload, void))
+        harness.add_line(path / "times.jsonl", times(workload))
         harness.Training(workload, path).train()
     return path

@@ -97,7 +97,11 @@ def test_training_tunes_freezes_shortens_and_resumes(tmp_path, monkeypatch):
     workload, path = workloads.read_workload("small", "plain"), tmp_path / "records"
     with pytest.raises(ValueError, match="plain has no seconds yet"):
         harness.Training(workload, path).train()
+    harness.add_line(path / "times.jsonl", invented.times(workload, void=True))
+    with pytest.raises(ValueError, match="the seconds of plain are void"):
+        harness.Training(workload, path).train()
     harness.add_line(path / "times.jsonl", invented.times(workload))
+    harness.add_line(path / "times.jsonl", invented.times(workload, void=True))  # the other stays
     with pytest.raises(KeyboardInterrupt):
         harness.Training(workload, path).train()
     assert len(read_lines(path / "runs.jsonl")) == 40
