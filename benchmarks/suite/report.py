@@ -35,8 +35,9 @@ READING = """\
 A training is compared by the seconds that it takes until its validation loss is down where tuned
 AdamW ends: the median of AdamW's lowest losses over its seeds, with the best rate and batch, in a
 fixed budget of seconds. Where a pretrained model is fine-tuned, within 2 % of it. Every method has
-its learning rate, its batch and the length of its run tuned with the same number of trials, on
-seeds that are not shown. A ratio is of two runs of the same seed; its mean is geometric, its
+its learning rate, its batch and the length of its run tuned on seeds that are not shown, with the
+same number of trials, and up to four more where the best rate is at an end of those tried; AdamW
+has them at each batch. A ratio is of two runs of the same seed; its mean is geometric, its
 interval a 95 % percentile bootstrap over seeds, which with few seeds is rather too narrow. "≥"
 stands where AdamW itself falls short on some seeds and is charged its whole budget. Where a method
 falls short on a seed, its ratio is over the others, and nothing may be claimed from it. Seconds are
@@ -207,10 +208,9 @@ def raw(standing: Standing) -> list[str]:
     for own in [*standing.own.values(), *bases]:
         runs, seconds = standing.runs(own), standing.step(own)
         losses = [loss for r in runs.values() if math.isfinite(loss := best(r))]
-        against = standing.bases.get(own.batch)
+        against = standing.beside(own)
         ratios = [
-            ratio(standing.over(against, own, level)) if against and own != against else "-"
-            for level in LEVELS
+            ratio(standing.over(against, own, level)) if own != against else "-" for level in LEVELS
         ]
         hits = [list(standing.hits(own, level).values()) for level in LEVELS]
         came = " / ".join(str(len(h) - h.count(None)) for h in hits)

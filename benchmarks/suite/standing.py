@@ -85,7 +85,7 @@ class Standing:
     def same_batch(self, name: str, level: float) -> Estimate | None:
         """Over tuned AdamW at the arm's own batch."""
         own = self.own[name]
-        return self.over(self.bases[own.batch], own, level) if own.batch in self.bases else None
+        return self.over(self.beside(own), own, level)
 
     def best_baseline(self, level: float) -> Setting:
         """The fewest misses, then the shortest mean time; AdamW at every batch is one of them."""
@@ -114,7 +114,11 @@ class Standing:
     def price(self, name: str) -> Estimate:
         """Test accuracy over AdamW's at the same batch, paired."""
         own = self.own[name]
-        return statistics.difference(self.tests(self.bases[own.batch]), self.tests(own))
+        return statistics.difference(self.tests(self.beside(own)), self.tests(own))
+
+    def beside(self, own: Setting) -> Setting:
+        """AdamW at the arm's batch; at its best one where it diverged at that."""
+        return self.bases.get(own.batch, self.own[BASE])
 
     def step(self, own: Setting) -> float | None:
         """Seconds of a step, averaged over the phases as they were run."""
@@ -131,7 +135,7 @@ class Standing:
     def memory(self, name: str) -> float | None:
         """Peak bytes as a share of AdamW's at the same batch."""
         own = self.own[name]
-        mine, base = self.bytes(own), self.bytes(self.bases[own.batch])
+        mine, base = self.bytes(own), self.bytes(self.beside(own))
         return mine / base if mine and base else None
 
     def edge(self, own: Setting) -> bool:
