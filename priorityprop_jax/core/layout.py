@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def spread(x: Any) -> bool:
@@ -50,3 +52,28 @@ def put_beside(params: Any, tree: Any) -> Any:
         return x if there else jax.device_put(x, everywhere)
 
     return jax.tree.map(place, tree)
+
+
+def over_devices(fn: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """``fn``, which maps rows of axis 0 one by one, with whole rows on each device of the mesh.
+
+    That is the mesh that is set (`jax.set_mesh`); without one it is ``fn`` as it stands.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(mesh.auto_axes)
+    n, devices = len(x), math.prod(mesh.shape[axis] for axis in axes)
+    if devices < 2:
+        return fn(x)
+    rows = -(-n // devices) * devices
+    more = jnp.zeros((rows - n, *x.shape[1:]), x.dtype)  # as many for each
+    # Axis by axis, as the compiler cannot move two at once and would copy all to every device.
+    free = [jax.P.UNCONSTRAINED] * (x.ndim - 1)
+    steps = [jax.P(axes[:i], *free) for i in range(1, len(axes))]
+    whole = jax.P(axes, *[None] * (x.ndim - 1))
+    x = jnp.concatenate([x, more])
+    for spec in (*steps, whole):
+        x = jax.lax.with_sharding_constraint(x, spec)
+    x = fn(x)
+    for spec in (whole, *steps[::-1]):
+        x = jax.lax.with_sharding_constraint(x, spec)
+    return x[:n]

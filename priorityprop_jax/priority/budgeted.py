@@ -13,6 +13,7 @@ import optax
 from jax import lax
 
 from priorityprop_jax.core.fragile import laid_out, spec_of, zeros
+from priorityprop_jax.core.layout import over_devices
 from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.core.slots import Slots, find_slots
 from priorityprop_jax.priority.scores import (
@@ -82,6 +83,9 @@ def budgeted(
     the leaves. What is in front of this transformation, such as momentum, goes on for all.
     Gradients may be absent (None): they stay absent, and those of the class that are there share
     the budget. A NaN in a matrix that is not chosen goes nowhere.
+
+    On a mesh that is set (`jax.set_mesh`) each device runs ``fn`` on whole matrices of its own,
+    unless ``budget`` is traced.
 
     Args:
       fn: a function of one matrix that returns one of its shape; leaves of fewer axes go into it as
@@ -217,7 +221,7 @@ def _take_batch(fn: Any, share: Any, order: jax.Array, stack: jax.Array) -> tupl
     rank = jnp.arange(n)  # the place among the chosen, k for the others
     if k < n:
         rank, stack = jnp.full(n, k).at[order[:k]].set(jnp.arange(k)), stack[order[:k]]
-    out = (jax.vmap(fn)(stack) * math.sqrt(n / k)).astype(stack.dtype)  # [k, ...]
+    out = (over_devices(jax.vmap(fn), stack) * math.sqrt(n / k)).astype(stack.dtype)  # [k, ...]
 
     def updates(start, stop):
         if k == n:

@@ -1,5 +1,7 @@
 """Muon on a budget, against Optax's and against the definition."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -256,6 +258,37 @@ def test_a_mesh_of_explicit_axes_changes_nothing():
     for name in shapes:
         np.testing.assert_allclose(updates[name], plain[name], atol=1e-6)
         assert updates[name].sharding.is_equivalent_to(place, len(shapes[name]))
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize(("budget", "chosen"), [(1, 12), (1 / 4, 3)])  # neither a multiple of eight
+def test_each_device_has_whole_matrices_of_its_own(kind, budget, chosen):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType[kind],) * 2)
+    rng = np.random.default_rng(0)
+    shapes = dict.fromkeys("abcd", (16, 32)) | {"stack": (8, 16, 32)}
+    params = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
+    numbers = dict.fromkeys("abcd", Numbers()) | {"stack": Numbers(1, 2)}
+    tx = muon(0.1, budget, weight_dimension_numbers=numbers)
+    wanted, after = jax.jit(tx.update)(params, tx.init(params), params)
+
+    specs = {name: jax.P(*[None] * (len(s) - 2), "x", "y") for name, s in shapes.items()}
+    place = jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs)
+    with jax.set_mesh(mesh):
+        laid_out = jax.device_put(params, place)
+        step = jax.jit(tx.update, out_shardings=(place, None) if kind == "Auto" else None)
+        program = step.lower(laid_out, tx.init(laid_out), laid_out).compile()
+        updates, state = program(laid_out, tx.init(laid_out), laid_out)
+    for name in shapes:
+        np.testing.assert_allclose(updates[name], wanted[name], atol=1e-6)
+    np.testing.assert_array_equal(find_state(state).allocation, find_state(after).allocation)
+    # No device gathers matrices, or a part of an iteration; each iterates its one or two.
+    gathers = re.findall(r"= (\w+)\[([\d,]*)\]\S* (?:all-gather|all-reduce)", program.as_text())
+    sizes = [
+        np.prod([int(n) for n in dims.split(",") if n]) for kind, dims in gathers if kind == "f32"
+    ]
+    assert max(sizes, default=0) <= 16 * 32  # at most one
+    own = -(-chosen // 8) * 5 * 2 * (16 * 16 * 32 + 2 * 16**3)
+    assert program.cost_analysis()["flops"] < 1.5 * own + 100 * 16 * 32
 
 
 def test_trees_with_nothing_in_them_and_without_parameters():
