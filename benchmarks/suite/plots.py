@@ -50,7 +50,7 @@ def plot_overview(done: Sequence[Standing], path: Path) -> None:
         if standing is not before:
             y += 1.0 if before is None else 2.0
             title = ", ".join(standing.workload.title.split(", ")[:2])
-            axes.text(-0.24, y, title, transform=beside, fontsize=9, fontweight="bold", va="center",
+            axes.text(0.0, y, title, transform=beside, fontsize=9, fontweight="bold", va="center",
                       bbox={"color": "white", "pad": 1.5})  # fmt: skip
             before = standing
         y += 1.0
