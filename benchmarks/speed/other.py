@@ -1,23 +1,32 @@
-"""An interpreter that has PyTorch, which this project's environments do not need."""
+"""Another process, such as one with PyTorch, that runs programs in turn with a benchmark."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# One heap for all threads, which keeps what is freed: how glibc starts a process that finds these.
+KEEP_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(10**12),
+}
 
-class Torch:
-    """The other interpreter, and what it can run: a script beside this file that answers lines."""
 
-    def __init__(self, python: str, script: str, threads: int) -> None:
+class Other:
+    """The other process, and what it can run; its memory is as the system has it."""
+
+    def __init__(self, *command: str) -> None:
         self.process = subprocess.Popen(
-            [python, str(Path(__file__).parent / script), str(threads)],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env={name: x for name, x in os.environ.items() if name not in KEEP_MEMORY},
         )
 
     def ask(self, **asked: Any) -> dict[str, Any]:
@@ -26,7 +35,7 @@ class Torch:
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError("the interpreter given with --torch ended: see what it printed")
+            raise RuntimeError(f"{self.process.args} ended: see what it printed")
         return json.loads(line)
 
     def runners(self, case: dict[str, Any]) -> dict[str, Callable[[], float]]:
@@ -41,3 +50,11 @@ class Torch:
         """Ends it."""
         with self.process:
             self.process.kill()
+
+
+def torch(python: str, script: str, threads: int) -> Other:
+    """An interpreter that has PyTorch, which this project's environments do not need.
+
+    It runs a script beside this file that answers lines.
+    """
+    return Other(python, str(Path(__file__).parent / script), str(threads))

@@ -39,8 +39,8 @@ from jax import lax
 from tqdm import tqdm
 
 from benchmarks.records import RESULTS, about, write
+from benchmarks.speed import other
 from benchmarks.speed.meprop_speed import draw
-from benchmarks.speed.other import Torch
 from priorityprop_jax.sparse import (
     SparsePattern,
     make_pattern,
@@ -230,7 +230,7 @@ def interleave(
     return seconds, skipped
 
 
-def measure(case: dict, rounds: int, torch: Torch | None = None) -> dict[str, Any]:
+def measure(case: dict, rounds: int, torch: other.Other | None = None) -> dict[str, Any]:
     """By arm and program: milliseconds, and the speed over the dense one in the same round."""
     load = os.getloadavg()
     runners, arms = {}, {}
@@ -403,7 +403,7 @@ def main() -> None:
         return
     threads = str(options.threads[0])
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"threads": {}}
-    torch = Torch(options.torch, "torch_dense.py", int(threads)) if options.torch else None
+    torch = other.torch(options.torch, "torch_dense.py", int(threads)) if options.torch else None
     measured = record["threads"].setdefault(threads, {})
     wanted = [n for n in CASES if options.only is None or any(part in n for part in options.only)]
     load = os.getloadavg()

@@ -144,7 +144,9 @@ def test_exact_runs_on_tiny_shapes_beside_another_interpreter(tmp_path, monkeypa
         "    found = {'runs': runs, 'seconds': 0.5, 'version': sys.argv[1]}\n"
         "    print(json.dumps(found), flush=True)\n"
     )
-    monkeypatch.setattr(exact, "Torch", lambda python, _, n: other.Torch(python, script, n))
+    monkeypatch.setattr(
+        other, "torch", lambda python, _, n: other.Other(python, str(script), str(n))
+    )
     case = {"kind": "rnn", "shape": (2, 5, 3), "width": 4, "both_ways": True}
     found = exact.measure(case, 2, sys.executable)
     ms = found["milliseconds"]
@@ -152,3 +154,13 @@ def test_exact_runs_on_tiny_shapes_beside_another_interpreter(tmp_path, monkeypa
     assert ms["rnn"] == 500 and found["gradients_off_by"] < 1e-5
     assert found["torch_over_applied"] == 500 / ms["applied"] and int(found["torch_version"]) > 0
     assert set(exact.measure(case, 1)["milliseconds"]) == {"as written", "applied"}
+
+
+def test_exact_beside_a_process_that_keeps_its_memory(monkeypatch):
+    for name, value in other.KEEP_MEMORY.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(ROOT)
+    found = exact.measure({"kind": "rnn", "shape": (2, 5, 3), "width": 4, "both_ways": False}, 2)
+    ms = found["milliseconds"]
+    assert list(ms) == ["as written, memory kept", "applied, memory kept", "as written"]
+    assert found["times_sooner"] == ms["as written"] / ms["applied, memory kept"]
