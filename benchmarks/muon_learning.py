@@ -32,7 +32,7 @@ import optax
 from flax import nnx
 
 from benchmarks.records import RESULTS, about, add_line, read_lines, write
-from benchmarks.speed.muon import CONTEXT, TOKENS, arms, loss_of, transformer
+from benchmarks.speed.muon import CONTEXT, DEPTH, TOKENS, arms, loss_of, transformer
 from benchmarks.suite import statistics
 from benchmarks.tasks import char
 
@@ -44,22 +44,24 @@ STEPS = {"nadam": (TARGET,), "budget 1": (300, 400), "budget 1/4": (300, 400, 50
 SEEDS = (1, 2, 3, 4, 5)
 
 
-def program(arm: str, width: int) -> Any:
-    """Functions that start, take a step at a rate and evaluate."""
+def program(tx: optax.GradientTransformation, width: int, depth: int, characters: int) -> Any:
+    """Functions that start, take a step at a rate, which updates are multiplied by, and evaluate.
+
+    A step sees so many characters.
+    """
     tokens, _ = char.read_tokens(None)
     n = len(tokens) * 90 // 100
     text = jnp.asarray(tokens[:n])
     starts = np.linspace(n, len(tokens) - CONTEXT - 1, 2048).astype(int)
     dev = jnp.asarray(tokens[starts[:, None] + np.arange(CONTEXT + 1)]).reshape(32, 64, -1)
-    tx = arms(rate=1.0)[arm]  # updates are multiplied by each step's own
-    loss_fn = loss_of(nnx.eval_shape(lambda: transformer(width)))
+    loss_fn = loss_of(nnx.eval_shape(lambda: transformer(width, depth)))
 
     def start(seed: int) -> Any:
-        params = nnx.as_pure(nnx.state(transformer(width, seed=seed), nnx.Param))
+        params = nnx.as_pure(nnx.state(transformer(width, depth, seed), nnx.Param))
         return params, tx.init(params)
 
     def step(params: Any, state: Any, key: Any, rate: Any) -> Any:
-        first = jax.random.randint(key, (TOKENS // CONTEXT,), 0, n - CONTEXT)
+        first = jax.random.randint(key, (characters // CONTEXT,), 0, n - CONTEXT)
         loss, grads = jax.value_and_grad(loss_fn)(
             params, text[first[:, None] + jnp.arange(CONTEXT + 1)]
         )
@@ -100,7 +102,7 @@ def run_one(made: dict, width: int, arm: str, steps: int, rate: float, seed: int
     if any(line.items() <= run.items() for run in read_lines(path)):
         return
     if arm not in made:
-        made[arm] = program(arm, width)
+        made[arm] = program(arms(rate=1.0)[arm], width, DEPTH, TOKENS)
     line |= train(made[arm], steps, rate, seed)
     add_line(path, line)
     print(line, flush=True)
