@@ -5,8 +5,8 @@ three fresh processes a model; figures are medians over processes. `exact.apply`
 in the same process, and the record has its table. With ``--torch PYTHON`` the same models, batches
 and optimizer in PyTorch take their turns too, in a process of their own with as many threads, as
 one runs them and, where there is no recurrent layer, with `torch.compile`. With ``--keep-memory``
-both arms are also run where the C library keeps the memory that a step frees, and `times_sooner` is
-that of the applied one there over the model as written in a process of its own.
+both arms run where the C library keeps the memory that a step frees, and the model as written in a
+process of its own too, where it does not; `times_sooner_with_memory` is what both bring together.
 
 - `list`: 12 pre-norm blocks of width 256 in an `nnx.List`, 8 x 64 tokens.
 - `scan`: the same blocks stacked by `nnx.vmap` and run by `nnx.scan`; in PyTorch a list.
@@ -144,6 +144,9 @@ def setting(case: dict[str, Any]) -> tuple[nnx.Module, Any]:
     return model, {"x": x, "y": np.arange(len(x)) % 2}
 
 
+RATIOS = ("times_sooner", "times_sooner_with_memory", "torch_over_applied")
+
+
 def loss_fn(model: Any, batch: Any) -> jax.Array:
     logits = model(batch["x"])
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
@@ -203,10 +206,10 @@ def measure(case: dict[str, Any], repeats: int, torch: str | None = None) -> dic
     norm = lambda tree: float(optax.tree.norm(tree))  # noqa: E731
     off = norm(jax.tree.map(jnp.subtract, grads, expected)) / norm(expected)
     ms = {arm: statistics.median(samples) for arm, samples in times.items()}
-    best = ms.get("applied, memory kept") or ms["applied"]
+    before, best = list(ms.values())[:2]  # in this process
     found = {
         "milliseconds": ms,
-        "times_sooner": ms["as written"] / best,
+        "times_sooner": before / best,
         "temporary_bytes": {"as written": plain_bytes, "applied": sooner_bytes},
         "gradients_off_by": off,
         "apply_seconds": applying,
@@ -216,6 +219,8 @@ def measure(case: dict[str, Any], repeats: int, torch: str | None = None) -> dic
         fastest = min(value for arm, value in ms.items() if arm.startswith("torch"))
         found |= {"torch_over_applied": fastest / best}
         found |= {"torch_version": others["torch"].ask(version=True)["version"]}
+    if "jax" in others:
+        found |= {"times_sooner_with_memory": ms["as written"] / best}
     for process in others.values():
         process.close()
     return found
@@ -273,7 +278,7 @@ def main() -> None:
     for name in options.models:
         runs = [fresh(name, options) for _ in range(options.processes)]
         runs.sort(key=lambda run: run["times_sooner"])
-        ratios = [key for key in ("times_sooner", "torch_over_applied") if key in runs[0]]
+        ratios = [key for key in RATIOS if key in runs[0]]
         medians = {key: statistics.median(run[key] for run in runs) for key in ratios}
         models[name] = medians | {"processes": runs}
         print(name, *(f"{run['times_sooner']:.2f}" for run in runs), flush=True)
