@@ -21,17 +21,18 @@ def record(name):
 
 def exact():
     models = record("speed/exact-cpu.json")["models"]
-    times = {name: one["times_sooner"] for name, one in models.items()}
-    waits = {name: one["processes"][0]["apply_seconds"] for name, one in models.items()}
     temporary = models["scan"]["processes"][0]["temporary_bytes"]
-    lstm, tagger = times["lstm"], times["tagger"]
-    yield f"an LSTM is {lstm:.1f}x sooner, of a bidirectional tagger {tagger:.1f}x"
-    yield f"measuring for {waits['lstm']:.0f} and {waits['tagger']:.0f} seconds"
     share = temporary["applied"] / temporary["as written"]
-    yield f"{times['scan']:.2f}x sooner, in {share:.2f} of the temporary memory"
-    yield f"measuring for {waits['scan']:.0f} seconds"
-    yield f"{times['minilm-128']:.2f}x sooner | measuring for {waits['minilm-128']:.0f} seconds"
-    yield f"they gain {times['minilm']:.2f}x and {times['list']:.2f}x"
+    memory = f"in {share:.2f} of the temporary memory"
+    said = {"lstm": "a step is {}x sooner", "scan": f"{{}}x, {memory}"}
+    for name in ("lstm", "tagger", "scan", "list", "minilm", "minilm-128", "resnet"):
+        one = models[name]
+        sooner = said.get(name, "{}x").format(f"{one['times_sooner_with_memory']:.2f}")
+        yield f"| {sooner} | measuring for {one['processes'][0]['apply_seconds']:.0f} seconds"
+    torch = {name: f"{one['torch_over_applied']:.2f}" for name, one in models.items()}
+    yield f"LSTM {torch['lstm']}, tagger"
+    yield f"{torch['tagger']}, scan {torch['scan']}, list {torch['list']}, BERT {torch['minilm']} "
+    yield f"and {torch['minilm-128']}, residual network {torch['resnet']}. One"
 
 
 def fine_tuning():

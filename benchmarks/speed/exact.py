@@ -117,13 +117,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lstm-32": _rnn(32, 64, 128, 128),
     "lstm-500": _rnn(32, 64, 500, 500),
     "lstm-128": _rnn(128, 64, 500, 500),
-    "resnet": {
-        "kind": "resnet",
-        "shape": (32, 32, 32, 3),
-        "width": 32,
-        "depth": 2,
-        "compile": True,
-    },
+    "resnet": {"kind": "resnet", "shape": (32, 32, 32, 3), **_RESNET},
 }
 
 
