@@ -60,7 +60,8 @@ def over_devices(fn: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Arra
     That is the mesh that is set (`jax.set_mesh`); without one it is ``fn`` as it stands.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(mesh.auto_axes)
+    pairs = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    axes = tuple(axis for axis, kind in pairs if kind == jax.sharding.AxisType.Auto)
     n, devices = len(x), math.prod(mesh.shape[axis] for axis in axes)
     if devices < 2:
         return fn(x)

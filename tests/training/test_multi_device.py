@@ -10,7 +10,6 @@ from flax import nnx
 from priorityprop_jax import Trainer, meprop, partial, priorityprop, sparse
 from priorityprop_jax.cli.tasks import MLP, cross_entropy
 from priorityprop_jax.highway.scan import highway_nnx
-from priorityprop_jax.partial.costs import StepCosts
 from priorityprop_jax.priority.ledger import find_state
 from priorityprop_jax.sparse.swap import sparse_layers
 from tests.training import worker
@@ -62,8 +61,7 @@ def budgeted():
 
 
 def test_a_budget_of_compute_chooses_as_on_one_device():
-    costs = StepCosts(own=(10.0, 10.0), floors=(30.0, 40.0))
-    step = partial.step(share=0.75, costs=costs, recalc_every=3)
+    step = partial.step(share=0.75, recalc_every=3)
     alone, together = (
         train(mesh, MLP((8, 16, 4), rngs=nnx.Rngs(0)), step=step) for mesh in (None, MESH)
     )
