@@ -28,3 +28,18 @@ def quickly_compiled():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+_since = {"clearing": 0}  # tests
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """JAX forgets what it has traced once in a while, between files.
+
+    Where 8,192 calls of jitted functions are kept, JAX 0.10 keeps no new ones: `_cache_size` is 0
+    from then on, and every call is slow.
+    """
+    _since["clearing"] += 1
+    if _since["clearing"] >= 300 and nextitem is not None and nextitem.path != item.path:
+        _since["clearing"] = 0
+        jax.clear_caches()
