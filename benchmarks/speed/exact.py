@@ -6,7 +6,8 @@ in the same process, and the record has its table. With ``--torch PYTHON`` the s
 and optimizer in PyTorch take their turns too, in a process of their own with as many threads, as
 one runs them and, where there is no recurrent layer, with `torch.compile`. With ``--keep-memory``
 both arms run where the C library keeps the memory that a step frees, and the model as written in a
-process of its own too, where it does not; `times_sooner_with_memory` is what both bring together.
+process of its own too, where it does not; `times_sooner_with_memory` is what both bring together,
+and what the documentation shows.
 
 - `list`: 12 pre-norm blocks of width 256 in an `nnx.List`, 8 x 64 tokens.
 - `scan`: the same blocks stacked by `nnx.vmap` and run by `nnx.scan`; in PyTorch a list.

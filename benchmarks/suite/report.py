@@ -89,7 +89,8 @@ def exact(results: Path) -> dict[str, float]:
     if not path.exists():
         return {}
     models = json.loads(path.read_text("utf-8"))["models"]
-    return {key: models[key]["times_sooner_with_memory"] for key in EXACT if key in models}
+    kept = {key: one.get("times_sooner_with_memory") for key, one in models.items()}
+    return {key: kept[key] for key in EXACT if kept.get(key)}
 
 
 def best_of(standing: Standing) -> str | None:

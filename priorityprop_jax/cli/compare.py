@@ -48,7 +48,7 @@ class Arm:
     def __init__(self, name: str, task: Task, loss_fn: Any, rate: float, budget: float = BUDGET):
         steps = task.epochs * len(task.train_data)
         decayed = optax.cosine_decay_schedule(rate, steps)
-        self.name, self.task = name, task
+        self.name = name
         self.tx = {
             "adam": lambda: optax.adam(decayed),
             "nadam": lambda: optax.nadam(decayed),

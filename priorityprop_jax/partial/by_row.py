@@ -54,6 +54,12 @@ class ByRow:
         kept = (None if i in told else own for i, own in enumerate(chosen.rows))
         return dataclasses.replace(chosen, rows=tuple(kept))
 
+    def applied(self, chosen: ActiveLeaves, rows: Rows, part: Any, updates: Any) -> tuple[Any, Any]:
+        """The other active leaves with their updates, and the updates of layers told by number."""
+        kept, flat = self.kept(chosen, rows), chosen.treedef.flatten_up_to(updates)
+        own = [update for on, update in zip(kept.rows, flat, strict=True) if on is not None]
+        return optax.apply_updates(part, own), {i: flat[i].values for i in self.leaves(rows)}
+
     def layout(self, params: Any, rows: Rows) -> Any:
         """Where updates are to be, for `out_shardings`: beside their stacks."""
         leaves = jax.tree.leaves(params)

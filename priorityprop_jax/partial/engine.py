@@ -284,17 +284,14 @@ class PartialStep:
         def step(part, frozen, rest, opt_state, batch, x, rows):
             rows = known or rows  # for those that are constants less is kept
             chosen = find_active(self._shapes, self.slots, active, rows)
-            kept, told = self._by_row.kept(chosen, rows), self._by_row.leaves(rows)
-            params = kept.join(part, frozen)
+            params = self._by_row.kept(chosen, rows).join(part, frozen)
             entry = {} if x is None else {"x": x, "start": start}
             run = value_and_grad_of(self._loss, chosen, has_aux=True)
             (loss, (metrics, rest)), grads = run(params, rest, batch, **entry)
             # Descent goes along the conjugate of what JAX gives for complex parameters.
             grads = jax.tree.map(jnp.conj, grads)
             updates, opt_state = self._update(grads, opt_state, params, loss)
-            flat = chosen.treedef.flatten_up_to(updates)
-            own = [u for on, u in zip(kept.rows, flat, strict=True) if on is not None]
-            part, told = optax.apply_updates(part, own), {i: flat[i].values for i in told}
+            part, told = self._by_row.applied(chosen, rows, part, updates)
             return part, rest, opt_state, {"loss": loss, **metrics}, told
 
         return step

@@ -205,15 +205,14 @@ def plan(
         if stages is not None and asked.start:
             x = _enters(stages, params, rest, batch, asked.start)
         from_there = functools.partial(loss, start=asked.start)
-        known = is_one_set(asked.name.split(",")[0])
-        of = slots, asked.active, stacks, known
+        of = slots, asked.active, stacks, is_one_set(asked.name.split(",")[0])
         return _Candidate(from_there, *of, tx, params, rest, batch, x)
 
     def other(model, example):
         loss, *arrays = _pure(model, loss_fn)
         arrays = jax.tree.map(jnp.asarray, (*arrays, example, None))
         slots, loss = find_slots(arrays[0]), functools.partial(loss, start=0)
-        return _Candidate(loss, slots, slots.names, frozenset(), True, tx, *arrays)
+        return _Candidate(loss, slots, slots.names, None, True, tx, *arrays)
 
     cached = stages if isinstance(batch, Mapping) and "x" in batch else None
     choices = {asked.name: asked for asked in _choices(slots, work, cached)}
@@ -370,15 +369,11 @@ def _enters(stages: Stages, params: Any, rest: Any, batch: Any, start: int) -> A
     return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), like)
 
 
-def _copied(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
-
-
 class _Candidate:
     """A choice, traced, and after `compile` ready to run.
 
     It is a step of a loop that trains some layers; those of ``stacks`` it is told by number, or
-    they are ``known``.
+    they are ``known``. None stands for stacks that nobody looked for, all of which is trained.
     """
 
     def __init__(
@@ -386,18 +381,17 @@ class _Candidate:
         loss: Any,
         slots: Slots,
         active: Names,
-        stacks: frozenset[Bundle],
+        stacks: frozenset[Bundle] | None,
         known: bool,
         optimizer: Any,
         *arrays: Any,
     ) -> None:
         params, *others = arrays
         self._by_row = by_row = ByRow(build)
-        by_row.stacks = stacks
+        by_row.stacks = stacks or frozenset()
         static, rows = by_row.told(slots, choose(slots.names, active))
         all_of_it = find_active(params, slots, static, rows)
         self._kept = kept = by_row.kept(all_of_it, rows)
-        told = by_row.leaves(rows)
 
         def step(part, frozen, rest, state, batch, x, told_rows):
             chosen = all_of_it if known else find_active(params, slots, static, told_rows)
@@ -407,31 +401,31 @@ class _Candidate:
             dense = lambda g: jnp.conj(g.values if is_row_sparse(g) else g)  # noqa: E731
             grads, own = jax.tree.map(dense, grads, is_leaf=is_row_sparse), chosen.part(whole)
             updates, state = optimizer.update(grads, state, own, value=value)
-            flat = chosen.treedef.flatten_up_to(chosen.as_rows(whole, updates))
-            mine = [u for on, u in zip(kept.rows, flat, strict=True) if on is not None]
-            part = optax.apply_updates(part, mine)
-            return part, rest, state, value, {i: flat[i].values for i in told}
+            part, told = by_row.applied(chosen, rows, part, chosen.as_rows(whole, updates))
+            return part, rest, state, value, told
 
         def arguments():
-            part, frozen = kept.split(params)
-            leaves = {id(leaf) for i, leaf in enumerate(jax.tree.leaves(params)) if i in told}
-            frozen = [_copied(x) if id(x) in leaves else x for x in frozen]
+            copied = lambda tree: jax.tree.map(lambda x: jnp.array(x, copy=True), tree)  # noqa: E731
+            (part, frozen), leaves = kept.split(params), jax.tree.leaves(params)
+            written = {id(leaves[i]) for i in by_row.leaves(rows)}
+            frozen = [copied(x) if id(x) in written else x for x in frozen]
             rest, batch, x = others
-            state = _copied(optimizer.init(all_of_it.part(params)))
-            given = (_copied(part), frozen, _copied(rest), state, batch, x, rows)
+            state = copied(optimizer.init(all_of_it.part(params)))
+            given = copied(part), frozen, copied(rest), state, batch, x, rows
             return jax.block_until_ready(given)
 
         self.arguments = arguments
         given, donated = arguments(), (0, 2, 3)
         out = (*(layout_of(given[i]) for i in donated), None, by_row.layout(params, rows))
         traced = jax.jit(step, donate_argnums=donated, out_shardings=out).trace(*given)
-        with unrolled():  # a stack's loop would count once; another function, or JAX traces no more
-            program = jax.make_jaxpr(functools.partial(step, told_rows=rows))(*given[:-1])
+        program = traced.jaxpr
+        if stacks or stacks is None:  # whose loop would count once
+            with unrolled():  # another function, or JAX traces no more
+                program = jax.make_jaxpr(functools.partial(step, told_rows=rows))(*given[:-1])
         written = sum(leaf.size for leaf in jax.tree.leaves(traced.out_info[-1]))
         self._lowered, self.flops = traced.lower(), program_flops(program) + written
         self.held_bytes, self.state_bytes = bytes_held(given), bytes_held(given[3])
-        own = jax.eval_shape(all_of_it.part, params)
-        self.count = sum(leaf.size for leaf in jax.tree.leaves(own))
+        self.count = sum(x.size for x in jax.tree.leaves(jax.eval_shape(all_of_it.part, params)))
 
     def compile(self) -> _Candidate:
         """Compiles the step, and asks for its memory."""

@@ -98,11 +98,10 @@ def by_priority(*, scoring_share: float = 0.1, always: Iterable[int] = (0,)) -> 
         spare = scoring_share * at.budget / at.full * at.steps
         scoring = at.cycle == 0 or math.floor(spare * (at.cycle + 1)) > math.floor(spare * at.cycle)
         # A tenth of a cycle's budget may be left to the cycles after it: 0.2 % of that of 50.
-        cheapest = at.cost(at.at_depths(always) or at.at_depths([0]))
-        left = at.full + (at.steps - 1) * cheapest - at.steps * budget
-        scoring &= left <= 0.1 * at.steps * budget
+        least = at.at_depths(always) or at.at_depths([0])  # the cheapest that trains anything
+        left = at.full + (at.steps - 1) * at.cost(least) - at.steps * budget
+        scoring &= costs.unit != "bytes" and left <= 0.1 * at.steps * budget
         if costs.unit == "bytes":
-            scoring = False
             # What every step takes is no part of the choice, so that the rest is cut finely.
             budget -= costs.floors[0]
             floors = tuple(floor - costs.floors[0] for floor in costs.floors)
@@ -110,12 +109,11 @@ def by_priority(*, scoring_share: float = 0.1, always: Iterable[int] = (0,)) -> 
         if scoring and at.steps > 1:
             budget = max(at.budget * at.steps - at.full, 0.0) / (at.steps - 1)
         worth = np.asarray(priority(values.astype(np.float32), at.update_counts, 1.0))
-        active = at.at_depths(always)
+        active = least
         if (worth > 0).any() and budget > 0:
             must = np.flatnonzero(np.isin(at.slots.depths, always))
             chosen = choose_active(worth, at.slots.depths, costs, budget, always=must)
-            active = frozenset(name for name, on in zip(at.slots.names, chosen, strict=True) if on)
-        active = active or at.at_depths([0])  # the cheapest that trains anything
+            active = frozenset(np.array(at.slots.names)[chosen].tolist()) or least
         return [at.everything if scoring else active] + [active] * (at.steps - 1)
 
     return policy

@@ -204,16 +204,14 @@ def stack(
             lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), (leaves, extra)
         )
         one, consts = jax.closure_convert(layer, *example, x)
-        on = jnp.ones(layers, bool) if active is None else jnp.asarray(active)
-        told, lowest = [tap.rows for tap in taps if tap], None
-        if active is None and not any(isinstance(own, jax.Array) for own in told):
-            lowest = int(np.clip(np.min(np.concatenate([*told, [layers]])), 0, layers))
+        on = np.ones(layers, bool) if active is None else active
+        lowest = [_lowest(on, None if tap is None else tap.rows) for tap in taps]
         whole, parts, rows = [], [], []
         for leaf, tap in zip(leaves, taps, strict=True):
             whole.append(leaf if tap is None else tap.whole)
             parts.append(None if tap is None else tap.part)
             rows.append(None if tap is None else jnp.asarray(tap.rows))
-        y, outs = _partial(one, lowest)(whole, parts, rows, on, extra, x, consts)
+        y, outs = _partial(one, lowest)(whole, parts, rows, jnp.asarray(on), extra, x, consts)
     return (y, outs) if has_aux else y
 
 
@@ -271,8 +269,8 @@ class Stack(nnx.Module):
         return x
 
 
-def _partial(one: Callable[..., Any], lowest_row: int | None) -> Callable[..., Any]:
-    """The stack with its backward pass; ``lowest_row`` of those that have parts, if not traced.
+def _partial(one: Callable[..., Any], lowest_of: list[int | None]) -> Callable[..., Any]:
+    """The stack with its backward pass; ``lowest_of`` each leaf, see `_lowest`.
 
     ``one(leaves, extra, h, *consts) -> (h, out)`` is a layer. The function is ``(whole, parts,
     rows, on, extra, x, consts) -> (y, outs)``: a leaf with a part has its gradient there, one row
@@ -307,18 +305,17 @@ def _partial(one: Callable[..., Any], lowest_row: int | None) -> Callable[..., A
         )
         whole, parts, rows, on, extra, x, consts = unpacked(lambda p: p.value)
         d_whole, d_parts, _, _, d_extra, d_x, d_consts = unpacked(lambda p: p.perturbed)
-        d_each = list(zip(d_parts, d_whole, strict=True))
-        d_weights = [b if a is None else a for a, b in d_each]
+        d_weights = [b if a is None else a for a, b in zip(d_parts, d_whole, strict=True)]
         moved, layers = (d_weights, d_extra, d_consts), len(on)
         trained = _trained(rows, d_weights, on)
         # Layers below the lowest whose pullback is needed run without keeping anything.
         through = any(jax.tree.leaves((d_extra, d_x, d_consts)))
-        lowest = jnp.argmax(jnp.append(trained, True)).astype(jnp.int32)
-        if through:
-            lowest = 0
-        elif lowest_row is not None and all(a is not None or not b for a, b in d_each):
-            lowest = lowest_row
-        base = lowest if isinstance(lowest, int) else 0  # below, nothing is kept
+        own = [at for at, d in zip(lowest_of, d_weights, strict=True) if d]
+        lowest = 0 if through else min((at for at in own if at is not None), default=layers)
+        if not through and None in own:
+            lowest = jnp.argmax(jnp.append(trained, True)).astype(jnp.int32)
+        # Nothing is kept of what is below; there is room for one layer at least.
+        base = min(lowest, layers - 1) if isinstance(lowest, int) else 0
 
         def at(layer: Any) -> Any:
             return _row((whole, extra), layer)
@@ -459,6 +456,14 @@ def _put(tree: Any, layer: Any, new: Any) -> Any:
 def _empty(tree: Any, layers: int) -> Any:
     """Buffers for what every layer makes."""
     return jax.tree.map(lambda like: lax.full((layers, *like.shape), 0, like.dtype), tree)
+
+
+def _lowest(on: Any, rows: Any) -> int | None:
+    """The lowest layer of a leaf that is trained, or how many there are; None if traced."""
+    if isinstance(on, jax.Array) or isinstance(rows, jax.Array):
+        return None
+    own = np.flatnonzero(on) if rows is None else [row for row in rows if on[row]]
+    return int(min(own, default=len(on)))
 
 
 def _trained(rows: list[Any], moved: list[bool], on: jax.Array) -> jax.Array:

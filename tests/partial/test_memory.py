@@ -76,6 +76,18 @@ def by_hand(active, keep=True):
     return held + X.nbytes + beside
 
 
+class Net(nnx.Module):
+    """Layers in a stack, and a head."""
+
+    def __init__(self, layers):
+        rngs = nnx.Rngs(0)
+        self.stack = partial.Stack([nnx.Linear(WIDTH, WIDTH, rngs=rngs) for _ in range(layers)])
+        self.head = nnx.Linear(WIDTH, 1, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.tanh(self.stack(x)))
+
+
 def suffix(k):
     return frozenset(NAMES[-k - 1 :])
 
@@ -158,17 +170,8 @@ def test_costs_that_are_too_low_are_mended_by_what_programs_take(monkeypatch, tm
 
 
 def test_layers_of_a_stack_take_one_program():
-    class Net(nnx.Module):
-        def __init__(self):
-            rngs = nnx.Rngs(0)
-            self.stack = partial.Stack([nnx.Linear(WIDTH, WIDTH, rngs=rngs) for _ in range(6)])
-            self.head = nnx.Linear(WIDTH, 1, rngs=rngs)
-
-        def __call__(self, x):
-            return self.head(self.stack(x))
-
     loss = lambda model, x: jnp.mean(model(x) ** 2)  # noqa: E731
-    one = trained("lisa(1)", model=Net(), loss=loss, memory="1GiB", steps=8)
+    one = trained("lisa(1)", model=Net(6), loss=loss, memory="1GiB", steps=8)
     assert one.get_step_report()["programs"] == 1 and len(sets(one)) > 1
 
 
@@ -252,22 +255,13 @@ def test_memory_is_that_of_one_device():
 
 
 def test_a_suffix_of_a_stack_keeps_what_its_layers_need():
-    class Net(nnx.Module):
-        def __init__(self):
-            rngs = nnx.Rngs(0)
-            self.blocks = partial.Stack([nnx.Linear(WIDTH, WIDTH, rngs=rngs) for _ in range(8)])
-            self.head = nnx.Linear(WIDTH, 1, rngs=rngs)
-
-        def __call__(self, x):
-            return self.head(nnx.tanh(self.blocks(x)))
-
     x = np.ones((2048, WIDTH), np.float32)
 
     def net_loss(model, x):
         return jnp.mean((model(x) - 1) ** 2)
 
     def beside(policy):
-        found = trained(policy, model=Net(), loss=net_loss, batch=x, steps=4)
+        found = trained(policy, model=Net(8), loss=net_loss, batch=x, steps=4)
         (programs,) = found.step._programs.values()
         return max(program.beside for program in programs.values())
 
@@ -275,10 +269,10 @@ def test_a_suffix_of_a_stack_keeps_what_its_layers_need():
     # A layer's inputs are kept for its weight gradient.
     assert taken[3] - taken[1] >= 1.9 * x.nbytes and taken[5] - taken[3] >= 1.9 * x.nbytes
     assert taken[1] < beside("badam(1)") - 5 * x.nbytes
-    planned = partial.plan(Net(), net_loss, x, optax.adam(1e-3), repeats=1)
+    planned = partial.plan(Net(8), net_loss, x, optax.adam(1e-3), repeats=1)
     peaks = {choice.name.split(",")[0]: choice.peak_bytes for choice in planned.choices}
     # A plan holds the state of what is trained alone; a step holds counts of slots as well.
     for k in (1, 3, 5):
-        held = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(Net(), nnx.Param))) + x.nbytes
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(Net(8), nnx.Param))) + x.nbytes
         state = 8 * (k * (WIDTH * WIDTH + WIDTH) + WIDTH + 1)
         assert peaks[f"suffix({k})"] == pytest.approx(held + state + taken[k], rel=0.1)

@@ -243,6 +243,21 @@ class TestRows:
         above = compiled(known | {"embed"})
         assert above.memory_analysis().temp_size_in_bytes - taken >= (layers[0] - 0.1) * x.nbytes
 
+    @pytest.mark.parametrize("layers", SETS)
+    def test_a_mask_that_is_known_keeps_nothing_of_those_below(self, layers):
+        x = jnp.ones((2000, WIDTH))
+
+        def compiled(on):
+            loss = lambda p, on: jnp.sum(partial.stack(block, p, x, on) ** 2)  # noqa: E731
+            known = jax.jit(lambda p: jax.grad(loss)(p, on)).lower(PARAMS).compile()
+            return known, jax.jit(jax.grad(loss)).lower(PARAMS, on).compile()
+
+        known, traced = compiled(mask(layers))
+        whole = jax.grad(lambda p: jnp.sum(by_scan(p, x) ** 2))(PARAMS)
+        assert_rows(known(PARAMS), whole, layers)
+        taken, most = (p.memory_analysis().temp_size_in_bytes for p in (known, traced))
+        assert most - taken >= (min([*layers, LAYERS - 1]) - 0.1) * x.nbytes
+
     @pytest.mark.parametrize(
         "active",
         [{"blocks/w[3]", "blocks/b"}, {"blocks/w[3]", "blocks/b[1]"}, {"blocks/w[3]", "embed"}],
