@@ -61,13 +61,18 @@ def arms(adam: optax.GradientTransformation) -> dict[str, optax.GradientTransfor
 def program(kind: str, tx: optax.GradientTransformation):
     """The jitted program of one arm: `(grads, state, params) -> (updates or params, state)`."""
 
-    def run(grads, state, params):
-        updates, state = tx.update(grads, state, params)
-        if kind == "step":
-            updates = optax.apply_updates(params, updates)
-        return updates, state
+    def update(grads, state, params):
+        return tx.update(grads, state, params)
 
-    return jax.jit(run, donate_argnums=(0, 1) if kind == "update" else (1, 2))
+    # What is donated comes in the order of what is returned: JAX pairs them by shape, and buffers
+    # paired crosswise are copied.
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    if kind == "update":
+        return jax.jit(update, donate_argnums=(0, 1))
+    return jax.jit(step, donate_argnums=(0, 1))
 
 
 def measure(kind: str, names: list[str], repeats: int, shapes: dict) -> dict[str, dict]:

@@ -18,6 +18,14 @@ from priorityprop_jax.core.walk import acts, is_var, parts_of
 _DRAWS = {"random_bits", "random_gamma"}
 _LOOPS = {"scan", "while"}
 _CALLS = {"jit", "pjit", "closed_call", "core_call"}
+# What works number by number: where a choice follows that is the same for all, a compiler's loop
+# does nothing for what is not chosen.
+_ELEMENTWISE = frozenset(
+    "abs add add_any and broadcast_in_dim cbrt clamp convert_element_type copy div eq exp exp2 "
+    "expm1 ge gt imag integer_pow is_finite le log log1p logistic lt max min mul ne neg not or "
+    "pow real reduce_precision reshape rsqrt select_n sign sqrt square squeeze stop_gradient sub "
+    "tanh xor".split()
+)
 # What keeps zeros zeros.
 _MOVES = {"broadcast_in_dim", "convert_element_type", "copy", "neg", "reshape"}
 
@@ -62,14 +70,29 @@ class Cut:
 
         return zero(flat.results[result])
 
-    def part(self, results: Sequence[int], known: Collection[int]) -> Part | None:
+    def value(self, result: int) -> int:
+        """What a result is called among the values."""
+        return self._flat.results[result]
+
+    def numbers(self, known: Collection[int]) -> Part:
+        """All that is made of single numbers, from numbers among the arguments that are known.
+
+        What it gives may be handed to a part, by the values in its ``wanted``.
+        """
+        return self._flat.numbers([] if self._acts else known)
+
+    def part(
+        self, results: Sequence[int], known: Collection[int], given: Collection[int] = ()
+    ) -> Part | None:
         """What gives some results from the arguments that are known; None if they need others.
 
-        A program that does something beside its results is not cut.
+        ``given`` are values that need not be made, see `numbers`. A program that does something
+        beside its results is not cut.
         """
         if self._acts:
             return None
-        part = self._flat.part([self._flat.results[i] for i in results])
+        part = self._flat.part([self._flat.results[i] for i in results], given)
+        known = {*known, *given}
         if part.needed.keys() <= set(known):
             return part
         # An operation of many results, as a branch, may need less for some of them.
@@ -120,18 +143,32 @@ class _Flat:
         self.constants[number := next(self._next)] = value
         return number
 
-    def part(self, wanted: list[int]) -> Part:
+    def numbers(self, known: Collection[int]) -> Part:
+        """What is made of single numbers alone; see `Cut.numbers`."""
+        found, operations = {*known}, []
+        for operation in self.operations:
+            eqn, operands, results = operation
+            follows = found & {*operands} and {*operands} <= found | self.constants.keys()
+            single = all(np.ndim(x.aval) == 0 for x in (*eqn.invars, *eqn.outvars))
+            if follows and single and _is_elementwise(eqn):
+                operations.append(operation)
+                found |= {*results}
+        made = [x for *_, results in operations for x in results]
+        return Part(operations, {i: i for i in known}, self.constants, made)
+
+    def part(self, wanted: list[int], given: Collection[int]) -> Part:
         """What gives some values."""
-        found, todo = set[int](), list(wanted)
+        found, todo, given = set[int](), list(wanted), {*given}
         while todo:
-            n = self.makers.get(todo.pop())
+            n = None if (x := todo.pop()) in given else self.makers.get(x)
             if n is not None and n not in found:
                 found.add(n)
                 todo += self.operations[n][1]
         operations = [self.operations[n] for n in sorted(found)]
         read = {*wanted, *(x for _, operands, _ in operations for x in operands)}
         constants = {x: self.constants[x] for x in read & self.constants.keys()}
-        return Part(operations, {i: i for i in self.arguments if i in read}, constants, wanted)
+        needed = {i: i for i in (*self.arguments, *sorted(given)) if i in read}
+        return Part(operations, needed, constants, wanted)
 
     def whole(self, numbers: Sequence[int]) -> Part:
         """All of it, its arguments called by other numbers."""
@@ -147,18 +184,37 @@ class Part(NamedTuple):
     constants: Mapping[int, Any]
     wanted: Sequence[int]
 
-    def run(self, args: Mapping[int, Any], stream: Any = None) -> list[Any]:
+    def is_elementwise(self) -> bool:
+        """Whether it works number by number."""
+        return all(_is_elementwise(eqn) for eqn, *_ in self.operations)
+
+    def run(
+        self,
+        args: Mapping[int, Any],
+        stream: Any = None,
+        instead: Mapping[int, Callable[[Any], Any]] | None = None,
+    ) -> list[Any]:
         """The results, of arguments by their number.
 
         ``stream``, a whole number that may be traced, sets apart what random numbers are drawn: 0
-        draws those of the program itself.
+        draws those of the program itself. ``instead``, by the place among the results, makes of a
+        result what is read in its place by all that comes after it.
         """
+        change = {self.wanted[i]: function for i, function in (instead or {}).items()}
         values = dict(self.constants) | {x: args[i] for i, x in self.needed.items()}
         for eqn, operands, made in self.operations:
             own, apart = [values[x] for x in operands], stream is not None and _draws(eqn)
             results = _apart(eqn, own, stream) if apart else bind(eqn, own)
-            values.update(zip(made, results, strict=True))
+            for x, value in zip(made, results, strict=True):
+                values[x] = change[x](value) if x in change else value
         return [values[x] for x in self.wanted]
+
+
+def _is_elementwise(eqn: Any) -> bool:
+    """Whether an equation works number by number."""
+    if eqn.primitive.name in _CALLS:
+        return all(_is_elementwise(inner) for part in parts_of(eqn) for inner in part.jaxpr.eqns)
+    return eqn.primitive.name in _ELEMENTWISE
 
 
 def _draws(eqn: Any) -> bool:

@@ -67,6 +67,23 @@ def _multiply_divide(a: jax.Array, b: _U64, c: _U64) -> tuple[jax.Array, _U64]:
     return quotient.astype(jnp.int32), remainder
 
 
+def _sums_from(x: _U64) -> _U64:
+    """The sum of every number ``[slots]`` and all that follow it.
+
+    A round adds what stands twice as far behind as the round before: a loop of few operations,
+    where a scan of unrolled rounds is most of what `allocate` would take to compile.
+    """
+    slots = len(x.lo)
+
+    def body(k, sums):
+        behind = lambda x: lax.dynamic_slice(  # noqa: E731
+            jnp.append(x, jnp.zeros_like(x)), (jnp.left_shift(1, k),), (slots,)
+        )
+        return _add(sums, _U64(*map(behind, sums)))
+
+    return lax.fori_loop(0, (slots - 1).bit_length(), body, x)
+
+
 def _weights(priorities: jax.Array) -> _U64:
     """The priorities as integers: the largest one leads with bit 39, what is below bit 0 goes."""
     bits = lax.bitcast_convert_type(priorities, jnp.uint32)
@@ -169,7 +186,7 @@ def _allocate(priorities, budget, min_updates, max_updates):
 
     # Slot k is full if it would be with all slots before it full. The full slots come first, as
     # filling one raises the share of all the rest.
-    sums = lax.associative_scan(_add, weights, reverse=True)
+    sums = _sums_from(weights)
     sums = _select((sums.hi | sums.lo) == 0, one, sums)
     rest = jnp.where(index <= rounds, left - jnp.minimum(index, rounds) * cap, 0)
     share, _ = _multiply_divide(rest, weights, sums)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -70,6 +70,57 @@ class OneSlot:
         state = zip(sorted(mine), results[len(grads) :], strict=True)
         return results[: len(grads)], {i: like(jnp.asarray(x), mine[i]) for i, x in state}
 
+    def numbers(self, shared: Mapping[int, jax.Array]) -> Mapping[int, jax.Array] | None:
+        """What follows for every slot from its shared state alone, ``[slots]`` each, by its value.
+
+        None where some of that state follows from more.
+        """
+        count = len(self._grads)
+        part = self._whole.numbers([count + i for i in (*shared, *self._fixed)])
+        if not {self._whole.value(count + i) for i in shared} <= {*part.wanted}:
+            return None
+        places = lambda own: {count + i: x for i, x in (own | self._fixed).items()}  # noqa: E731
+        vectors = jax.vmap(lambda own: part.run(places(own)))(dict(shared)) if shared else []
+        return dict(zip(part.wanted, vectors, strict=bool(shared)))
+
+    def shared_after(self, i: int, numbers: Mapping[int, jax.Array]) -> jax.Array:
+        """A leaf of the shared state of all slots, each after an update."""
+        return numbers[self._whole.value(len(self._grads) + i)]
+
+    def choosable(self, bundle: Bundle, numbers: Collection[int]) -> Part | None:
+        """The update of a slot for `choose`; None where it does not work number by number."""
+        results, places = self._numbers(bundle)
+        shared = {len(self._grads) + i for i in self._per_slot.shared}
+        part = self._whole.part([i for i in results if i not in shared], places, numbers)
+        return part if part is not None and part.is_elementwise() else None
+
+    def choose(
+        self,
+        bundle: Bundle,
+        part: Part,
+        on: jax.Array,
+        numbers: Mapping[int, jax.Array],
+        grads: Sequence[jax.Array],
+        params: Sequence[jax.Array] | None,
+        own: dict[int, jax.Array],
+    ) -> tuple[list[jax.Array], dict[int, jax.Array]]:
+        """As `run`, but where ``on`` does not hold the updates are zeros and the state stays.
+
+        All is computed of the chosen state, so that state and parameters change in place, in as few
+        loops as those of all slots at once; and of a loop whose choice is one for all of it a
+        compiler leaves out the work where nothing is chosen.
+        """
+        count, after = len(self._grads), len(self._grads) + len(self._state)
+        args = dict(numbers) | {count + i: x for i, x in (own | self._fixed).items()}
+        args |= zip(bundle.leaves, grads, strict=True)
+        args |= zip((after + i for i in bundle.leaves), params or (), strict=params is not None)
+        held = sorted(own)
+        instead = {len(grads) + n: functools.partial(_or, on, own[i]) for n, i in enumerate(held)}
+        found = part.run(args, instead=instead)
+        updates = [jnp.where(on, u, jnp.zeros_like(u)) for u in found[: len(grads)]]
+        state = zip(held, found[len(grads) :], strict=True)
+        return updates, {i: like(jnp.asarray(x), own[i]) for i, x in state}
+
     def is_frozen(self, bundle: Bundle) -> bool:
         """Whether the updates of these slots are zeros whatever the gradients, as by a label."""
         return all(map(self._whole.is_zero, bundle.leaves))
@@ -123,6 +174,10 @@ def frozen_slots(per_slot: PerSlot) -> int:
         return sum(bundle.slots for bundle in per_slot.slots.bundles if one.is_frozen(bundle))
     except Exception:
         return 0
+
+
+def _or(on: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+    return jnp.where(on, new, old.astype(new.dtype))
 
 
 def _types(leaves: Sequence[Any], axes: dict[int, int], otherwise: Sequence[Any]) -> list[Any]:

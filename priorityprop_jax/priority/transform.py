@@ -410,7 +410,10 @@ def _plan(
         budget = jnp.asarray(options.budget(budget, len(sharing)), jnp.int32)
         least = jnp.asarray(times(options.min_updates, len(sharing)), jnp.int32)
         own = priorities if len(sharing) == len(slots) else priorities[sharing]
-        allocation = allocate(own, budget, options.min_updates, options.max_updates)
+        if options.is_full():
+            allocation = jnp.full(len(sharing), options.max_updates, jnp.int32)
+        else:
+            allocation = allocate(own, budget, options.min_updates, options.max_updates)
         if len(sharing) < len(slots):
             allocation = jnp.zeros(len(slots), jnp.int32).at[sharing].set(allocation)
         clamped = (budget < least) | (jnp.sum(allocation) < budget)
