@@ -6,7 +6,8 @@ never sees. Arms are those of `benchmarks.speed.muon`, each in several numbers o
 
 - `python -m benchmarks.muon_learning tune --width 128`: three rates on seed 0, and more by factors
   of two until the best has a worse one on either side.
-- `python -m benchmarks.muon_learning learn --width 128`: each arm's best rate, on seeds 1 to 5.
+- `python -m benchmarks.muon_learning learn --width 128`: each arm's best rate, on seeds 1 to 5;
+  longer runs where shorter ones don't reach the target.
 - `python -m benchmarks.muon_learning report`: the target is the median loss of NAdam in `TARGET`
   steps. The steps that an arm needs to it lie between the two lengths on either side, by a straight
   line over the logarithm of steps; its time is those steps times the milliseconds of a step that
@@ -116,13 +117,31 @@ def run(width: int, what: str) -> None:
         while what == "tune" and (rates := tuned(lines(), width, arm)[1]):
             for rate in rates:
                 run_one(made, width, arm, steps, rate, 0)
-    for seed in SEEDS if what == "learn" else ():
-        for arm, lengths in STEPS.items():
-            rate, missing = tuned(lines(), width, arm)
-            if missing:
-                raise SystemExit(f"{arm} is not tuned at width {width}: run tune first")
-            for steps in lengths:
+    for arm, lengths in STEPS.items() if what == "learn" else ():
+        rate, missing = tuned(lines(), width, arm)
+        if missing:
+            raise SystemExit(f"{arm} is not tuned at width {width}: run tune first")
+        for seed, steps in itertools.product(SEEDS, lengths):
+            if not has_arrived(lines(), width, arm, steps, seed):
                 run_one(made, width, arm, steps, rate, seed)
+
+
+def target_of(done: list[dict], width: int) -> float | None:
+    """The median loss of NAdam; None before all its seeds are run."""
+    found = [
+        run["loss"] for run in done if run["seed"]
+        and (run["width"], run["arm"], run["steps"]) == (width, "nadam", TARGET)
+    ]  # fmt: skip
+    return median(found) if len(found) == len(SEEDS) else None
+
+
+def has_arrived(done: list[dict], width: int, arm: str, steps: int, seed: int) -> bool:
+    """Whether a run of fewer steps is at the target already, so that a longer one tells nothing."""
+    target = target_of(done, width)
+    key = {"width": width, "arm": arm, "seed": seed}
+    return target is not None and any(
+        run["loss"] <= target for run in done if key.items() <= run.items() and run["steps"] < steps
+    )
 
 
 def steps_to(target: float, losses: dict[int, float]) -> float | None:
@@ -146,10 +165,9 @@ def report() -> dict[str, Any]:
     for result in steps["results"]:
         width, seconds = result["width"], {}
         runs = [run for run in done if run["width"] == width and run["seed"]]
-        ends = [run["loss"] for run in runs if (run["arm"], run["steps"]) == ("nadam", TARGET)]
-        if len(ends) < len(SEEDS):
+        target, entries = target_of(done, width), {}
+        if target is None or len({(run["arm"], run["seed"]) for run in runs}) < 3 * len(SEEDS):
             continue
-        target, entries = median(ends), {}
         for arm in STEPS:
             losses: dict[int, dict[int, float]] = {seed: {} for seed in SEEDS}
             for run in runs:
