@@ -41,7 +41,8 @@ FOLDER = RESULTS / "muon"
 TARGET = 600
 RATES = (3e-3, 6e-3, 1.2e-2)
 TUNED_AT = {"nadam": TARGET, "budget 1": 400, "budget 1/4": 400}
-STEPS = {"nadam": (TARGET,), "budget 1": (300, 400), "budget 1/4": (300, 400, 500)}
+SHORT = (200, 250, 300, 400)
+STEPS = {"nadam": (TARGET,), "budget 1": SHORT, "budget 1/4": (*SHORT, 500)}
 SEEDS = (1, 2, 3, 4, 5)
 
 
@@ -166,7 +167,8 @@ def report() -> dict[str, Any]:
         width, seconds = result["width"], {}
         runs = [run for run in done if run["width"] == width and run["seed"]]
         target, entries = target_of(done, width), {}
-        if target is None or len({(run["arm"], run["seed"]) for run in runs}) < 3 * len(SEEDS):
+        begun = {(run["arm"], run["seed"]) for run in runs}
+        if target is None or len(begun) < len(STEPS) * len(SEEDS):
             continue
         for arm in STEPS:
             losses: dict[int, dict[int, float]] = {seed: {} for seed in SEEDS}
