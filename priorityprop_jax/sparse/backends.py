@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple, Protocol
 
-import jax
 import jax.numpy as jnp
 
 from priorityprop_jax.sparse import csr, masked, native
@@ -86,7 +85,7 @@ def sparse_backend(
       >>> sparse.sparse_backend(sparse.make_pattern(np.ones((4, 4))), platform="cpu").name
       'masked'
     """
-    platform = platform or _platform()
+    platform = platform or native.platform()
     kept = 0.0 if pattern is None else pattern.capacity / max(math.prod(pattern.shape), 1)
     if platform != "cpu":
         return Backend("masked", f"single values are no work for a {platform}: dense is faster")
@@ -128,16 +127,9 @@ def choose_backend(
         raise ValueError("the backend 'csr' has no convolutions: use 'masked', or leave it out")
     if asked == "native":
         available, status = native.native_status()
-        if not available or _platform() != "cpu":
-            why = f"{status}, on {_platform()}"
+        if not available or native.platform() != "cpu":
+            why = f"{status}, on {native.platform()}"
             raise ValueError(f"the backend 'native' cannot be used here: {why}")
         if jnp.dtype(dtype).itemsize > 4:
             raise ValueError(f"the backend 'native' multiplies in float32, not in {dtype}")
     return asked
-
-
-def _platform() -> str:
-    device: Any = jax.config.jax_default_device  # type: ignore[attr-defined]
-    if device is None:
-        return jax.default_backend()
-    return device if isinstance(device, str) else device.platform

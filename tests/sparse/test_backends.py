@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from priorityprop_jax.sparse import backends, native
+from priorityprop_jax.sparse import native
 from priorityprop_jax.sparse.backends import choose_backend, sparse_backend
 from priorityprop_jax.sparse.pattern import ConvGeometry, make_pattern
 
@@ -102,7 +102,7 @@ def test_native_where_there_is_none(without_native):
 
 
 def test_native_on_another_platform(with_native, monkeypatch):
-    monkeypatch.setattr(backends, "_platform", lambda: "gpu")
+    monkeypatch.setattr(native, "platform", lambda: "gpu")
     with pytest.raises(ValueError, match="cannot be used here: AVX-9 kernels, on gpu"):
         choose_backend("native", kept(0.1), np.dtype(np.float32), None, (2, 4))
     assert choose_backend(None, kept(0.1), np.dtype(np.float32), None, (2, 4)) == "masked"

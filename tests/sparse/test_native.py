@@ -12,6 +12,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from priorityprop_jax.core import native as core_native
 from priorityprop_jax.core.program import program_flops
 from priorityprop_jax.sparse import native
 from priorityprop_jax.sparse.functional import sparse_linear
@@ -25,11 +26,12 @@ NAMES = ["avx512", "avx2", "base"]
 @pytest.fixture(params=NAMES)
 def instruction_set(request, monkeypatch):
     """Has the kernels of one instruction set used."""
-    paths = native._installed()
-    if request.param not in paths or not native._can_run(paths, request.param):
+    paths = core_native._installed()
+    if request.param not in paths or not core_native._can_run(paths, request.param):
         pytest.skip(f"{request.param} was not built, or does not run here")
-    native._load(request.param)
-    monkeypatch.setattr(native, "_load_best", lambda: native._Library(request.param, "forced"))
+    monkeypatch.setattr(
+        core_native, "_load_best", lambda: core_native._Library(request.param, "forced")
+    )
 
 
 def random_case(outs, ins, batch, density, *, spare=3, seed=0):
@@ -244,29 +246,29 @@ def test_no_memory_is_an_error_and_not_an_end(geometry):
 
 
 def test_status_says_why_there_is_none(monkeypatch):
-    load = native._load_best.__wrapped__
+    load = core_native._load_best.__wrapped__
     if AVAILABLE:
-        monkeypatch.setattr(native, "_running_version", lambda: 2)
+        monkeypatch.setattr(core_native, "_running_version", lambda: 2)
         assert "FFI version" in load().status and load().name is None
-        monkeypatch.setattr(native, "_running_version", lambda: None)
+        monkeypatch.setattr(core_native, "_running_version", lambda: None)
         assert "no headers" in load().status and load().name is None
-        monkeypatch.setattr(native, "_running_version", lambda: 999)
-        monkeypatch.setattr(native, "_can_run", lambda paths, name: name == "base")
+        monkeypatch.setattr(core_native, "_running_version", lambda: 999)
+        monkeypatch.setattr(core_native, "_can_run", lambda paths, name: name == "base")
         assert load() == ("base", "baseline kernels")
-    monkeypatch.setattr(native, "_installed", dict)
+    monkeypatch.setattr(core_native, "_installed", dict)
     assert "compiler" in load().status and load().name is None
-    monkeypatch.setattr(native, "_load_best", load)
+    monkeypatch.setattr(core_native, "_load_best", load)
     _, pattern, values, x, _ = random_case(6, 8, 5, 0.5)
     with pytest.raises(RuntimeError, match="compiler"):
         native.forward(values, pattern, x)
 
 
 def test_a_library_that_cannot_be_loaded_falls_back_with_one_warning(monkeypatch, tmp_path):
-    load = native._load_best.__wrapped__
+    load = core_native._load_best.__wrapped__
     broken = tmp_path / "_priorityprop_base.so"
     broken.write_bytes(b"no library")
-    monkeypatch.setattr(native, "_installed", lambda: {"base": broken})
-    monkeypatch.setattr(native, "_load_best", functools.cache(load))
+    monkeypatch.setattr(core_native, "_installed", lambda: {"base": broken})
+    monkeypatch.setattr(core_native, "_load_best", functools.cache(load))
     with pytest.warns(RuntimeWarning, match="cannot be loaded") as warned:
         for _ in range(3):
             available, why = native.native_status()
@@ -279,11 +281,11 @@ def test_a_library_that_cannot_be_loaded_falls_back_with_one_warning(monkeypatch
 
 @needs_native
 def test_a_library_of_other_sources_is_not_used(monkeypatch):
-    monkeypatch.setattr(native, "_INTERFACE", 1)
-    assert native._load_best.__wrapped__().name is None
-    assert "other sources" in native._load_best.__wrapped__().status
+    monkeypatch.setattr(core_native, "_INTERFACE", 1)
+    assert core_native._load_best.__wrapped__().name is None
+    assert "other sources" in core_native._load_best.__wrapped__().status
 
 
 def test_version_of_this_jaxlib_is_known():
-    version = native._running_version()
+    version = core_native._running_version()
     assert version is not None and version >= 3
