@@ -19,7 +19,7 @@ from jax.custom_batching import custom_vmap as custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning as custom_partitioning
 from jax.extend import core
 from jax.extend.random import define_prng_impl
-from jax.interpreters import partial_eval
+from jax.interpreters import mlir, partial_eval
 
 _MOST = 2**31 - 1
 
@@ -88,6 +88,35 @@ def spec_of(x: Any) -> Any:
 def no_mesh() -> contextlib.AbstractContextManager[Any]:
     """Where no mesh is set, as inside of a rule of `custom_partitioning`, which one device runs."""
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+
+
+def here_or(native: Callable[..., Any], portable: Callable[..., Any]) -> Callable[..., list[Any]]:
+    """A function that is ``native`` in a program compiled for the CPU here, else ``portable``.
+
+    Both take the same arrays, and give lists of results of the same types. What `jax.export` writes
+    down runs on other machines, and on which platforms it does is known no sooner than this.
+    """
+
+    def run(*args: Any) -> list[Any]:
+        jaxpr = jax.make_jaxpr(native)(*args)
+        # Not as a program, which would be counted as one that runs.
+        return _here.bind(*args, native=jaxpr, portable=lambda: portable)
+
+    return run
+
+
+def _lower_here(ctx: Any, *args: Any, native: Any, portable: Any) -> Any:
+    module = ctx.module_context
+    here = tuple(module.platforms) == ("cpu",) and not module.lowering_parameters.for_export
+    function = core.jaxpr_as_fun(native) if here else portable()
+    return mlir.lower_fun(function, multiple_results=True)(ctx, *args)
+
+
+_here = core.Primitive("here_or_portable")
+_here.multiple_results = True
+_here.def_impl(lambda *args, native, **_: core.jaxpr_as_fun(native)(*args))
+_here.def_abstract_eval(lambda *_, native, **__: native.out_avals)
+mlir.register_lowering(_here, _lower_here)
 
 
 def current_trace() -> Any:

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from priorityprop_jax.core.fragile import zeros
+from priorityprop_jax.rnn import native
 from priorityprop_jax.rnn.recurrent import (
     GRUParams,
     LSTMParams,
     absorb,
     in_turn,
     plus,
+    run,
     run_cell,
     through_step,
     to_state,
@@ -118,8 +120,11 @@ def highway_rnn(
     inputs follow from the last w by one product each.
 
     With ``iterations=None`` the gradient is exact, found in one scan backward without any
-    gradient of a kernel in it: these are products over all steps. A guard ends rounds that diverge
-    as in `highway_scan`: one whose correction is larger than the last one's is taken back.
+    gradient of a kernel in it: these are products over all steps. On a CPU native kernels run an
+    LSTM in float32 from step to step, where the installation has them.
+
+    A guard ends rounds that diverge as in `highway_scan`: one whose correction is larger than the
+    last one's is taken back.
 
     Args:
       params: `LSTMParams` or `GRUParams`; kernels ``(out, in)``.
@@ -171,6 +176,7 @@ def highway_rnn(
         hoist=jax.default_backend() != "cpu" or isinstance(rows, int) and rows <= HOIST_ROWS,
         adjoint=None if iterations is None else _Highway(iterations, tol),
         probe=probe,
+        inner=native.run if iterations is None else run,
     )
 
 

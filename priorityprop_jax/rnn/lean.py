@@ -12,6 +12,7 @@ from flax import nnx
 from flax.linen.dtypes import promote_dtype
 
 from priorityprop_jax.core.modules import check_module, walk
+from priorityprop_jax.rnn import native
 from priorityprop_jax.rnn.fused import (
     FusedRNN,
     joined,
@@ -25,14 +26,18 @@ from priorityprop_jax.rnn.highway import check_probe, highway_rnn
 from priorityprop_jax.rnn.rounds import check_iterations
 
 # On a CPU with more rows than this in a step its product keeps the cores busy, and what the lean
-# backward pass stores for each step costs more time than it saves: see benchmarks/highway.py.
+# backward pass stores for each step costs more time than it saves: see benchmarks/highway.py. Where
+# native kernels run it, they are sooner with any number of rows.
 _MOST_ROWS = 64
+_LSTMS = (nnx.OptimizedLSTMCell, nnx.LSTMCell, nn.OptimizedLSTMCell, nn.LSTMCell)
 
 
-def _too_many(rows: Any, iterations: int | None) -> bool:
+def _too_many(cell: Any, rows: Any, iterations: int | None) -> bool:
     known = isinstance(rows, int)  # and not of a symbolic shape, as `jax.export` has them
-    few = not known or rows <= _MOST_ROWS
-    return iterations is None and not few and jax.default_backend() == "cpu"
+    if iterations is not None or not known or rows <= _MOST_ROWS or jax.default_backend() != "cpu":
+        return False
+    kernels = isinstance(cell, _LSTMS) and (cell.dtype or cell.param_dtype) == jnp.float32
+    return not (kernels and native.are_here())
 
 
 class LeanRNN(FusedRNN):
@@ -45,7 +50,8 @@ class LeanRNN(FusedRNN):
     def left_alone(self, rows, probe=None, **more):
         """See `FusedRNN.left_alone`."""
         check_probe(probe)  # of its report there is nothing but zeros where autodiff runs
-        return super().left_alone(rows, **more) or _too_many(rows, self.lean_iterations)
+        many = _too_many(self.cell, rows, self.lean_iterations)
+        return super().left_alone(rows, **more) or many
 
     def run(self, params, carry, xs, all_carries, per_gate, probe=None):
         """See `FusedRNN.run`."""
@@ -59,8 +65,10 @@ def lean_rnn(model: nnx.Module, *, iterations: int | None = None, tol: float | N
 
     By default gradients are exact to rounding: the automatic derivative of a scan adds to the
     gradients of the kernels at every step, this backward pass makes each of them by one product
-    over all steps. On a CPU it is left to autodiff where a step has more than 64 rows, as that is
-    no slower. With ``iterations`` it is that of `highway_rnn`, approximate, all steps at once.
+    over all steps. On a CPU native kernels run an LSTM in float32 from step to step, forward and
+    backward, where the installation has them. What they do not run is left to autodiff there where
+    a step has more than 64 rows, as that is no slower. With ``iterations`` the backward pass is
+    that of `highway_rnn`, approximate, all steps at once.
 
     Values are the plain RNN's to rounding, parameters and their paths the same; masks by
     ``seq_lengths`` and all other options of the module hold. A call takes one argument more,
@@ -176,7 +184,7 @@ class LinenLeanRNN(nn.RNN, kw_only=True):
         )
         options["seq_lengths"] = seq_lengths
         shape = shape_of_step(inputs, options["time_major"])
-        if self.is_initializing() or _too_many(math.prod(shape[:-1]), self.iterations):
+        if self.is_initializing() or _too_many(cell, math.prod(shape[:-1]), self.iterations):
             return super().__call__(
                 inputs, initial_carry=initial_carry, init_key=init_key, **options
             )

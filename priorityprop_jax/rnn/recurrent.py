@@ -126,7 +126,8 @@ _CELLS: dict[type, _Cell] = {
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(options, params, carry, xs, probe):
+def run(options, params, carry, xs, probe):
+    """The last carry, h of all steps and, if asked for, c of all steps; the batch is one axis."""
     return _forward(options, False, params, carry, xs)[0]
 
 
@@ -267,8 +268,8 @@ def _run_bwd(options, residuals, cotangents):
             dbias = jnp.concatenate([dbias, extra])
         dinput, dstate = dinput.astype(kernels[0].dtype), dstate.astype(kernels[1].dtype)
         dkernels = [
-            _outer(dinput, flat(xs).astype(kernels[0].dtype), wide[0]),
-            _outer(dstate, flat(before).astype(kernels[1].dtype), wide[1]),
+            over_steps(dinput, xs.astype(kernels[0].dtype), wide[0]),
+            over_steps(dstate, before.astype(kernels[1].dtype), wide[1]),
         ]
         dxs = jnp.dot(dinput, kernels[0]).reshape(xs.shape)
     else:
@@ -290,7 +291,7 @@ def _run_bwd(options, residuals, cotangents):
     return dparams, dcarry, dxs.astype(xs.dtype), dprobe
 
 
-_run.defvjp(_run_fwd, _run_bwd)
+run.defvjp(_run_fwd, _run_bwd)
 
 
 def _take(blocks: jax.Array, which: tuple[int, ...]) -> jax.Array:
@@ -301,6 +302,12 @@ def _take(blocks: jax.Array, which: tuple[int, ...]) -> jax.Array:
 def _outer(d: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
     """``d^T x`` over rows ``[rows, features]``, summed in ``dtype``."""
     return lax.dot_general(d, x, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
+
+
+def over_steps(d: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
+    """``d^T x`` over all rows of all steps ``[..., features]``, summed in ``dtype``."""
+    d, x = (flat.reshape(-1, flat.shape[-1]) for flat in (d, x))
+    return _outer(x, d, dtype).T  # sooner on a CPU, and as Flax has its kernels
 
 
 def run_cell(
@@ -315,6 +322,7 @@ def run_cell(
     hoist: bool = False,
     adjoint: Callable[..., Any] | None = None,
     probe: jax.Array | None = None,
+    inner: Callable[..., Any] = run,
 ) -> tuple[Any, ...]:
     r"""Runs the cell that the type of ``params`` chooses; `highway_rnn` has the formulas.
 
@@ -328,7 +336,7 @@ def run_cell(
     With ``hoist`` the product with the input is one over all steps, and rounds otherwise; with
     ``per_gate`` there is a product for each gate, as in cells with a layer for each gate. With all
     columns the gradient is exact, and ``adjoint`` may stand in for the recursion backward, which
-    writes its report into the gradient of ``probe``.
+    writes its report into the gradient of ``probe``; ``inner`` may stand in for `run`.
     """
     if type(params) not in _CELLS:
         raise TypeError(
@@ -357,10 +365,10 @@ def run_cell(
     rows = math.prod(batch)
     probe = jnp.zeros(3) if probe is None else probe
 
-    def run(params, state, xs, probe):
+    def on_rows(params, state, xs, probe):
         flat = tuple(x.reshape(rows, width) for x in state)
         arrays = vary_alike((params, flat, xs.reshape(steps, rows, xs.shape[-1]), probe))
-        final, hs, others = _run(options, *arrays)  # type: ignore[misc]
+        final, hs, others = inner(options, *arrays)
         final = tuple(x.reshape(shape) for x in final)
         return final, tuple(x.reshape(steps, *shape) for x in (*others, hs))
 
@@ -369,7 +377,7 @@ def run_cell(
         outputs = [jax.P(time, *over_batch, None)] * (len(state) if all_carries else 1)
         return (jax.P(*over_batch, None),) * len(state), tuple(outputs)
 
-    final, carries = laid_out(run, results)(params, state, xs, probe)
+    final, carries = laid_out(on_rows, results)(params, state, xs, probe)
     hs = carries[-1]
     if cell.name != "lstm":
         (final,), (carries,) = final, carries

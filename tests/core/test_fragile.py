@@ -97,6 +97,20 @@ def test_explicit_axes():
     np.testing.assert_array_equal(gather(jnp.arange(8.0), jnp.array([7])), [7])
 
 
+def test_what_is_compiled_here():
+    either = fragile.here_or(lambda x: [x + 1, 2 * x], lambda x: [x + 10, x])
+    step = jax.jit(lambda x: either(x))
+    x = jnp.ones(3)
+    for found in (either(x), step(x)):
+        assert [y[0] for y in found] == [2, 2], "programs for the CPU here do not have its kernels"
+    for platforms in (None, ("cpu",), ("cpu", "tpu")):
+        found = jax.export.export(step, platforms=platforms)(x).call(x)
+        broken = "programs that are exported have kernels of this machine: for_export"
+        assert [y[0] for y in found] == [11, 1], broken
+    elsewhere = step.trace(x).lower(lowering_platforms=("tpu",)).as_text()
+    assert "10.0" in elsewhere or "1.000000e+01" in elsewhere, "ModuleContext.platforms"
+
+
 def test_no_mesh():
     with jax.set_mesh(mesh(AxisType.Explicit)), fragile.no_mesh():
         found = jax.sharding.get_abstract_mesh()

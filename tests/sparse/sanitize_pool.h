@@ -29,6 +29,7 @@ void* operator new(std::size_t size, std::align_val_t align) {
 void operator delete(void* memory) noexcept { std::free(memory); }
 void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
 
 // Calls a kernel, which returns what is wrong, with ever more memory; tells whether no memory was an
 // error each time, at least once, and with enough of it all is well again.

@@ -56,7 +56,7 @@ def skip_without(kinds, folder):
 
 
 @pytest.mark.parametrize("kinds", [MEMORY, THREADS])
-@pytest.mark.parametrize("driver", ["linear", "conv"])
+@pytest.mark.parametrize("driver", ["linear", "conv", "lstm"])
 def test_kernels_are_clean(driver, kinds, tmp_path):
     skip_without(kinds, tmp_path)
     # Few of the variants that differ only in how often a loop is unrolled, for a quick build.
@@ -88,7 +88,11 @@ def test_the_path_from_python_is_clean(tmp_path):
         for name in ("asan", "ubsan")
     ]
     tests = [f"tests/sparse/test_native{more}.py" for more in ("", "_conv")]
-    tests += ["-k", "not no_memory"]  # which ends a sanitizer itself; the drivers above have it
+    tests += [
+        "tests/rnn/test_native.py",
+        "-k",
+        "not no_memory",
+    ]  # which ends a sanitizer itself; the drivers above have it
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *tests],
         env={

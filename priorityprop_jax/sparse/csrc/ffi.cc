@@ -4,6 +4,7 @@
 
 #include "conv.h"
 #include "linear.h"
+#include "lstm.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -130,6 +131,65 @@ ffi::Error conv_backward_call(ffi::ThreadPool pool, Floats values, Indices row_s
   });
 }
 
+constexpr const char* kBadStates = "the shapes of an LSTM do not fit together";
+
+bool lstm_shape(const ffi::AnyBuffer::Dimensions& gates, const Floats& kernel, LstmShape& shape) {
+  if (gates.size() != 3 || gates[2] % 4 != 0) return false;
+  shape = {gates[0], gates[1], gates[2] / 4};
+  return shape.steps > 0 && is_matrix(kernel.dimensions(), shape.width, 4 * shape.width);
+}
+
+template <class Buffer>
+bool has(int64_t entries, Buffer& buffer) {
+  return static_cast<int64_t>(buffer.element_count()) == entries;
+}
+
+ffi::Error lstm_forward_call(ffi::ThreadPool pool, Floats inputs, Floats kernel, Floats bias,
+                             Floats c0, Floats h0, FloatsOut gates, FloatsOut cs, FloatsOut hs) {
+  LstmShape shape;
+  const bool fits = lstm_shape(inputs.dimensions(), kernel, shape);
+  const int64_t one = shape.entries(), all = shape.steps * one;
+  if (!fits || !has(4 * shape.width, bias) || !has(one, c0) || !has(one, h0) || !has(all, *cs) ||
+      !has(all, *hs) || (gates->element_count() != 0 && !has(4 * all, *gates))) {
+    return result(kBadStates);
+  }
+  const LstmForward arrays{inputs.typed_data(),
+                           kernel.typed_data(),
+                           bias.typed_data(),
+                           c0.typed_data(),
+                           h0.typed_data(),
+                           wanted(gates, gates->element_count() != 0),
+                           cs->typed_data(),
+                           hs->typed_data()};
+  return run([&] { return lstm_forward(pool, shape, arrays); });
+}
+
+ffi::Error lstm_backward_call(ffi::ThreadPool pool, Floats gates, Floats cs, Floats kernel,
+                              Floats c0, Floats dcs, Floats dhs, Floats dc, Floats dh,
+                              FloatsOut dgates, FloatsOut dbias, FloatsOut dc0, FloatsOut dh0) {
+  LstmShape shape;
+  const bool fits = lstm_shape(gates.dimensions(), kernel, shape);
+  const int64_t one = shape.entries(), all = shape.steps * one;
+  if (!fits || !has(all, cs) || !has(one, c0) || (dcs.element_count() != 0 && !has(all, dcs)) ||
+      !has(all, dhs) || !has(one, dc) || !has(one, dh) || !has(4 * all, *dgates) ||
+      !has(4 * one, *dbias) || !has(one, *dc0) || !has(one, *dh0)) {
+    return result(kBadStates);
+  }
+  const LstmBackward arrays{gates.typed_data(),
+                            cs.typed_data(),
+                            kernel.typed_data(),
+                            c0.typed_data(),
+                            dcs.element_count() != 0 ? dcs.typed_data() : nullptr,
+                            dhs.typed_data(),
+                            dc.typed_data(),
+                            dh.typed_data(),
+                            dgates->typed_data(),
+                            dbias->typed_data(),
+                            dc0->typed_data(),
+                            dh0->typed_data()};
+  return run([&] { return lstm_backward(pool, shape, arrays); });
+}
+
 }  // namespace
 }  // inline namespace PRIORITYPROP_ISA
 }  // namespace priorityprop
@@ -184,11 +244,39 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(priorityprop_conv_backward, priorityprop::conv_bac
                                   .Ret<priorityprop::Floats>()
                                   .Ret<priorityprop::Floats>());
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(priorityprop_lstm_forward, priorityprop::lstm_forward_call,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Ret<priorityprop::Floats>()
+                                  .Ret<priorityprop::Floats>()
+                                  .Ret<priorityprop::Floats>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(priorityprop_lstm_backward, priorityprop::lstm_backward_call,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Ret<priorityprop::Floats>()
+                                  .Ret<priorityprop::Floats>()
+                                  .Ret<priorityprop::Floats>()
+                                  .Ret<priorityprop::Floats>());
+
 // What the loader asks before it registers anything.
 
 // The operands of the handlers above; goes up when they change. Kernels that were built in place
 // stay behind when the sources beside them are updated.
-extern "C" int priorityprop_interface() { return 2; }
+extern "C" int priorityprop_interface() { return 3; }
 
 // The interface that this library was built against, as major * 1000 + minor.
 extern "C" int priorityprop_ffi_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }

@@ -1,0 +1,399 @@
+"""The recurrence of an LSTM by native kernels, each instruction set that runs here.
+
+`flax.nnx.RNN` and automatic derivatives are the reference.
+"""
+
+import concurrent.futures
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+
+from priorityprop_jax.core import native as core_native
+from priorityprop_jax.core.program import program_flops
+from priorityprop_jax.rnn import native
+from priorityprop_jax.rnn.highway import highway_rnn
+from priorityprop_jax.rnn.lean import LinenLeanRNN, lean_rnn
+from priorityprop_jax.rnn.recurrent import GRUParams, LSTMParams
+
+P = jax.P
+AVAILABLE, STATUS = core_native.native_status()
+needs_native = pytest.mark.skipif(not AVAILABLE, reason=STATUS)
+NAMES = ["avx512", "avx2", "base"]
+# rows, steps, inputs, hidden
+SIZES = [
+    (1, 1, 1, 1),
+    (2, 5, 3, 3),
+    (7, 3, 2, 17),
+    (1, 6, 4, 33),
+    (70, 2, 5, 257),
+    (13, 4, 40, 100),
+    (24, 3, 9, 130),
+]
+
+
+@pytest.fixture(params=NAMES)
+def instruction_set(request, monkeypatch):
+    """Has the kernels of one instruction set used."""
+    paths = core_native._installed()
+    if request.param not in paths or not core_native._can_run(paths, request.param):
+        pytest.skip(f"{request.param} was not built, or does not run here")
+    library = core_native._Library(request.param, "forced")
+    monkeypatch.setattr(core_native, "_load_best", lambda: library)
+    jax.clear_caches()  # of programs with other kernels
+
+
+def make(rows, steps, inputs, hidden, seed=0):
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    kernels = draw(4 * hidden, inputs), draw(4 * hidden, hidden) / hidden**0.5
+    carry = draw(rows, hidden), draw(rows, hidden)
+    return LSTMParams(*kernels, draw(4 * hidden)), carry, draw(steps, rows, inputs)
+
+
+def alone(function):
+    """By JAX alone."""
+
+    @functools.wraps(function)
+    def run(*args):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "knows", lambda *_: False)
+            return function(*args)
+
+    return run
+
+
+def plain(params, carry, xs):
+    """The cell of Flax, in a scan."""
+
+    def step(carry, x):
+        y = params.input_kernel @ x.T + params.recurrent_kernel @ carry[1].T
+        i, f, g, o = jnp.split(y.T + params.bias, 4, axis=-1)
+        c = jax.nn.sigmoid(f) * carry[0] + jax.nn.sigmoid(i) * jnp.tanh(g)
+        carry = c, jax.nn.sigmoid(o) * jnp.tanh(c)
+        return carry, (carry[1], carry)
+
+    final, (hs, carries) = jax.lax.scan(step, carry, xs)
+    return final, hs, carries
+
+
+own = functools.partial(highway_rnn, all_carries=True)
+
+
+def both_passes(function, *args):
+    out, pull = jax.vjp(function, *args)
+    rng = np.random.default_rng(7)
+    return out, pull(jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), out))
+
+
+def assert_close(a, b, tolerance=1e-5):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
+        assert x.shape == y.shape and x.dtype == y.dtype
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        assert np.linalg.norm(x - y) <= tolerance * (np.linalg.norm(y) + 1e-30)
+
+
+def kernels_in(function, *args):
+    return str(jax.make_jaxpr(function)(*args)).count("priorityprop_lstm")
+
+
+@needs_native
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_values_and_gradients_are_those_of_a_scan(instruction_set, sizes):
+    args = make(*sizes)
+    found = jax.jit(functools.partial(both_passes, own))(*args)
+    assert_close(found, jax.jit(functools.partial(both_passes, plain))(*args))
+    values = jax.jit(own)(*args)  # where nothing is kept for a backward pass
+    assert_close(values, found[0], 0)
+    without_carries = lambda *args: highway_rnn(*args)[1]  # noqa: E731
+    grads = [both_passes(f, *args) for f in (without_carries, lambda *args: plain(*args)[1])]
+    assert_close(*grads)
+
+
+@needs_native
+def test_functions_of_gates_are_precise(instruction_set):
+    """Of each gate alone, in double precision."""
+    xs = np.concatenate([np.linspace(-105, 105, 4001), np.geomspace(1e-30, 1, 200)])
+    xs = np.concatenate([xs, [3e38, -3e38, 0.0]]).astype(np.float32)
+    big, one = np.float32(1e4), jnp.ones((len(xs), 1))
+    still = jnp.zeros((4, 1))
+    one_gate = lambda gate, rest: LSTMParams(  # noqa: E731
+        jnp.zeros((4, 1)).at[gate].set(1), still, jnp.full(4, rest).at[gate].set(0)
+    )
+    with np.errstate(over="ignore"):
+        sigmoid, tanh = 1 / (1 + np.exp(-xs.astype(np.float64))), np.tanh(xs.astype(np.float64))
+    inputs = jnp.asarray(xs)[None, :, None]
+    (c, _), _ = highway_rnn(one_gate(1, -big), (one, one), inputs)
+    np.testing.assert_allclose(c[:, 0], sigmoid, rtol=4e-7, atol=1e-37)
+    (c, h), _ = highway_rnn(one_gate(2, big), (0 * one, one), inputs)
+    np.testing.assert_allclose(c[:, 0], tanh, rtol=4e-7, atol=1e-37)
+    np.testing.assert_allclose(h[:, 0], np.tanh(tanh), rtol=8e-7, atol=1e-37)
+
+
+@needs_native
+def test_nan_goes_where_it_belongs(instruction_set):
+    params, carry, xs = make(9, 4, 3, 21)
+    hs = highway_rnn(params, carry, xs.at[2, 5, 1].set(jnp.nan))[1]
+    expected = np.zeros(hs.shape, bool)
+    expected[2:, 5] = True
+    np.testing.assert_array_equal(np.isnan(hs), expected)
+    _, pull = jax.vjp(lambda *args: highway_rnn(*args)[1], params, carry, xs)
+    dparams, _, dxs = pull(jnp.ones_like(hs).at[1, 4, 20].set(jnp.nan))
+    expected = np.zeros(xs.shape, bool)
+    expected[:2, 4] = True
+    np.testing.assert_array_equal(np.isnan(dxs), expected)
+    assert np.isnan(dparams.bias).any() and np.isnan(dparams.recurrent_kernel).all()
+
+
+def model(hidden=20, cell=nnx.OptimizedLSTMCell, **options):
+    rnn = nnx.RNN(cell(6, hidden, rngs=nnx.Rngs(0), **options))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(8, 7, 6)), jnp.float32)
+    return rnn, x
+
+
+OPTIONS = {
+    "lengths": {"seq_lengths": jnp.array([3, 7, 1, 5, 2, 7, 4, 6]), "return_carry": True},
+    "reverse": {"reverse": True, "keep_order": True},
+    "both": {"seq_lengths": jnp.arange(8) % 7 + 1, "return_carry": True, "reverse": True},
+    "last": {"return_carry": True},
+}
+
+
+@needs_native
+@pytest.mark.parametrize("cell", [nnx.OptimizedLSTMCell, nnx.LSTMCell])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_module_of_flax(name, cell):
+    rnn, x = model(cell=cell)
+    carry = (jnp.full((8, 20), 0.3), jnp.full((8, 20), -0.2))
+
+    def run(rnn, x):
+        graph, params, rest = nnx.split(rnn, nnx.Param, ...)
+        function = lambda params, x: nnx.merge(graph, params, rest)(  # noqa: E731
+            x, initial_carry=carry, **OPTIONS[name]
+        )
+        step = jax.jit(functools.partial(both_passes, function))
+        return step(params, x), kernels_in(step, params, x)
+
+    expected, none = run(rnn, x)
+    lean_rnn(rnn)
+    found, some = run(rnn, x)
+    assert (none, some) == (0, 2)
+    assert_close(found, expected)
+
+
+@needs_native
+def test_many_rows_are_theirs_too(monkeypatch):
+    x, carry = jnp.ones((65, 2, 3)), (jnp.zeros((65, 4)),) * 2
+    rnn = nnx.RNN(nnx.OptimizedLSTMCell(3, 4, rngs=nnx.Rngs(0)), rngs=False)
+    half = nnx.RNN(nnx.LSTMCell(3, 4, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), rngs=False)
+    linen = LinenLeanRNN(nn.LSTMCell(4))
+    variables = linen.init(jax.random.key(0), x)
+    assert lean_rnn(rnn) == lean_rnn(half) == 1
+
+    def own(rnn):
+        if rnn is linen:
+            call = lambda x: linen.apply(variables, x)  # noqa: E731
+        else:
+            call = lambda x: nnx.clone(rnn)(x, initial_carry=carry)  # noqa: E731
+        return "custom_vjp_call" in str(jax.make_jaxpr(call)(x))
+
+    assert [own(rnn) for rnn in (rnn, linen, half)] == [True, True, False]
+    monkeypatch.setattr(core_native, "_load_best", lambda: core_native._Library(None, "none"))
+    assert not any(own(rnn) for rnn in (rnn, linen, half))
+
+
+@needs_native
+@pytest.mark.parametrize("what", ["bfloat16", "float64", "gru", "rounds", "symbolic", "gpu"])
+def test_what_the_kernels_do_not_know_runs_by_jax(what, monkeypatch):
+    params, carry, xs = make(3, 4, 5, 6)
+    run, call = highway_rnn, jax.make_jaxpr
+    with jax.enable_x64(what == "float64"):
+        if what in ("bfloat16", "float64"):
+            cast = lambda x: x.astype(what)  # noqa: E731
+            params, carry, xs = jax.tree.map(cast, (params, carry, xs))
+        elif what == "gru":
+            params, carry = GRUParams(params.input_kernel[:18], params.recurrent_kernel[:18]), xs[0]
+            carry = jnp.zeros((3, 6))
+        elif what == "rounds":
+            run = functools.partial(highway_rnn, iterations=2)
+        elif what == "symbolic":
+            (rows,) = jax.export.symbolic_shape("rows")
+
+            def shape(x, at):
+                sizes = (*x.shape[:at], rows, *x.shape[at + 1 :])
+                return jax.ShapeDtypeStruct(sizes, x.dtype)
+
+            carry, xs = tuple(shape(x, 0) for x in carry), shape(xs, 1)
+        else:
+            monkeypatch.setattr(core_native, "platform", lambda: "gpu")
+        assert "priorityprop" not in str(call(run)(params, carry, xs))
+
+
+def test_without_native_kernels(monkeypatch):
+    args = make(3, 4, 5, 6)
+    expected = both_passes(own, *args)
+    monkeypatch.setattr(core_native, "_load_best", lambda: core_native._Library(None, "none"))
+    assert kernels_in(own, *args) == 0
+    assert_close(both_passes(own, *args), expected)
+
+
+@needs_native
+def test_no_steps_and_no_rows():
+    for sizes in ((0, 3, 2, 4), (2, 0, 2, 4)):
+        out, (grads, *_) = both_passes(own, *make(*sizes))
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(out))
+        assert not any(np.any(g) for g in grads)
+
+
+@needs_native
+def test_gradients_of_gradients():
+    args = make(3, 4, 5, 6)
+
+    def twice(function):
+        def norm(params, carry, xs):
+            loss = lambda *args: sum(  # noqa: E731
+                jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(function(*args))
+            )
+            grads = jax.grad(loss, (0, 1, 2))(params, carry, xs)
+            return sum(jnp.sum(jnp.cos(g)) for g in jax.tree.leaves(grads))
+
+        return jax.jit(jax.grad(norm, (0, 1, 2)))(*args)
+
+    assert kernels_in(lambda *args: jax.grad(lambda *a: jnp.sum(own(*a)[1]))(*args), *args) == 2
+    assert_close(twice(own), twice(plain), 2e-5)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda xs: own(*args[:2], xs), args[2:], args[2:])
+
+
+@needs_native
+def test_rematerialized_and_eager():
+    args = make(3, 4, 5, 6)
+    loss = lambda *args: jnp.sum(jnp.sin(own(*args)[1]))  # noqa: E731
+    expected = jax.grad(lambda *args: jnp.sum(jnp.sin(plain(*args)[1])), (0, 1, 2))(*args)
+    assert_close(jax.jit(jax.grad(jax.checkpoint(loss), (0, 1, 2)))(*args), expected)
+    assert_close(jax.grad(loss, (0, 1, 2))(*args), expected)
+    with jax.disable_jit():
+        assert_close(jax.grad(loss, (0, 1, 2))(*args), expected)
+    # What a backward pass may write over is still there for a second one.
+    _, pull = jax.vjp(own, *args)
+    ones = jax.tree.map(jnp.ones_like, own(*args))
+    assert_close(pull(ones), pull(ones), 0)
+
+
+def mapped_cases():
+    params, carry, xs = make(3, 4, 5, 6)
+    more = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), (params, carry, xs))
+    return {
+        "inputs": ((None, None, 0), (params, carry, more[2])),
+        "states": ((None, 0, 0), (params, *more[1:])),
+        "parameters": ((0, None, None), (more[0], carry, xs)),
+        "all": ((0, 0, 0), more),
+        "bias": (
+            (LSTMParams(None, None, 0), None, None),
+            (params._replace(bias=more[0].bias), carry, xs),
+        ),
+    }
+
+
+@needs_native
+@pytest.mark.parametrize("name", mapped_cases())
+def test_vmap(name):
+    axes, args = mapped_cases()[name]
+    runs = [
+        jax.jit(jax.vmap(functools.partial(both_passes, function), axes))(*args)
+        for function in (own, plain)
+    ]
+    assert_close(*runs)
+    twice = [
+        jax.jit(jax.vmap(jax.vmap(function, axes), (None, None, 0)))(
+            *args[:2], jnp.stack([args[2], -args[2]])
+        )
+        for function in (own, plain)
+    ]
+    assert_close(*twice)
+
+
+@needs_native
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shards_by_hand(check_vma):
+    params, carry, xs = make(8, 4, 5, 6)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+
+    def grads(function, sum_up=lambda x: x):
+        loss = lambda *args: sum_up(jnp.sum(jnp.sin(function(*args)[1])))  # noqa: E731
+        return lambda *args: jax.grad(loss, (1, 2))(*args)
+
+    specs = P(), P("data"), P(None, "data")
+    shard = functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=specs, out_specs=specs[1:], check_vma=check_vma
+    )
+    found = jax.jit(shard(grads(own)))(params, carry, xs)
+    assert_close(found, grads(plain)(params, carry, xs))
+
+
+@needs_native
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+def test_shards_by_the_compiler(kind):
+    args = params, carry, xs = make(8, 4, 5, 6)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+    place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))  # noqa: E731
+    placed = (
+        jax.tree.map(place, params),
+        tuple(place(x, "data") for x in carry),
+        place(xs, None, "data"),
+    )
+    loss = lambda function, *args: jnp.sum(jnp.sin(function(*args)[1]))  # noqa: E731
+    grads = jax.jit(jax.grad(functools.partial(loss, own), (0, 1, 2)))
+    with jax.set_mesh(mesh):
+        found = grads(*placed)
+        compiled = grads.lower(*placed).compile().as_text()
+    assert_close(found, jax.grad(functools.partial(loss, plain), (0, 1, 2))(*args))
+    assert "f32[4,2,24]" in compiled, "the batch of the kernels is not split"
+
+
+@needs_native
+def test_an_exported_program_has_no_kernels():
+    args = make(3, 4, 5, 6)
+    step = jax.jit(functools.partial(both_passes, own))
+    exported = jax.export.export(step)(*args)
+    assert "priorityprop_lstm" not in exported.mlir_module()
+    assert "priorityprop_lstm" in step.lower(*args).as_text()
+    assert_close(exported.call(*args), step(*args))
+    everywhere = jax.export.export(step, platforms=("cpu", "tpu"))(*args)
+    assert_close(everywhere.call(*args), step(*args))
+
+
+@needs_native
+def test_flops_are_those_of_jax_alone():
+    args = make(3, 4, 20, 30)
+    for function in (own, functools.partial(both_passes, own)):
+        counts = [program_flops(jax.make_jaxpr(f)(*args)) for f in (function, alone(function))]
+        assert abs(counts[0] / counts[1] - 1) < 0.05
+
+
+@needs_native
+def test_threads_at_once():
+    """More calls than cores, of which each has too few helpers."""
+    args = make(16, 30, 32, 64)
+    step = jax.jit(functools.partial(both_passes, own))
+    expected = step(*args)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for found in pool.map(lambda _: jax.block_until_ready(step(*args)), range(40)):
+            assert_close(found, expected, 0)  # whoever computes what
+
+
+@needs_native
+def test_shapes_that_do_not_fit_are_an_error():
+    params, (c, h), xs = make(3, 4, 5, 6)
+    of_x = jnp.ones((4, 3, 24))
+    for operands in ((of_x[..., :-1],), (of_x, jnp.ones((24, 6))), (of_x[:, :2],)):
+        whole = [of_x, params.recurrent_kernel.T, params.bias, c, h]
+        whole[: len(operands)] = operands
+        with pytest.raises(jax.errors.JaxRuntimeError, match="shapes of an LSTM"):
+            jax.block_until_ready(native._call(native._FORWARD, *whole))
