@@ -147,8 +147,11 @@ def loss_fn(model: Any, batch: Any) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
 
 
-def stepper(model: nnx.Module, batch: Any) -> tuple[Any, Any, int]:
-    """What runs a step, what its gradients are, and the bytes that it needs beside its arrays."""
+def stepper(model: nnx.Module, batch: Any) -> tuple[Any, Any, int, dict[str, Any]]:
+    """What runs a step, its gradients, the bytes that it needs beside its arrays, and its parts.
+
+    These are the forward pass, and it with the backward pass.
+    """
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     tx = optax.adamw(1e-4)
 
@@ -164,25 +167,31 @@ def stepper(model: nnx.Module, batch: Any) -> tuple[Any, Any, int]:
     carry = [*jax.tree.map(jnp.copy, (params, rest)), tx.init(params)]
     batch = jax.tree.map(jnp.asarray, batch)
     compiled = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*carry, batch).compile()
-    grads = jax.jit(jax.grad(loss, has_aux=True))(params, rest, batch)[0]
+    programs = {"forward": loss, "gradient": jax.value_and_grad(loss, has_aux=True)}
+    jitted = {name: jax.jit(program) for name, program in programs.items()}
+    grads = jitted["gradient"](params, rest, batch)[1]
+    parts = {
+        name: lambda part=part: jax.block_until_ready(part(params, rest, batch))
+        for name, part in jitted.items()
+    }
 
     def run() -> None:
         *carry[:], _ = compiled(*carry, batch)
         jax.block_until_ready(carry)
 
     memory = compiled.memory_analysis()
-    return run, grads, 0 if memory is None else memory.temp_size_in_bytes
+    return run, grads, 0 if memory is None else memory.temp_size_in_bytes, parts
 
 
 def measure(case: dict[str, Any], repeats: int, torch: str | None = None) -> dict[str, Any]:
     """One process: all arms."""
     model, batch = setting(case)
-    plain, expected, plain_bytes = stepper(model, batch)
+    plain, expected, plain_bytes, plain_parts = stepper(model, batch)
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
         rows = exact.apply(model, loss_fn, jax.tree.map(jnp.asarray, batch))
     applying = time.perf_counter() - start
-    sooner, grads, sooner_bytes = stepper(model, batch)
+    sooner, grads, sooner_bytes, sooner_parts = stepper(model, batch)
     arms = {"as written": _timed(plain), "applied": _timed(sooner)}
     others: dict[str, Other] = {}
     if all(os.environ.get(key) == value for key, value in KEEP_MEMORY.items()):
@@ -198,6 +207,14 @@ def measure(case: dict[str, Any], repeats: int, torch: str | None = None) -> dic
             seconds = run()
             if turn > 1:
                 times[arm].append(1e3 * seconds)
+    parts = {"as written": plain_parts, "applied": sooner_parts}
+    split = {arm: {part: [] for part in runs} for arm, runs in parts.items()}
+    for turn in range(repeats + 2):
+        for arm, runs in parts.items():
+            for part, run in runs.items():
+                seconds = _timed(run)()
+                if turn > 1:
+                    split[arm][part].append(1e3 * seconds)
     norm = lambda tree: float(optax.tree.norm(tree))  # noqa: E731
     off = norm(jax.tree.map(jnp.subtract, grads, expected)) / norm(expected)
     ms = {arm: statistics.median(samples) for arm, samples in times.items()}
@@ -205,6 +222,10 @@ def measure(case: dict[str, Any], repeats: int, torch: str | None = None) -> dic
     found = {
         "milliseconds": ms,
         "times_sooner": before / best,
+        "split_milliseconds": {
+            arm: {part: statistics.median(samples) for part, samples in runs.items()}
+            for arm, runs in split.items()
+        },
         "temporary_bytes": {"as written": plain_bytes, "applied": sooner_bytes},
         "gradients_off_by": off,
         "apply_seconds": applying,

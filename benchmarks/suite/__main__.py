@@ -175,6 +175,8 @@ def _run(arguments: argparse.Namespace) -> int:
                 checked()
                 add_line(path / "engagement.jsonl", engagement.prove(workload, name))
         for workload in chosen if arguments.stage in ("time", "all") else ():
+            if workload.by_steps:
+                continue
             known = harness.latest_times(path, workload.name)
             if arguments.stage == "all" and known and set(mine(workload)) <= set(known["seconds"]):
                 continue

@@ -130,6 +130,15 @@ ABLATIONS: dict[str, Arm] = {
     "depth_base 0.9": ablated("the depth factor turned round", depth_base=0.9),
     "depth_base 2.0": ablated("a strong depth factor", depth_base=2.0),
     "spread nested": ablated("updates packed to the front of a cycle", spread="nested"),
+    "in turn": ablated("whoever is most updates behind", "baseline", score="robin"),
+    "b1 0.8": ablated("the default around a shorter memory", inner="adamw b1 0.8"),
+    "uniform, b1 0.8": ablated(
+        "the same updates for every leaf", "baseline", inner="adamw b1 0.8", score="uniform"
+    ),
+    "nadam inside": ablated("the default around NAdam", inner="nadam"),
+    "uniform, nadam inside": ablated(
+        "the same updates for every leaf", "baseline", inner="nadam", score="uniform"
+    ),
     "budget 0.25": ablated("the default with a quarter of the updates", total_budget=0.25),
     "uniform, budget 0.25": ablated(
         "uniform with a quarter of the updates", "baseline", score="uniform", total_budget=0.25

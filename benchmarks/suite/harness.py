@@ -279,6 +279,22 @@ class Training:
                 return record
         if time.monotonic() > self.deadline:
             raise OutOfTime
+        if self.bar is not None:
+            self.bar.set_description(f"{self.workload.name}: {own.name}, {track}")
+        steps = self._steps(own)
+        record = key | run_arm(
+            self.workload, own.name, own.batch, own.rate, seed, steps, track == "tune"
+        )
+        add_line(self.path / "runs.jsonl", record)
+        self.known.append(record)
+        if self.bar is not None:
+            self.bar.update()
+        return record
+
+    def _steps(self, own: Setting) -> int:
+        """The steps of a run, as many as its seconds pay for."""
+        if self.workload.by_steps:
+            return self.workload.steps
         times = latest_times(self.path, self.workload.name)
         if times is None:
             raise ValueError(f"{self.workload.name} has no seconds yet: run --stage time first")
@@ -288,19 +304,9 @@ class Training:
                 f"the seconds of {self.workload.name} are void, as the machine was busy: run "
                 "--stage time on an idle one first"
             )
-        if self.bar is not None:
-            self.bar.set_description(f"{self.workload.name}: {own.name}, {track}")
         seconds = own.share * budget_of(self.workload, times)
         per_epoch = Stream(load(self.workload)[0], own.batch, 0).per_epoch
-        steps = steps_in(seconds, seconds_of(times, own.name, own.batch), per_epoch)
-        record = key | run_arm(
-            self.workload, own.name, own.batch, own.rate, seed, steps, track == "tune"
-        )
-        add_line(self.path / "runs.jsonl", record)
-        self.known.append(record)
-        if self.bar is not None:
-            self.bar.update()
-        return record
+        return steps_in(seconds, seconds_of(times, own.name, own.batch), per_epoch)
 
     def tuned(self, name: str, batches: Sequence[int], trials: int) -> tuple[Setting, float] | None:
         """The best setting of an arm and its loss; None where it diverged throughout."""
@@ -360,7 +366,8 @@ class Training:
     def settings(self) -> dict[str, list[Setting]]:
         """All settings that run on seeds, by arm; AdamW has one for each batch that is used."""
         base, target = {}, None
-        if BASE in self.workload.arms:
+        compared = BASE in self.workload.arms and not self.workload.by_steps
+        if compared:
             base = self.base()
             if not base:
                 raise ValueError(f"{self.workload.name}: AdamW diverged at every rate")
@@ -374,7 +381,7 @@ class Training:
                 )
                 if own.share < 1:
                     found[name] = [own]
-            elif name != BASE and (
+            elif not (compared and name == BASE) and (
                 tuned := self.tuned(name, self.workload.batches, self.workload.trials)
             ):
                 found[name], losses[name] = [self.shortened(tuned[0], target)], tuned[1]

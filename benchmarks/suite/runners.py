@@ -177,7 +177,8 @@ def transformation(arm: Arm, rate: Any, steps: Any) -> optax.GradientTransformat
         options["magnitude"] = MAGNITUDES.get(
             options.get("magnitude"), options.get("magnitude", "mean")
         )
-        chosen = priorityprop(optax.adamw(rate, weight_decay=WEIGHT_DECAY), **options)
+        make = INNER[options.pop("inner", "adamw")]
+        chosen = priorityprop(make(rate, weight_decay=WEIGHT_DECAY), **options)
         # The schedule is on the clock of steps, the optimizer on that of each slot.
         factor = optax.scale_by_schedule(lambda step: pace(step, steps))
         return optax.chain(chosen, factor)
@@ -223,6 +224,11 @@ def _from_gradient(grads: Any) -> jax.Array:
     return jax.random.uniform(jax.random.fold_in(jax.random.key(0), bits), minval=1e-3)
 
 
+INNER: dict[str, Any] = {
+    "adamw": optax.adamw,
+    "adamw b1 0.8": functools.partial(optax.adamw, b1=0.8),
+    "nadam": optax.nadamw,
+}
 MAGNITUDES: dict[Any, Any] = {"constant": lambda grads: jnp.ones(()), "random": _from_gradient}
 
 

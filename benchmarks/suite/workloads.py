@@ -54,6 +54,8 @@ class Workload:
       evaluations: in a run that is reported, evenly spread over its seconds.
       least: what the cheapest step costs (forward pass and output layer), as a share of a full one
         by the compiler's count: a budget of a backward pass is spent on what is above it.
+      by_steps: every run takes `steps` steps, so that nothing is timed: for arms that differ in
+        what they decide and not in what a step costs.
     """
 
     suite: str
@@ -71,6 +73,7 @@ class Workload:
     seeds: int = 5
     evaluations: int = 40
     least: float = 1 / 3
+    by_steps: bool = False
 
     @property
     def batch(self) -> int:

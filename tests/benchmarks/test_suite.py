@@ -1,5 +1,6 @@
 """The harness: records that survive a kill, arms that do what they say, the command."""
 
+import dataclasses
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -242,3 +244,30 @@ def test_every_arm_of_the_smoke_suite_is_engaged(tmp_path):
     proofs = [json.loads(text) for text in path.read_text("utf-8").splitlines()]
     workload = workloads.read_workload("smoke", "digits")
     assert [p["arm"] for p in proofs] == [a for a in workload.all_arms if a != arms.SHORTER]
+
+
+def test_an_ablation_takes_the_same_steps_of_every_arm_and_no_seconds(tmp_path, monkeypatch):
+    steps, plain = set(), workloads.read_workload("ablation", "digits")
+    workload = dataclasses.replace(
+        plain, arms=("adamw", "default", "in turn"), seeds=3, batches=(16,)
+    )
+
+    def counted(*arguments):
+        steps.add(arguments[5])
+        return invented.fake_run(*arguments)
+
+    monkeypatch.setattr(harness, "run_arm", counted)
+    settings = harness.Training(workload, tmp_path).train()
+    assert settings.keys() == {*workload.arms} and steps == {workload.steps}
+    assert all(own.share == 1 for [own] in settings.values())
+    assert not (tmp_path / "targets.jsonl").exists()
+    # The optimizer inside takes the place of AdamW.
+    params = {"a": jnp.ones((2, 2)), "b": jnp.ones(2)}
+    moved = {}
+    for name in ("uniform", "uniform, b1 0.8", "uniform, nadam inside"):
+        tx = runners.transformation(arms.arm_of(name), 0.1, 100)
+        state = tx.init(params)
+        for sign in (1.0, 1.0, -0.3, 0.1):
+            updates, state = tx.update(jax.tree.map(lambda x, s=sign: s * x, params), state, params)
+        moved[name] = float(updates["b"][0])
+    assert len(set(moved.values())) == 3
