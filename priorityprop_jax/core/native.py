@@ -41,6 +41,11 @@ def native_status() -> tuple[bool, str]:
     return library.name is not None, library.status
 
 
+def instruction_set() -> str | None:
+    """Whose kernels run here: ``"avx512"``, ``"avx2"`` or ``"base"``; None without any."""
+    return _library().name
+
+
 def platform() -> str:
     """Where JAX puts arrays: ``"cpu"``, ``"gpu"`` or ``"tpu"``."""
     device: Any = jax.config.jax_default_device  # type: ignore[attr-defined]

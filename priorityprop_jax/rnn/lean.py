@@ -65,10 +65,10 @@ def lean_rnn(model: nnx.Module, *, iterations: int | None = None, tol: float | N
 
     By default gradients are exact to rounding: the automatic derivative of a scan adds to the
     gradients of the kernels at every step, this backward pass makes each of them by one product
-    over all steps. On a CPU native kernels run an LSTM in float32 from step to step, forward and
-    backward, where the installation has them. What they do not run is left to autodiff there where
-    a step has more than 64 rows, as that is no slower. With ``iterations`` the backward pass is
-    that of `highway_rnn`, approximate, all steps at once.
+    over all steps. On a CPU with AVX2 native kernels run an LSTM in float32 over eight steps and
+    more, forward and backward, where the installation has them. What they do not run is left to
+    autodiff there where a step has more than 64 rows, as that is no slower. With ``iterations`` the
+    backward pass is that of `highway_rnn`, approximate, all steps at once.
 
     Values are the plain RNN's to rounding, parameters and their paths the same; masks by
     ``seq_lengths`` and all other options of the module hold. A call takes one argument more,

@@ -26,19 +26,25 @@ from priorityprop_jax.core.fragile import (
 from priorityprop_jax.rnn import recurrent
 from priorityprop_jax.rnn.recurrent import LSTMParams
 
+# Whose kernels were measured to be sooner than JAX's loops, and with how many steps: with fewer it
+# takes longer to pack the recurrent kernel than that saves.
+_SOONER = ("avx512", "avx2")
+_LEAST_STEPS = 8
+
 
 def are_here() -> bool:
-    """Whether there are kernels, and arrays are where they run."""
-    return native.platform() == "cpu" and native.native_status()[0]
+    """Whether there are kernels that are worth it, and arrays are where they run."""
+    return native.platform() == "cpu" and native.instruction_set() in _SOONER
 
 
 def knows(params: Any, carry: Any, xs: jax.Array) -> bool:
-    """Whether the kernels run this: an LSTM in float32, of sizes that are known and not zero."""
+    """Whether the kernels run this: an LSTM in float32 with some steps, of sizes that are known."""
     arrays = (*params, *carry, xs)
     return (
         isinstance(params, LSTMParams)
         and all(x.dtype == jnp.float32 for x in arrays)
         and all(isinstance(size, int) and size > 0 for x in arrays for size in x.shape)
+        and len(xs) >= _LEAST_STEPS
         and are_here()
     )
 

@@ -23,7 +23,8 @@ from priorityprop_jax.rnn.recurrent import GRUParams, LSTMParams
 
 P = jax.P
 AVAILABLE, STATUS = core_native.native_status()
-needs_native = pytest.mark.skipif(not AVAILABLE, reason=STATUS)
+needs_kernels = pytest.mark.skipif(not AVAILABLE, reason=STATUS)
+needs_native = pytest.mark.skipif(not native.are_here(), reason=STATUS)
 NAMES = ["avx512", "avx2", "base"]
 # rows, steps, inputs, hidden
 SIZES = [
@@ -37,6 +38,12 @@ SIZES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """What runs is what is to be tested, not what takes long."""
+    monkeypatch.setattr(native, "_LEAST_STEPS", 1)
+
+
 @pytest.fixture(params=NAMES)
 def instruction_set(request, monkeypatch):
     """Has the kernels of one instruction set used."""
@@ -45,6 +52,7 @@ def instruction_set(request, monkeypatch):
         pytest.skip(f"{request.param} was not built, or does not run here")
     library = core_native._Library(request.param, "forced")
     monkeypatch.setattr(core_native, "_load_best", lambda: library)
+    monkeypatch.setattr(native, "_SOONER", NAMES)
     jax.clear_caches()  # of programs with other kernels
 
 
@@ -100,10 +108,11 @@ def assert_close(a, b, tolerance=1e-5):
 
 
 def kernels_in(function, *args):
-    return str(jax.make_jaxpr(function)(*args)).count("priorityprop_lstm")
+    traced = jax.make_jaxpr(lambda *args: function(*args))(*args)  # anew
+    return str(traced).count("priorityprop_lstm")
 
 
-@needs_native
+@needs_kernels
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_values_and_gradients_are_those_of_a_scan(instruction_set, sizes):
     args = make(*sizes)
@@ -116,7 +125,7 @@ def test_values_and_gradients_are_those_of_a_scan(instruction_set, sizes):
     assert_close(*grads)
 
 
-@needs_native
+@needs_kernels
 def test_functions_of_gates_are_precise(instruction_set):
     """Of each gate alone, in double precision."""
     xs = np.concatenate([np.linspace(-105, 105, 4001), np.geomspace(1e-30, 1, 200)])
@@ -136,7 +145,7 @@ def test_functions_of_gates_are_precise(instruction_set):
     np.testing.assert_allclose(h[:, 0], np.tanh(tanh), rtol=8e-7, atol=1e-37)
 
 
-@needs_native
+@needs_kernels
 def test_nan_goes_where_it_belongs(instruction_set):
     params, carry, xs = make(9, 4, 3, 21)
     hs = highway_rnn(params, carry, xs.at[2, 5, 1].set(jnp.nan))[1]
@@ -233,6 +242,15 @@ def test_what_the_kernels_do_not_know_runs_by_jax(what, monkeypatch):
         else:
             monkeypatch.setattr(core_native, "platform", lambda: "gpu")
         assert "priorityprop" not in str(call(run)(params, carry, xs))
+
+
+@needs_native
+def test_where_kernels_are_not_sooner_there_is_none(monkeypatch):
+    steps = 8
+    monkeypatch.setattr(native, "_LEAST_STEPS", steps)
+    assert [kernels_in(own, *make(3, n, 5, 6)) for n in (steps - 1, steps)] == [0, 1]
+    monkeypatch.setattr(core_native, "_load_best", lambda: core_native._Library("base", "old"))
+    assert kernels_in(own, *make(3, steps, 5, 6)) == 0
 
 
 def test_without_native_kernels(monkeypatch):
