@@ -138,6 +138,19 @@ class RowSparse:
         return jnp.zeros(self.shape, self.values.dtype).at[rows].set(self.values, **SCATTER)
 
 
+def summed(rows: jax.Array, values: jax.Array, shape: tuple[int, ...]) -> RowSparse:
+    """The sum of rows in any order, which may repeat; none negative, and padding out of bounds."""
+    order = jnp.argsort(rows)
+    rows, values = rows[order], values[order]
+    is_new = jnp.concatenate([jnp.ones(1, bool), rows[1:] != rows[:-1]])
+    places = jnp.cumsum(is_new) - 1
+    values = jax.ops.segment_sum(values, places, len(rows), indices_are_sorted=True)
+    padding = shape[0] + jnp.arange(len(rows), dtype=rows.dtype)
+    return RowSparse.of_sorted(
+        jnp.sort(jnp.where(is_new & (rows < shape[0]), rows, padding)), values, shape
+    )
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Frozen:

@@ -16,6 +16,7 @@ from priorityprop_jax.core.tables import aligned
 from priorityprop_jax.core.timing import medians
 from priorityprop_jax.exact.blocks import blocks, restore_block, save_products
 from priorityprop_jax.exact.convolutions import conv_general_dilated
+from priorityprop_jax.exact.embeddings import restore_embedding
 from priorityprop_jax.exact.products import dot_general
 from priorityprop_jax.rnn.fused import restore_rnn, swap
 from priorityprop_jax.rnn.lean import LeanRNN
@@ -104,7 +105,7 @@ def apply(model: nnx.Module, loss_fn: Callable[..., Any], batch: Any) -> list[Sa
 
 
 def restore(model: nnx.Module) -> int:
-    """Takes out what `apply` put in, in place.
+    """Takes out what `apply` and `embed_rows` put in, in place.
 
     Returns:
       How many modules were changed back. `apply` has an example.
@@ -115,7 +116,7 @@ def restore(model: nnx.Module) -> int:
     check_module(model)
     changed = 0
     for _, part in list(walk(model)):
-        changed += restore_block(part)
+        changed += restore_block(part) + restore_embedding(part)
         if isinstance(part, LeanRNN) and part.lean_iterations is None:
             changed += restore_rnn(part)
         for name in _DROP_INS:

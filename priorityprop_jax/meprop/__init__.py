@@ -5,10 +5,10 @@ import types
 import warnings
 from typing import Any
 
+from priorityprop_jax.core.row_grad import value_and_grad
 from priorityprop_jax.core.row_optimizers import row_counts, row_sparse, row_sparse_adam
 from priorityprop_jax.core.rows import RowSparse, clip_by_global_norm, densify, on_values
 from priorityprop_jax.meprop.convolutions import meprop_conv_general_dilated
-from priorityprop_jax.meprop.grad import value_and_grad
 from priorityprop_jax.meprop.inject import meprop, restore
 from priorityprop_jax.meprop.products import meprop_dot_general
 from priorityprop_jax.meprop.step import step

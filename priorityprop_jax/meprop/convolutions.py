@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from priorityprop_jax.meprop.frame import LayerUse, enter
+from priorityprop_jax.core.frame import LayerUse, enter
 from priorityprop_jax.meprop.keep import Compute, K, MeProp, Rule, apply, at_size, pull_kept
 
 

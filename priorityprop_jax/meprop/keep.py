@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from priorityprop_jax.core.fragile import laid_out, spec_of, vary, varying
+from priorityprop_jax.core.frame import Tap
 from priorityprop_jax.core.selection import (
     PATTERNS,
     Pattern,
@@ -24,7 +25,6 @@ from priorityprop_jax.core.selection import (
     resolve_k,
     seed_of,
 )
-from priorityprop_jax.meprop.frame import Tap
 
 K = int | float | tuple[int | float, ...]
 

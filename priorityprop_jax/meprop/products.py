@@ -19,8 +19,8 @@ from jax import lax
 from opt_einsum import parser
 
 from priorityprop_jax.core.fragile import varying
+from priorityprop_jax.core.frame import LayerUse, enter
 from priorityprop_jax.core.selection import Pattern
-from priorityprop_jax.meprop.frame import LayerUse, enter
 from priorityprop_jax.meprop.keep import Compute, K, MeProp, Rule, apply, at_size, pull_kept
 
 # Three groups of axes of one array.

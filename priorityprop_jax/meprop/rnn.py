@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from priorityprop_jax.core.frame import LayerUse, enter
 from priorityprop_jax.core.selection import check_k, resolve_k
-from priorityprop_jax.meprop.frame import LayerUse, enter
 from priorityprop_jax.rnn.fused import FusedRNN, is_fusible, swap
 from priorityprop_jax.rnn.recurrent import run_cell
 

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from priorityprop_jax.core.frame import LayerUse
 from priorityprop_jax.core.layout import put_beside
 from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.core.program import abstract, product_flops
+from priorityprop_jax.core.row_grad import find_uses, row_value_and_grad
 from priorityprop_jax.core.row_optimizers import RowSparseState, row_sparse
 from priorityprop_jax.core.rows import RowSparse, is_row_sparse
 from priorityprop_jax.core.slots import by_layer, find_slots
-from priorityprop_jax.meprop.frame import LayerUse
-from priorityprop_jax.meprop.grad import find_uses, row_value_and_grad
 from priorityprop_jax.priority.scores import depth_factors, priority
 
 _DECAY = 0.9  # of the average of a layer's magnitudes over steps
@@ -221,7 +221,7 @@ class FeaturesStep:
                 if len(layer.sizes) > 1:
                     sizes[layer.name] = place
         (loss, (metrics, rest)), grads = row_value_and_grad(
-            self._loss, params, rest, batch, has_aux=True, sizes=sizes
+            self._loss, params, rest, batch, has_aux=True, sizes=sizes, look_ups=False
         )
         # Descent goes along the conjugate of what JAX gives for complex parameters.
         grads = jax.tree.map(jnp.conj, grads)

@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from priorityprop_jax.core.row_grad import find_uses, row_value_and_grad
 from priorityprop_jax.core.row_optimizers import row_counts, row_sparse_adam
 from priorityprop_jax.core.rows import RowSparse, densify, is_row_sparse
 from priorityprop_jax.meprop import meprop, meprop_dot_general, restore, value_and_grad
-from priorityprop_jax.meprop.grad import find_uses, row_value_and_grad
 
 ROWS = (((1,), (1,)), ((), ()))  # kernel (out, in)
 COLUMNS = (((1,), (0,)), ((), ()))

@@ -1,8 +1,9 @@
-"""meProp's gradients as the backward pass makes them: a few rows, never a whole array of zeros."""
+"""Gradients as the backward pass makes them: a few rows, never a whole array of zeros."""
 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,27 +13,31 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from priorityprop_jax.core.fragile import is_cast, is_stop, name_of, vary, varying
-from priorityprop_jax.core.rows import RowSparse
+from priorityprop_jax.core.frame import Call, Frame, LayerUse, Tap
+from priorityprop_jax.core.rows import RowSparse, summed
 from priorityprop_jax.core.walk import is_var, needed_by
-from priorityprop_jax.meprop.frame import Call, Frame, LayerUse, Tap
 
-_MARK = "meprop tap of "
+_MARK = "row tap of "
 
 
 def value_and_grad(
     loss_fn: Callable[..., Any], *, has_aux: bool = False, wrt: Any = nnx.Param
 ) -> Callable[..., tuple[Any, Any]]:
-    r"""`nnx.value_and_grad` or `jax.value_and_grad`, with row-sparse gradients by meProp.
+    r"""`nnx.value_and_grad` or `jax.value_and_grad`, with gradients as rows where few exist.
 
     The gradient of a kernel ``(out, in)`` behind a `meprop` layer has ``k`` rows that are not zero,
+    and that of the table of an embedding after `priorityprop_jax.exact.embed_rows` those of its
+    ids ``t``,
 
-    .. math:: dW_{K,:} = dy_{:,K}^\top x,
+    .. math:: dW_{K,:} = dy_{:,K}^\top x, \qquad dE_{i,:} = \sum_{n : t_n = i} dy_n,
 
     and is returned as `RowSparse`: the rows' numbers and values, which `row_sparse_adam` and
     `optax.apply_updates` take. All other gradients are arrays. So is that of a kernel that is used
     twice, or otherwise than by its layer (in a penalty on weights, say), whose layer runs inside
     `jax.lax.scan`, `jax.checkpoint` or a function jitted by itself, or whose pattern is
-    ``"example"``. `densify` makes every gradient an array.
+    ``"example"``; and that of a table that is read otherwise than by look-ups, such as one tied to
+    the output layer, or inside such a function, of which the first time warns. `densify` makes
+    every gradient an array.
 
     The loss is traced twice: once abstractly, to see which layer is called how.
 
@@ -115,11 +120,13 @@ def row_value_and_grad(
     *args: Any,
     has_aux: bool = False,
     sizes: Mapping[str, jax.Array] | None = None,
+    look_ups: bool = True,
     **kwargs: Any,
 ) -> tuple[Any, Any]:
     """`value_and_grad` for a pure function of a pytree of parameters.
 
-    ``sizes`` says by layer name which of its compiled sizes a layer uses, int32[], or the largest.
+    ``sizes`` says by layer name which of its compiled sizes a layer uses, int32[], or the largest;
+    ``look_ups`` whether gradients of embeddings may be rows too.
     """
 
     def loss(params):
@@ -127,13 +134,13 @@ def row_value_and_grad(
 
     leaves, treedef = jax.tree.flatten(params)
     # A tap takes the gradient of a leaf that nothing else depends on.
-    tapped = _tappable(loss, params)
-    taps = {call: _tap(k, leaves[i]) for i, (call, k) in tapped.items()}
+    tapped = _tappable(loss, params, look_ups)
+    taps = {call: _tap(k, leaves[i]) for i, calls in tapped.items() for call, k in calls}
 
     def of_parts(parts, taps):
         parts = iter(parts)
         mixed = [leaf if i in tapped else next(parts) for i, leaf in enumerate(leaves)]
-        with Frame(taps, sizes)():
+        with Frame(taps, sizes, look_ups)():
             return loss(treedef.unflatten(mixed))
 
     parts = [leaf for i, leaf in enumerate(leaves) if i not in tapped]
@@ -142,7 +149,9 @@ def row_value_and_grad(
     )
     part_grads = iter(part_grads)
     grads = [
-        _rows(tap_grads[tapped[i][0]], leaf) if i in tapped else next(part_grads)
+        _rows({call: tap_grads[call] for call, _ in tapped[i]}, leaf)
+        if i in tapped
+        else next(part_grads)
         for i, leaf in enumerate(leaves)
     ]
     return value, treedef.unflatten(grads)
@@ -163,26 +172,29 @@ def find_uses(loss_fn: Callable[..., Any], params: Any, *args: Any) -> dict[str,
 class _Probe(Frame):
     """Gives taps that can be found again in the program that is traced."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.tapped: list[tuple[Call, int]] = []  # the call and its largest size, by mark
+    def __init__(self, look_ups: bool) -> None:
+        super().__init__(look_ups=look_ups)
+        self.tapped: list[tuple[Call, LayerUse]] = []  # by mark
 
     def tap(self, call: Call, use: LayerUse) -> Tap | None:
         """See `Frame`."""
         if not use.by_rows:
             return None
         k, mark = use.sizes[-1], f"{_MARK}{len(self.tapped)}"
-        self.tapped.append((call, k))
+        self.tapped.append((call, use))
         return Tap(checkpoint_name(jnp.zeros((k, use.inputs)), mark), jnp.zeros(k))
 
 
-def _tappable(loss: Callable[..., Any], params: Any) -> dict[int, tuple[Call, int]]:
-    """Kernels that one call of a layer alone depends on: place -> the call, its largest size.
+def _tappable(
+    loss: Callable[..., Any], params: Any, look_ups: bool
+) -> dict[int, list[tuple[Call, int]]]:
+    """Leaves of which taps bring the whole gradient, by place: the calls, their largest sizes.
 
+    They are kernels that one call of a layer alone depends on, and tables that are looked up alone.
     What the layer multiplies by must be the leaf itself, at most in another precision: what is
     computed from it, or stopped on the way, has another gradient than the tap brings.
     """
-    probe = _Probe()
+    probe = _Probe(look_ups)
 
     def traced(params):
         with probe():
@@ -210,12 +222,28 @@ def _tappable(loss: Callable[..., Any], params: Any) -> dict[int, tuple[Call, in
                     operands[at - 1] = None
             others.update(leaf[x] for x in operands if x in leaf)
     others.update(leaf[x] for x in jaxpr.outvars[:1] if x in leaf)
-    places = [place for place, _ in found]
-    return {
-        place: probe.tapped[mark]
-        for place, mark in found
-        if place not in others and places.count(place) == 1
-    }
+    alone: dict[int, list[tuple[Call, int]]] = {}
+    whole = list(probe.indirect)
+    for place in dict.fromkeys(place for place, _ in found):
+        own = [probe.tapped[mark] for at, mark in found if at == place]
+        looked_up = not any(name for (name, _), _ in own)
+        if place not in others and (looked_up or len(own) == 1):
+            alone[place] = [(call, use.sizes[-1]) for call, use in own]
+        else:
+            whole += [use for (name, _), use in own if not name]
+    for use in whole:
+        _warn_whole((use.outputs, use.inputs))
+    return alone
+
+
+@functools.cache  # once
+def _warn_whole(shape: tuple[int, int]) -> None:
+    warnings.warn(
+        f"the gradient of an embedding of shape {shape} is a whole array, not rows: its table is "
+        "read otherwise than by look-ups too, as one tied to the output layer is, or looked up "
+        "inside of a scan, a checkpoint or a jitted function",
+        stacklevel=2,
+    )
 
 
 def _tap(k: int, kernel: jax.Array) -> Tap:
@@ -224,8 +252,12 @@ def _tap(k: int, kernel: jax.Array) -> Tap:
     return jax.tree.map(lambda x: vary(x, varying(kernel)), zeros)
 
 
-def _rows(tap: Tap, leaf: jax.Array) -> RowSparse:
-    rows = tap.rows.astype(jnp.int32) - 1
+def _rows(taps: Mapping[Call, Tap], leaf: jax.Array) -> RowSparse:
+    rows = jnp.concatenate([tap.rows for tap in taps.values()]).astype(jnp.int32) - 1
+    values = jnp.concatenate([tap.values for tap in taps.values()]).astype(leaf.dtype)
+    padding = leaf.shape[0] + jnp.arange(len(rows), dtype=rows.dtype)
     # Where no gradient came back to the layer, all rows are padding.
-    rows = jnp.where(rows < 0, leaf.shape[0] + jnp.arange(len(rows), dtype=rows.dtype), rows)
-    return RowSparse.of_sorted(rows, tap.values.astype(leaf.dtype), leaf.shape)
+    rows = jnp.where(rows < 0, padding, rows)
+    if any(name for name, _ in taps):
+        return RowSparse.of_sorted(rows, values, leaf.shape)
+    return summed(rows, values, leaf.shape)

@@ -1,4 +1,4 @@
-"""What a meProp layer is told while its model is traced, and what that tells of the model."""
+"""What a layer is told while its model is traced, and what that tells of the model."""
 
 from __future__ import annotations
 
@@ -44,14 +44,21 @@ class LayerUse:
 
 
 class Frame:
-    """What a loss is traced with: taps by call, sizes by layer; records who is called."""
+    """What a loss is traced with: taps by call, sizes by layer; records who is called.
+
+    ``look_ups``: whether gradients of embeddings may be rows too.
+    """
 
     def __init__(
-        self, taps: Mapping[Call, Any] | None = None, sizes: Mapping[str, Any] | None = None
+        self,
+        taps: Mapping[Call, Any] | None = None,
+        sizes: Mapping[str, Any] | None = None,
+        look_ups: bool = True,
     ) -> None:
-        self.taps, self.sizes = dict(taps or {}), dict(sizes or {})
+        self.taps, self.sizes, self.look_ups = dict(taps or {}), dict(sizes or {}), look_ups
         self.uses: dict[str, LayerUse] = {}
         self.calls: dict[str, int] = {}  # outside of functions that trace
+        self.indirect: list[LayerUse] = []  # look-ups inside of such functions
         self.level: Any = None
 
     @contextlib.contextmanager
@@ -82,15 +89,32 @@ class Frame:
         self.calls[name] = call[1] + 1
         return self.tap(call, use), self.sizes.get(name)
 
+    def look_up(self, use: LayerUse) -> Tap | None:
+        """The tap of a look-up of rows of a table; in place of a layer's its name is empty."""
+        if not self.look_ups:
+            return None
+        if current_trace() != self.level:
+            self.indirect.append(use)
+            return None
+        call = "", self.calls.get("", 0)
+        self.calls[""] = call[1] + 1
+        return self.tap(call, use)
+
     def tap(self, call: Call, use: LayerUse) -> Tap | None:
         """What a call is to put its gradient into, if anything."""
         return self.taps.get(call)
 
 
-_frame: contextvars.ContextVar[Frame | None] = contextvars.ContextVar("meprop", default=None)
+_frame: contextvars.ContextVar[Frame | None] = contextvars.ContextVar("frame", default=None)
 
 
 def enter(name: str, use: LayerUse) -> tuple[Tap | None, Any]:
     """Tells the frame, if there is one, that a layer is called; the layer's tap and size."""
     frame = _frame.get()
     return (None, None) if frame is None or not name else frame.enter(name, use)
+
+
+def look_up(use: LayerUse) -> Tap | None:
+    """Tells the frame, if there is one, that rows of a table are looked up; their tap."""
+    frame = _frame.get()
+    return None if frame is None else frame.look_up(use)
