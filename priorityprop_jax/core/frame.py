@@ -58,7 +58,7 @@ class Frame:
         self.taps, self.sizes, self.look_ups = dict(taps or {}), dict(sizes or {}), look_ups
         self.uses: dict[str, LayerUse] = {}
         self.calls: dict[str, int] = {}  # outside of functions that trace
-        self.indirect: list[LayerUse] = []  # look-ups inside of such functions
+        self.indirect: list[LayerUse] = []  # look-ups inside of such functions, or by shards
         self.level: Any = None
 
     @contextlib.contextmanager

@@ -36,8 +36,8 @@ def value_and_grad(
     twice, or otherwise than by its layer (in a penalty on weights, say), whose layer runs inside
     `jax.lax.scan`, `jax.checkpoint` or a function jitted by itself, or whose pattern is
     ``"example"``; and that of a table that is read otherwise than by look-ups, such as one tied to
-    the output layer, or inside such a function, of which the first time warns. `densify` makes
-    every gradient an array.
+    the output layer, inside such a function, or by shards, of which the first time warns. `densify`
+    makes every gradient an array.
 
     The loss is traced twice: once abstractly, to see which layer is called how.
 
@@ -179,6 +179,7 @@ class _Probe(Frame):
     def tap(self, call: Call, use: LayerUse) -> Tap | None:
         """See `Frame`."""
         if not use.by_rows:
+            self.indirect += [] if call[0] else [use]
             return None
         k, mark = use.sizes[-1], f"{_MARK}{len(self.tapped)}"
         self.tapped.append((call, use))
@@ -240,8 +241,8 @@ def _tappable(
 def _warn_whole(shape: tuple[int, int]) -> None:
     warnings.warn(
         f"the gradient of an embedding of shape {shape} is a whole array, not rows: its table is "
-        "read otherwise than by look-ups too, as one tied to the output layer is, or looked up "
-        "inside of a scan, a checkpoint or a jitted function",
+        "read otherwise than by look-ups too, as one tied to the output layer is, looked up inside "
+        "of a scan, a checkpoint or a jitted function, or shared by shards of a mesh",
         stacklevel=2,
     )
 

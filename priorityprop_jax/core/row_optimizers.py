@@ -84,7 +84,7 @@ def row_sparse(inner: optax.GradientTransformation) -> optax.GradientTransformat
         return RowSparseState(
             step=jnp.zeros([], jnp.int32),
             row_counts=tuple(
-                _laid_out(jnp.zeros(jnp.shape(x)[0], jnp.int32), x) if _row_wise(x) else ()
+                beside_rows(jnp.zeros(jnp.shape(x)[0], jnp.int32), x) if _row_wise(x) else ()
                 for x in leaves
             ),
             inner_states=tuple(_init_leaf(inner, x) for x in leaves),
@@ -112,7 +112,7 @@ def row_sparse(inner: optax.GradientTransformation) -> optax.GradientTransformat
             row_counts=tuple(counts for _, counts, _ in new),
             inner_states=tuple(inner_state for _, _, inner_state in new),
         )
-        return treedef.unflatten(_all_first([updates for updates, _, _ in new])), state
+        return treedef.unflatten(all_first([updates for updates, _, _ in new])), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -125,10 +125,10 @@ def _init_leaf(inner: optax.GradientTransformation, leaf: Any) -> Any:
     leaf = jnp.asarray(leaf)
     state = (jax.vmap(inner.init) if _row_wise(leaf) else inner.init)(leaf)
     # A weak type would be gone after the first update, and the second would compile again.
-    return jax.tree.map(lambda x: _laid_out(jnp.asarray(x).astype(x.dtype), leaf), state)
+    return jax.tree.map(lambda x: beside_rows(jnp.asarray(x).astype(x.dtype), leaf), state)
 
 
-def _laid_out(x: jax.Array, leaf: Any) -> jax.Array:
+def beside_rows(x: jax.Array, leaf: Any) -> jax.Array:
     """On the mesh of the leaf, if it has one: sharded as the leaf is, or as its rows are."""
     if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer):
         return x
@@ -232,11 +232,11 @@ def row_sparse_adam(
       ([1], [[-0.5, -0.5]])
     """
     if not callable(learning_rate):
-        _check_number("learning_rate", learning_rate, "a number or a schedule")
-    _check_number("b1", b1, below=1)
-    _check_number("b2", b2, below=1)
-    _check_number("eps", eps)
-    _check_number("weight_decay", weight_decay)
+        check_number("learning_rate", learning_rate, "a number or a schedule")
+    check_number("b1", b1, below=1)
+    check_number("b2", b2, below=1)
+    check_number("eps", eps)
+    check_number("weight_decay", weight_decay)
     inner = optax.scale_by_adam(b1, b2, eps)
     # 0 would do no harm, but ask for parameters where none are needed.
     if not isinstance(weight_decay, int | float) or weight_decay:
@@ -245,7 +245,7 @@ def row_sparse_adam(
     return optax.chain(row_sparse(inner), on_values(optax.scale_by_learning_rate(learning_rate)))
 
 
-def _all_first(updates: list[Any]) -> list[Any]:
+def all_first(updates: list[Any]) -> list[Any]:
     """The same updates, such that no row can be written before all of them are computed.
 
     The backward pass reads a weight after its own update is known, and XLA would copy it whole. It
@@ -312,9 +312,8 @@ def _row_wise(leaf: Any) -> bool:
     return leaf is not None and len(jnp.shape(leaf)) >= 2
 
 
-def _check_number(
-    name: str, x: Any, kind: str = "a number", *, below: float = float("inf")
-) -> None:
+def check_number(name: str, x: Any, kind: str = "a number", *, below: float = float("inf")) -> None:
+    """Raises for what is no number, or out of its range."""
     if isinstance(x, bool) or not (isinstance(x, int | float) or hasattr(x, "dtype")):
         raise TypeError(f"{name} must be {kind}, got {x!r}")
     if isinstance(x, int | float) and not 0 <= x < below:

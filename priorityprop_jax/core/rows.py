@@ -138,17 +138,35 @@ class RowSparse:
         return jnp.zeros(self.shape, self.values.dtype).at[rows].set(self.values, **SCATTER)
 
 
+def row_numbers(ids: jax.Array, size: int) -> jax.Array:
+    """Indices as `jax.numpy.take` knows them as rows ``int32[n]``; ``size`` where out of bounds."""
+    ids = jnp.asarray(ids).reshape(-1)
+    if ids.dtype.itemsize < 4:
+        ids = ids.astype(jnp.int32)  # which holds the size
+    ids = jnp.where(ids < 0, ids + size, ids)
+    return jnp.where((ids < 0) | (ids >= size), size, ids).astype(jnp.int32)
+
+
+def distinct(rows: jax.Array, size: int) -> jax.Array:
+    """Rows once each and ascending, then padding to as many as were given."""
+    rows = jnp.sort(rows)
+    return jnp.sort(jnp.where(_is_new(rows) & (rows < size), rows, _padding(rows, size)))
+
+
 def summed(rows: jax.Array, values: jax.Array, shape: tuple[int, ...]) -> RowSparse:
     """The sum of rows in any order, which may repeat; none negative, and padding out of bounds."""
     order = jnp.argsort(rows)
-    rows, values = rows[order], values[order]
-    is_new = jnp.concatenate([jnp.ones(1, bool), rows[1:] != rows[:-1]])
-    places = jnp.cumsum(is_new) - 1
-    values = jax.ops.segment_sum(values, places, len(rows), indices_are_sorted=True)
-    padding = shape[0] + jnp.arange(len(rows), dtype=rows.dtype)
-    return RowSparse.of_sorted(
-        jnp.sort(jnp.where(is_new & (rows < shape[0]), rows, padding)), values, shape
-    )
+    places = jnp.cumsum(_is_new(rows[order])) - 1
+    values = jax.ops.segment_sum(values[order], places, len(rows), indices_are_sorted=True)
+    return RowSparse.of_sorted(distinct(rows, shape[0]), values, shape)
+
+
+def _is_new(rows: jax.Array) -> jax.Array:
+    return (jnp.arange(len(rows)) == 0) | (rows != jnp.roll(rows, 1))
+
+
+def _padding(rows: jax.Array, size: int) -> jax.Array:
+    return size + jnp.arange(len(rows), dtype=rows.dtype)
 
 
 @jax.tree_util.register_static

@@ -12,6 +12,7 @@ from flax import nnx
 from priorityprop_jax.core.fragile import spec_of, varying
 from priorityprop_jax.core.frame import LayerUse, look_up
 from priorityprop_jax.core.modules import check_module, walk
+from priorityprop_jax.core.rows import row_numbers
 
 
 def embed_rows(model: nnx.Module) -> int:
@@ -116,8 +117,8 @@ def take(table: jax.Array, ids: jax.Array) -> jax.Array:
     local = varying(ids) <= varying(table)  # else shards must sum whole arrays
     explicit = any(axis is not None for x in (table, ids) for axis in spec_of(x))
     tap = None
-    if fits and local and not explicit and jnp.issubdtype(table.dtype, jnp.floating):
-        tap = look_up(LayerUse(n, table.shape[1], count, (n,), True))
+    if fits and jnp.issubdtype(table.dtype, jnp.floating):
+        tap = look_up(LayerUse(n, table.shape[1], count, (n,), local and not explicit))
     return jnp.take(table, ids, axis=0) if tap is None else _tapped(table, *tap, ids)
 
 
@@ -127,16 +128,12 @@ def _tapped(table: jax.Array, values: jax.Array, rows: jax.Array, ids: jax.Array
 
 
 def _forward(table: jax.Array, values: jax.Array, rows: jax.Array, ids: jax.Array) -> Any:
-    if ids.dtype.itemsize < 4:
-        ids = ids.astype(jnp.int32)  # which holds the number of rows
-    at = jnp.where(ids < 0, ids + len(table), ids)
-    at = jnp.where((at < 0) | (at >= len(table)), len(table), at).astype(jnp.int32)
-    return jnp.take(table, ids, axis=0), (at, values)
+    return jnp.take(table, ids, axis=0), (row_numbers(ids, len(table)), values)
 
 
 def _backward(residuals: Any, dy: jax.Array) -> Any:
-    at, values = residuals
-    rows = at.reshape(-1).astype(jnp.float32) + 1
+    rows, values = residuals
+    rows = rows.astype(jnp.float32) + 1
     return None, dy.reshape(values.shape).astype(values.dtype), rows, None
 
 

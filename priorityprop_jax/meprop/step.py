@@ -16,6 +16,7 @@ from priorityprop_jax.core.frame import LayerUse
 from priorityprop_jax.core.layout import put_beside
 from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.core.program import abstract, product_flops
+from priorityprop_jax.core.row_adam import RowAdamState
 from priorityprop_jax.core.row_grad import find_uses, row_value_and_grad
 from priorityprop_jax.core.row_optimizers import RowSparseState, row_sparse
 from priorityprop_jax.core.rows import RowSparse, is_row_sparse
@@ -112,9 +113,14 @@ class FeaturesStep:
     def __init__(self, setup: Any, share: float | None, cycle: int, depth_base: float) -> None:
         self._loss, self._share, self._cycle = setup.loss, share, cycle
         self._shapes, optimizer = jax.tree.map(abstract, setup.params), setup.optimizer
-        by_rows = lambda node: isinstance(node, RowSparseState)  # noqa: E731
+        by_rows = lambda node: isinstance(node, RowSparseState | RowAdamState)  # noqa: E731
         states = jax.tree.leaves(jax.eval_shape(optimizer.init, self._shapes), is_leaf=by_rows)
         knows_rows = any(map(by_rows, states))
+        if any(isinstance(state, RowAdamState) for state in states):
+            raise ValueError(
+                "row_adam must know the rows of a step before it runs, and meProp finds them in "
+                "it: use row_sparse_adam"
+            )
         self._optimizer = optax.with_extra_args_support(
             optimizer if knows_rows else row_sparse(optimizer)
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.speed import (
+    embed_rows,
     exact,
     meprop_lstm,
     meprop_speed,
@@ -166,3 +167,18 @@ def test_exact_beside_a_process_that_keeps_its_memory(monkeypatch):
     applied = ms["applied, memory kept"]
     assert found["times_sooner"] == ms["as written, memory kept"] / applied
     assert found["times_sooner_with_memory"] == ms["as written"] / applied
+
+
+def test_embed_rows_runs_on_a_tiny_model(tmp_path, monkeypatch, capsys):
+    config = embed_rows.BertConfig(60, 8, 1, 2, 8, max_position_embeddings=24)
+    monkeypatch.setattr(embed_rows, "SHAPE", (2, 6))
+    found = embed_rows.measure(config, 1)
+    assert list(found["arms"]) == ["sgd", "sgd rows", "adam", "adam rows", "lazy rows"]
+    assert found["arms"]["adam"]["times_sooner"] == 1 and found["rows_a_batch"] < 12
+    monkeypatch.setattr(embed_rows, "fresh", lambda name, options: found)
+    argv = ["embed_rows", "--tables", "minilm", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    embed_rows.main()
+    record = json.loads((tmp_path / "embed_rows-cpu.json").read_text(encoding="utf-8"))
+    assert record["tables"]["minilm"]["sgd rows"] == found["arms"]["sgd rows"]
+    assert capsys.readouterr().out.startswith("minilm")

@@ -9,6 +9,8 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from priorityprop_jax import exact, meprop
 from priorityprop_jax.core.row_grad import _warn_whole
@@ -215,3 +217,40 @@ def test_wrong_models():
         exact.embed_rows(object())
     with pytest.raises(ValueError, match=r"no nnx\.Embed"):
         exact.embed_rows(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("kind, spec", [(AxisType.Auto, P("data")), (AxisType.Explicit, P())])
+def test_on_a_mesh(kind, spec):
+    """Ids that are split along explicit axes JAX itself takes no rows by."""
+    mesh = jax.make_mesh((4,), ("data",), (kind,))
+    params = {"table": jax.random.normal(jax.random.key(0), (40, 3))}
+    ids = jax.random.randint(jax.random.key(1), (8, 2), 0, 40)
+    loss = lambda params, ids: jnp.sum(jnp.sin(exact.take(params["table"], ids)) ** 2)  # noqa: E731
+    expected, wanted = jax.value_and_grad(loss)(params, ids)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, NamedSharding(mesh, P()))
+        ids = jax.device_put(ids, NamedSharding(mesh, spec))
+        value, grads = jax.jit(exact.value_and_grad(loss))(params, ids)
+        moved = jax.jit(optax.apply_updates)(params, grads)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    assert is_row_sparse(grads["table"])
+    check(moved, optax.apply_updates(jax.device_get(params), wanted))
+
+
+def test_in_a_shard_map():
+    _warn_whole.cache_clear()
+    mesh = jax.make_mesh((4,), ("data",), (AxisType.Auto,))
+    table = jax.random.normal(jax.random.key(0), (40, 3))
+    ids = jax.random.randint(jax.random.key(1), (8, 2), 0, 40)
+    loss = lambda table, ids: jnp.sum(jnp.sin(exact.take(table, ids)) ** 2)  # noqa: E731
+
+    def local(table, ids):
+        value, grads = exact.value_and_grad(loss)(table, ids)
+        return jax.lax.psum(value, "data"), grads
+
+    run = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P()))
+    with pytest.warns(UserWarning, match="shards of a mesh"):
+        value, grads = jax.jit(run)(table, ids)
+    expected, wanted = jax.value_and_grad(loss)(table, ids)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    check(grads, wanted)
