@@ -59,20 +59,21 @@ def arms(adam: optax.GradientTransformation) -> dict[str, optax.GradientTransfor
 
 
 def program(kind: str, tx: optax.GradientTransformation):
-    """The jitted program of one arm: `(grads, state, params) -> (updates or params, state)`."""
+    """The jitted program of one arm: two trees and the state between them, all in its order.
+
+    `update` is `(grads, state, params) -> (updates, state)`, `step` is `(params, state, grads) ->
+    (params, state)`: what is donated comes in the order of what is returned, as JAX pairs them by
+    shape, and buffers that are paired crosswise are copied.
+    """
 
     def update(grads, state, params):
         return tx.update(grads, state, params)
 
-    # What is donated comes in the order of what is returned: JAX pairs them by shape, and buffers
-    # paired crosswise are copied.
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    if kind == "update":
-        return jax.jit(update, donate_argnums=(0, 1))
-    return jax.jit(step, donate_argnums=(0, 1))
+    return jax.jit(update if kind == "update" else step, donate_argnums=(0, 1))
 
 
 def measure(kind: str, names: list[str], repeats: int, shapes: dict) -> dict[str, dict]:
@@ -88,7 +89,8 @@ def measure(kind: str, names: list[str], repeats: int, shapes: dict) -> dict[str
         state = jax.eval_shape(tx.init, params)
         jax.clear_caches()
         start = time.perf_counter()
-        compiled = program(kind, tx).lower(grads, state, params).compile()
+        given = (grads, state, params) if kind == "update" else (params, state, grads)
+        compiled = program(kind, tx).lower(*given).compile()
         compiling = time.perf_counter() - start
         programs[name], states[name] = compiled, jax.jit(tx.init)(params)
         memory = compiled.memory_analysis()
@@ -102,15 +104,16 @@ def measure(kind: str, names: list[str], repeats: int, shapes: dict) -> dict[str
         for name in names:
             total = 0.0
             for _ in range(CYCLE):
-                given = jax.tree.map(jnp.copy, grads) if kind == "update" else grads
-                jax.block_until_ready(given)
+                first, last = params, grads
+                if kind == "update":
+                    first, last = jax.block_until_ready(jax.tree.map(jnp.copy, grads)), params
                 start = time.perf_counter()
-                new, states[name] = programs[name](given, states[name], params)
+                new, states[name] = programs[name](first, states[name], last)
                 jax.block_until_ready((new, states[name]))
                 total += time.perf_counter() - start
                 if kind == "step":
                     params = new
-                del given, new
+                del first, last, new
             if repeat:  # the first one warms up
                 results[name]["seconds"].append(total / CYCLE)
             bar.update()

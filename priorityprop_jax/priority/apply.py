@@ -151,8 +151,7 @@ class Work:
         there = [b for b in slots.bundles if b.layers is None and updates[b.leaves[0]] is not None]
         parts = {bundle: self._one.choosable(bundle, numbers) for bundle in there}
         chosen = {bundle: part for bundle, part in parts.items() if part is not None}
-        # Computed once, and then one number a slot, so that the loops of slots of one shape are the
-        # same to a compiler, which makes them once.
+        # Computed once; one number a slot, so that slots of one shape are the same to a compiler.
         read = {x for part in chosen.values() for x in part.needed}
         given = {x: vector for x, vector in numbers.items() if x in read}
         once = lax.optimization_barrier((counts > 0, given))

@@ -108,7 +108,8 @@ def priorityprop(
         slots; left out, it becomes ten updates a slot, within the two bounds that follow.
       min_updates: the least updates of a slot in a cycle; 0 is allowed. Traceable.
       max_updates: the most updates of a slot in a cycle. Traceable; no slot is ever updated twice
-        at one step where it is a Python int of at most ``recalc_every``, which compiles to less.
+        at one step where it is a Python int of at most ``recalc_every``. What works number by
+        number, as Adam, then costs as by itself, or less; else slots are looped over.
       recalc_every: steps in a cycle, at most 46,340. Traceable.
       spread: ``"even"`` or ``"nested"``, see `repeats`.
       magnitude: ``"mean"`` of ``|g|``, ``"sum"``, ``"rms"``, ``"norm"``, or ``"gain"``: the

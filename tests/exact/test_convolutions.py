@@ -58,6 +58,7 @@ def test_values_and_gradients_are_those_of_jax(name):
     with jax.enable_x64(name == "in double"):
         x = jax.random.normal(jax.random.key(0), (2, *spatial, 3), jnp.float32)
         w = jax.random.normal(jax.random.key(1), (*window, 3, 4), jnp.float32)
+        w /= np.sqrt(3 * np.prod(window), dtype=np.float32)  # outputs of the size of inputs
         ours, theirs = (
             both(conv, x, w, strides, padding, options)
             for conv in (exact.conv_general_dilated, lax.conv_general_dilated)
