@@ -92,10 +92,25 @@ def test_no_figure_stands_alone():
     assert re.findall(r"\d+\.\d+x?", left) == []
 
 
-def test_the_answer_to_200x_is_that_of_the_records():
+def pictures_of_docs():
     spec = importlib.util.spec_from_file_location("docs_pictures", ROOT / "docs/pictures.py")
     pictures = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pictures)
+    return pictures
+
+
+def test_what_the_faq_says_of_magnitudes_is_what_the_ablations_show():
+    for task, arms in pictures_of_docs().over_even().items():
+        low, high = ({arm: own[i] for arm, own in arms.items()} for i in (1, 2))
+        assert low["magnitude gain"] > 0 and low["magnitude norm"] > 0
+        assert high["default"] < min(0, arms["random"][0])
+        assert arms["no count discount"][0] < arms["default"][0] < arms["depth_base 1.0"][0]
+        best = max(arms, key=lambda arm: arms[arm][0])
+        assert best == ("magnitude gain" if task == "mnist-mlp" else "adamw")
+
+
+def test_the_answer_to_200x_is_that_of_the_records():
+    pictures = pictures_of_docs()
     known = pictures.found_over_adamw()
     answer = (ROOT / "docs/faq.md").read_text("utf-8").partition("## ")[2].partition("\n## ")[0]
     leaves = [known[arm] for group in ("leaves", "layers") for arm in pictures.GROUPS[group]]
