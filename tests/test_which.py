@@ -48,7 +48,7 @@ def fine_tuning():
 
 
 def muon():
-    [width] = record("muon/learning-cpu.json")["widths"]
+    *_, width = record("muon/learning-cpu.json")["widths"]
     arm = width["arms"]["budget 1/4"]
     said = {}
     for base in ("over nadam", "over budget 1"):

@@ -132,6 +132,15 @@ def test_committed_overhead_is_of_bert_base():
     path = ROOT / "benchmarks" / "results" / "speed" / "transform_overhead-cpu.json"
     record = json.loads(path.read_text(encoding="utf-8"))
     assert record["leaves"] == 199 and record["parameters"] == 109_482_240
+    text = " ".join((ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8").split())
+    found = {name: f"{arm['ratio']:.2f}" for name, arm in record["results"]["step"].items()}
+    full, tenth, *more = (
+        found[f"{budget}, by priority, max {most}"]
+        for most in (10, 20)
+        for budget in ("full", "tenth")
+    )
+    assert f"takes {full} of Adam's time with the full budget and {tenth} with a tenth" in text
+    assert f"looped over: {more[0]} and {more[1]}." in text
 
 
 def test_exact_runs_on_tiny_shapes_beside_another_interpreter(tmp_path, monkeypatch):
