@@ -151,20 +151,21 @@ class Work:
         there = [b for b in slots.bundles if b.layers is None and updates[b.leaves[0]] is not None]
         parts = {bundle: self._one.choosable(bundle, numbers) for bundle in there}
         chosen = {bundle: part for bundle, part in parts.items() if part is not None}
+        if not chosen:
+            return ()
         # Computed once; one number a slot, so that slots of one shape are the same to a compiler.
         read = {x for part in chosen.values() for x in part.needed}
         given = {x: vector for x, vector in numbers.items() if x in read}
         once = lax.optimization_barrier((counts > 0, given))
-        single = lambda vector: [vector[i] for i in range(len(slots))]  # noqa: E731
+        single = lambda vector: {b.start: vector[b.start] for b in chosen}  # noqa: E731
         active, given = lax.optimization_barrier(jax.tree.map(single, once))
         for bundle, part in chosen.items():
-            slot = bundle.start
-            own = {x: vector[slot] for x, vector in given.items()}
+            on, own = active[bundle.start], {x: one[bundle.start] for x, one in given.items()}
             grads, params, mine = self._of_layer(bundle, 0, updates, state)
-            new, mine = self._one.choose(bundle, part, active[slot], own, grads, params, mine)
+            new, mine = self._one.choose(bundle, part, on, own, grads, params, mine)
             updates |= zip(bundle.leaves, map(like, new, grads), strict=True)
             state |= mine
-        done = np.isin(range(len(slots)), [bundle.start for bundle in chosen])
+        done = np.isin(range(len(slots)), [*active])
         for i, old in shared.items():
             after = self._one.shared_after(i, numbers).astype(old.dtype)
             shared[i] = jnp.where((counts > 0) & done, after, old)

@@ -115,7 +115,8 @@ class OneSlot:
         args |= zip(bundle.leaves, grads, strict=True)
         args |= zip((after + i for i in bundle.leaves), params or (), strict=params is not None)
         held = sorted(own)
-        instead = {len(grads) + n: functools.partial(_or, on, own[i]) for n, i in enumerate(held)}
+        either = lambda old, new: jnp.where(on, new, old.astype(new.dtype))  # noqa: E731
+        instead = {len(grads) + n: functools.partial(either, own[i]) for n, i in enumerate(held)}
         found = part.run(args, instead=instead)
         updates = [jnp.where(on, u, jnp.zeros_like(u)) for u in found[: len(grads)]]
         state = zip(held, found[len(grads) :], strict=True)
@@ -174,10 +175,6 @@ def frozen_slots(per_slot: PerSlot) -> int:
         return sum(bundle.slots for bundle in per_slot.slots.bundles if one.is_frozen(bundle))
     except Exception:
         return 0
-
-
-def _or(on: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-    return jnp.where(on, new, old.astype(new.dtype))
 
 
 def _types(leaves: Sequence[Any], axes: dict[int, int], otherwise: Sequence[Any]) -> list[Any]:
