@@ -107,6 +107,14 @@ def modes(module: nnx.Module) -> Modes:
     return Modes(given, evaluation, given == evaluation != training)
 
 
+def as_it_was(module: nnx.Module, mark: str) -> bool:
+    """Gives a module the class that its own names under a mark, in place; whether there was one."""
+    plain = vars(type(module)).get(mark)
+    if plain is not None:
+        object.__setattr__(module, "__class__", plain)
+    return plain is not None
+
+
 def warn_off(what: str, stacklevel: int) -> None:
     """Warns that a whole model is given in evaluation mode, which may be a slip."""
     warnings.warn(

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from priorityprop_jax.core.modules import parts_of, walk
+from priorityprop_jax.core.modules import as_it_was, parts_of, walk
 
 _PRODUCTS = (nnx.Linear, nnx.LinearGeneral, nnx.Conv, nnx.Einsum)
 
@@ -60,10 +60,7 @@ def save_products(block: nnx.Module, *, in_scan: bool) -> None:
 
 def restore_block(block: nnx.Module) -> bool:
     """Undoes `save_products`, in place; whether there was anything to undo."""
-    plain = vars(type(block)).get("saves_products_of")
-    if plain is not None:
-        object.__setattr__(block, "__class__", plain)
-    return plain is not None
+    return as_it_was(block, "saves_products_of")
 
 
 @functools.cache

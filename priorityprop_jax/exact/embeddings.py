@@ -11,7 +11,7 @@ from flax import nnx
 
 from priorityprop_jax.core.fragile import spec_of, varying
 from priorityprop_jax.core.frame import LayerUse, look_up
-from priorityprop_jax.core.modules import check_module, walk
+from priorityprop_jax.core.modules import as_it_was, check_module, walk
 from priorityprop_jax.core.rows import row_numbers
 
 
@@ -69,10 +69,7 @@ def embed_rows(model: nnx.Module) -> int:
 
 def restore_embedding(part: nnx.Module) -> bool:
     """Undoes `embed_rows` for one module, in place; whether there was anything to undo."""
-    plain = vars(type(part)).get("rows_of")
-    if plain is not None:
-        object.__setattr__(part, "__class__", plain)
-    return plain is not None
+    return as_it_was(part, "rows_of")
 
 
 @functools.cache
