@@ -57,7 +57,7 @@ def test_cross_entropy_against_the_formula():
         for j in range(5)
     ]
     np.testing.assert_allclose(loss, np.mean([r[0] for r in right]), rtol=1e-5)
-    np.testing.assert_allclose(metrics["accuracy"], np.mean([r[1] for r in right]), rtol=1e-6)
+    np.testing.assert_allclose(metrics["accuracy"], np.mean([r[1] for r in right]), rtol=5e-6)
 
     mask = (rng.random((3, 5)) < 0.5).astype(np.float32)
     batch = {"x": logits, "y": y, "mask": mask}
@@ -65,7 +65,7 @@ def test_cross_entropy_against_the_formula():
     assert 0 < len(right) < 15
     loss, metrics = tasks.cross_entropy(jnp.asarray, batch)
     np.testing.assert_allclose(loss, np.mean([r[0] for r in right]), rtol=1e-5)
-    np.testing.assert_allclose(metrics["accuracy"], np.mean([r[1] for r in right]), rtol=1e-6)
+    np.testing.assert_allclose(metrics["accuracy"], np.mean([r[1] for r in right]), rtol=5e-6)
 
 
 def test_hidden_widths():

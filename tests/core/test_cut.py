@@ -82,11 +82,11 @@ def test_streams_draw_numbers_of_their_own(name):
     part = Cut(lambda args: [DRAWS[name](args)], args).part([0], {0, 1})
     run = jax.jit(lambda stream: part.run(dict(enumerate(args)), stream)[0])
     draws = [run(stream) for stream in range(5)]
-    np.testing.assert_allclose(draws[0], DRAWS[name](args), rtol=1e-6)
+    np.testing.assert_allclose(draws[0], DRAWS[name](args), rtol=5e-6)
     np.testing.assert_array_equal(part.run(dict(enumerate(args)))[0], DRAWS[name](args))
     assert len({x.tobytes() for x in map(np.asarray, draws)}) == 5
     together = jax.vmap(run)(jnp.arange(5))
-    np.testing.assert_allclose(together, draws, rtol=1e-6)
+    np.testing.assert_allclose(together, draws, rtol=5e-6)
 
 
 def test_draws_in_a_loop_are_refused_where_streams_differ():

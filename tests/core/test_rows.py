@@ -95,7 +95,7 @@ def test_static_rows_are_no_child(rows):
     for found in (halved, same, jax.jit(lambda x: x)(halved)):
         assert found.rows == rows
         np.testing.assert_array_equal(found.densify(), -0.5 * dense(x))
-        np.testing.assert_allclose(whole + found, 1 - 0.5 * dense(x), rtol=1e-6)
+        np.testing.assert_allclose(whole + found, 1 - 0.5 * dense(x), rtol=5e-6)
         np.testing.assert_allclose(np.ones(SHAPE, np.float32) + found, whole + found)
 
 

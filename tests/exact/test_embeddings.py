@@ -66,7 +66,7 @@ def test_gradients_are_whole_gradients_in_rows(jit, options, dtype):
     assert exact.embed_rows(model) == 2 and exact.embed_rows(model) == 0
     value, grads = run(exact.value_and_grad(loss_fn))(model, ids)
     expected, wanted = run(nnx.value_and_grad(loss_fn))(plain, ids)
-    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(value, expected, rtol=5e-6)
     check(grads, wanted, 0.05 if options else 1e-5)  # sums of bfloat16 are rounded
     rows = grads["embed"]["embedding"].get_value()
     assert isinstance(rows, RowSparse) and rows.values.shape == (8, 6)
@@ -90,7 +90,7 @@ def test_a_table_that_is_looked_up_twice_sums_both():
     with jax.debug_nans(True):
         value, grads = jax.jit(exact.value_and_grad(loss))(params, a, b)
     expected, wanted = jax.value_and_grad(loss)(params, a, b)
-    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(value, expected, rtol=5e-6)
     check(grads, wanted)
     assert sorted(x for x in np.asarray(grads["table"].rows) if x < 20) == [3, 5, 7]
 
@@ -232,7 +232,7 @@ def test_on_a_mesh(kind, spec):
         ids = jax.device_put(ids, NamedSharding(mesh, spec))
         value, grads = jax.jit(exact.value_and_grad(loss))(params, ids)
         moved = jax.jit(optax.apply_updates)(params, grads)
-    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(value, expected, rtol=5e-6)
     assert is_row_sparse(grads["table"])
     check(moved, optax.apply_updates(jax.device_get(params), wanted))
 
@@ -252,5 +252,5 @@ def test_in_a_shard_map():
     with pytest.warns(UserWarning, match="shards of a mesh"):
         value, grads = jax.jit(run)(table, ids)
     expected, wanted = jax.value_and_grad(loss)(table, ids)
-    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(value, expected, rtol=5e-6)
     check(grads, wanted)

@@ -78,7 +78,7 @@ def test_gradients_of_a_module_are_whole_gradients_in_rows(options, jit):
     value, grads = run(function)(model, X)
     # In the same mode: a random choice goes by the last bit of the output gradients.
     plain, expected = run(nnx.value_and_grad(loss_fn))(model, X)
-    np.testing.assert_allclose(value, plain, rtol=1e-6)
+    np.testing.assert_allclose(value, plain, rtol=5e-6)
     assert isinstance(grads, nnx.State)
     assert_close(grads, expected)
     for i, k in ((0, 4), (2, 6 if options.get("k") == 0.25 else 4)):
@@ -116,7 +116,7 @@ def test_a_penalty_on_weights_is_part_of_the_gradient(penalty):
     model = net()
     (value, aux), grads = value_and_grad(loss, has_aux=True)(model, X)
     (plain, more), expected = nnx.value_and_grad(loss, has_aux=True)(model, X)
-    np.testing.assert_allclose([value, aux["norm"]], [plain, more["norm"]], rtol=1e-6)
+    np.testing.assert_allclose([value, aux["norm"]], [plain, more["norm"]], rtol=5e-6)
     assert_close(grads, expected)
     assert len(kinds(grads)) == (1 if penalty == "kernel" else 2)
 
@@ -247,7 +247,7 @@ def test_gradients_go_into_the_optimizer_of_nnx(jit):
 
     losses, model, state = train(value_and_grad)
     dense, reference, _ = train(nnx.value_and_grad)
-    np.testing.assert_allclose(losses[0], dense[0], rtol=1e-6)
+    np.testing.assert_allclose(losses[0], dense[0], rtol=5e-6)
     counts = row_counts(state, nnx.state(model, nnx.Param))
     assert {name: int(n.sum()) for name, n in counts.items()} == {
         "layers/0/kernel": 12, "layers/2/kernel": 12, "layers/4/kernel": 72,
@@ -327,7 +327,7 @@ def test_batch_statistics_and_dropout_counts_are_those_of_nnx():
             jax.tree.leaves(nnx.state(ours)), jax.tree.leaves(nnx.state(theirs)), strict=True
         ):
             if not jnp.issubdtype(got.dtype, jax.dtypes.prng_key):
-                np.testing.assert_allclose(got, want, rtol=1e-6)
+                np.testing.assert_allclose(got, want, rtol=5e-6)
     assert int(ours.steps[...]) == 2 and int(ours.dropout.rngs.count[...]) == 2
 
 
@@ -521,7 +521,7 @@ def test_every_size_is_that_of_a_model_with_a_single_k():
         single = functools.partial(loss, meprop_dot_general(k, name="a"))
         value, grads = run(tree(), jnp.int32(place))
         plain, expected = jax.value_and_grad(single)(tree())
-        np.testing.assert_allclose(value, plain, rtol=1e-6)
+        np.testing.assert_allclose(value, plain, rtol=5e-6)
         assert_close(grads, expected)
         kernel = grads["a"]["kernel"]
         assert kernel.values.shape == (16, 5)

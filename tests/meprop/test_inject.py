@@ -400,7 +400,7 @@ def test_layouts_on_a_mesh_follow_the_kernel():
         meprop(model, 2)
         assert tuple(kernel.get_metadata("out_sharding")) == ("model", "data")
         assert kernel.shape == (16, 6) and kernel[...].sharding.spec == jax.P("model", "data")
-        np.testing.assert_allclose(forward(model, x), value, rtol=1e-6)
+        np.testing.assert_allclose(forward(model, x), value, rtol=5e-6)
         kernel.set_value(kernel[...] + 0)  # as an optimizer does
         restore(model)
         assert tuple(kernel.get_metadata("out_sharding")) == tuple(metadata)

@@ -163,7 +163,7 @@ def test_a_head_tells_classes(tmp_path, kind):
     kernel = model.head.kernel[...]
     assert kernel.shape == (12, 3) and 0.01 < jnp.std(kernel) < 0.03
     expected = plain.outputs(x).hidden @ kernel  # [batch, time, classes]
-    np.testing.assert_allclose(model(x), expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(model(x), expected, rtol=5e-6, atol=1e-6)
     labels = ["good", "bad", "so so"]
     models.save_decoder(model, tmp_path / "head", labels=labels)
     config = json.loads((tmp_path / "head" / "config.json").read_text())
@@ -230,7 +230,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_single_ones():
         (np.asarray(model(a[None]))[0, i, known], known.index(b[i]))
         for a, b, i in zip(x, y, starts, strict=True)
     ]
-    np.testing.assert_allclose(metrics["accuracy"], reference_accuracy(pairs), rtol=1e-6)
+    np.testing.assert_allclose(metrics["accuracy"], reference_accuracy(pairs), rtol=5e-6)
 
 
 def chex_equal(one, other):

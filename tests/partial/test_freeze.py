@@ -279,7 +279,7 @@ def test_a_clip_inside_sees_what_is_trained_only_and_a_chain_behind_too():
     grads = {"a": jnp.full(2, 1e6), "b": jnp.array([3.0, 4.0])}
     updates, _ = tx.update(grads, tx.init(params), params)
     assert isinstance(updates["a"], Frozen)
-    np.testing.assert_allclose(updates["b"], [-1.2, -1.6], rtol=1e-6)
+    np.testing.assert_allclose(updates["b"], [-1.2, -1.6], rtol=5e-6)
 
 
 def test_multi_transform_and_masked_around():

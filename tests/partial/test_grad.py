@@ -239,7 +239,7 @@ def test_gradient_of_a_gradient():
 
     params = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0, 4.0])}
     grads = jax.grad(norm)(params)
-    np.testing.assert_allclose(grads["a"], 6 * params["a"] ** 5, rtol=1e-6)
+    np.testing.assert_allclose(grads["a"], 6 * params["a"] ** 5, rtol=5e-6)
     np.testing.assert_array_equal(grads["b"], [0.0, 0.0])
 
 

@@ -55,7 +55,7 @@ class TestStack:
         value, whole = jax.jit(jax.value_and_grad(loss(by_scan)))(PARAMS, X)
         for layers in SETS:
             found, grads = grad(PARAMS, X, mask(layers))
-            np.testing.assert_allclose(found, value, rtol=1e-6)
+            np.testing.assert_allclose(found, value, rtol=5e-6)
             assert_rows(grads, whole, layers)
         assert grad._cache_size() == 1
         assert partial.stack(block, PARAMS, X, mask((1,))).tolist() == by_scan(PARAMS, X).tolist()
@@ -68,7 +68,7 @@ class TestStack:
         expected = jax.jit(jax.grad(lambda p, x: by_scan(p, x).sum(), argnums=(0, 1)))
         (grads, dx), (whole, expected_dx) = both(PARAMS, X), expected(PARAMS, X)
         assert_rows(grads, whole, layers)
-        np.testing.assert_allclose(dx, expected_dx, rtol=1e-6)
+        np.testing.assert_allclose(dx, expected_dx, rtol=5e-6)
 
     @pytest.mark.parametrize("policy", [None, jax.checkpoint_policies.dots_saveable])
     def test_remat_vmap_and_what_a_block_closes_over(self, policy):
@@ -118,7 +118,7 @@ class TestStack:
         body = lambda x, at: (scaled(at[0], x, at[1]), None)  # noqa: E731
         loss = lambda s: partial.stack(scaled, PARAMS, X, mask((3,)), per_layer=s).sum()  # noqa: E731
         expected = jax.jit(jax.grad(lambda s: lax.scan(body, X, (PARAMS, s))[0].sum()))(scale)
-        np.testing.assert_allclose(jax.jit(jax.grad(loss))(scale), expected, rtol=1e-6)
+        np.testing.assert_allclose(jax.jit(jax.grad(loss))(scale), expected, rtol=5e-6)
 
     def test_the_backward_pass_is_as_long_as_what_is_trained(self):
         """Compiled, so that a loop that goes too far would be seen: it divides by zero there."""

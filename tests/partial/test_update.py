@@ -104,12 +104,12 @@ def test_every_slot_is_trained_as_if_alone(name):
     trained, state = train(update_active(INNER[name]), params, sets)
     leaves, states, means, counts = reference(INNER[name], params, sets)
     for slot, (x, expected) in enumerate(zip(jax.tree.leaves(trained), leaves, strict=True)):
-        np.testing.assert_allclose(x, expected, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(x, expected, rtol=5e-6, atol=1e-7)
         mine = slot_state(state.inner_state, slot, jax.tree.structure(params))
         assert len(mine) == len(states[slot])
         for a, b in zip(mine, states[slot], strict=True):
             assert a.dtype == b.dtype
-            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+            np.testing.assert_allclose(a, b, rtol=5e-6, atol=1e-7)
     np.testing.assert_array_equal(state.update_counts, counts)
     np.testing.assert_allclose(state.gains, means, rtol=1e-5)
     assert state.step == len(sets) and not state.nonfinite_counts.any()
@@ -158,7 +158,7 @@ def test_with_every_slot_active_it_is_the_plain_optimizer(name):
             gradients(plain_params, step, NAMES), plain_state, plain_params
         )
         plain_params = optax.apply_updates(plain_params, updates)
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+    close = functools.partial(np.testing.assert_allclose, rtol=5e-6, atol=1e-6)
     jax.tree.map(close, params, plain_params)
     jax.tree.map(close, state.inner_state, plain_state)
 
@@ -169,8 +169,8 @@ def test_groups_are_updated_together():
     active = {"Dense_1/kernel", "Dense_1/bias"}
     trained, state = train(tx, params, [active] * 3)
     leaves, states, *_ = reference(optax.adam(1e-2), params, [active] * 3)
-    np.testing.assert_allclose(trained["Dense_1"]["kernel"], leaves[3], rtol=1e-6)
-    np.testing.assert_allclose(trained["Dense_1"]["bias"], leaves[2], rtol=1e-6)
+    np.testing.assert_allclose(trained["Dense_1"]["kernel"], leaves[3], rtol=5e-6)
+    np.testing.assert_allclose(trained["Dense_1"]["bias"], leaves[2], rtol=5e-6)
     np.testing.assert_array_equal(state.update_counts, [0, 3])
     with pytest.raises(ValueError, match="present or absent together"):
         train(tx, params, [{"Dense_1/bias"}])
@@ -234,7 +234,7 @@ def test_stacked_layers_are_trained_as_layers_apart():
         }
         updates, plain_state = plain.update(grads, plain_state, apart)
         apart = optax.apply_updates(apart, updates)
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
+    close = functools.partial(np.testing.assert_allclose, rtol=5e-6, atol=1e-7)
     jax.tree.map(close, unstack(stacked), apart)
     treedef, plain_treedef = jax.tree.structure(stacked), jax.tree.structure(apart)
     for slot in range(1 + LAYERS):
@@ -284,11 +284,11 @@ def test_the_average_gain_and_values_that_are_not_finite():
         gain = rate * g * g
         mean = decay * mean + (1 - decay) * (gain if np.isfinite(gain) else 0.0)
         count += 1
-        np.testing.assert_allclose(state.gains, [0.0, mean], rtol=1e-6)
+        np.testing.assert_allclose(state.gains, [0.0, mean], rtol=5e-6)
     np.testing.assert_array_equal(state.nonfinite_counts, [0, 2])
     np.testing.assert_array_equal(state.update_counts, [0, count])
     expected = mean / (1 - decay**count)
-    np.testing.assert_allclose(expected_gains(state, decay), [np.nan, expected], rtol=1e-6)
+    np.testing.assert_allclose(expected_gains(state, decay), [np.nan, expected], rtol=5e-6)
     assert expected_gains(state, decay).dtype == np.float64
 
 
@@ -311,10 +311,10 @@ def test_a_clip_in_front_sees_active_gradients_only():
     tx = optax.chain(optax.clip_by_global_norm(1.0), update_active(optax.sgd(1.0)))
     updates, _ = tx.update({"a": None, "b": jnp.array([3.0, 4.0])}, tx.init(params), params)
     assert isinstance(updates["a"], Frozen)
-    np.testing.assert_allclose(updates["b"], [-0.6, -0.8], rtol=1e-6)
+    np.testing.assert_allclose(updates["b"], [-0.6, -0.8], rtol=5e-6)
     both = {"a": jnp.array([0.0, 12.0]), "b": jnp.array([3.0, 4.0])}
     updates, _ = tx.update(both, tx.init(params), params)
-    np.testing.assert_allclose(updates["b"], [-3 / 13, -4 / 13], rtol=1e-6)
+    np.testing.assert_allclose(updates["b"], [-3 / 13, -4 / 13], rtol=5e-6)
 
 
 def test_a_schedule_behind_is_on_the_clock_of_steps_and_inside_on_the_slots():
@@ -483,8 +483,8 @@ def test_a_chain_behind_sees_what_is_active_only(jit):
     assert updates["stack"].rows == (1, 3) and isinstance(updates["frozen"], Frozen)
     moved = np.zeros((4, 1, 1))
     moved[[1, 3]] = -6
-    np.testing.assert_allclose(new["stack"], params["stack"] + moved, rtol=1e-6)
-    np.testing.assert_allclose(new["head"], params["head"] - 6, rtol=1e-6)
+    np.testing.assert_allclose(new["stack"], params["stack"] + moved, rtol=5e-6)
+    np.testing.assert_allclose(new["head"], params["head"] - 6, rtol=5e-6)
     np.testing.assert_array_equal(new["stack"][::2], params["stack"][::2])
     assert np.signbit(new["frozen"][0])
 

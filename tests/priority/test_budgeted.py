@@ -83,13 +83,13 @@ def test_equals_the_slow_reference(kind, budget):
         for got, wanted in zip(matrices(updates), expected, strict=True):
             assert (got is None) == (wanted is None)
             if got is not None:
-                np.testing.assert_allclose(got, wanted, rtol=1e-6)
+                np.testing.assert_allclose(got, wanted, rtol=5e-6)
         counts += chosen
         if kind == "change":
             last = seen
         np.testing.assert_array_equal(state.update_counts, counts)
         np.testing.assert_array_equal(state.allocation, chosen)
-        np.testing.assert_allclose(state.magnitudes, last, rtol=1e-6)
+        np.testing.assert_allclose(state.magnitudes, last, rtol=5e-6)
     assert state.step == 9 and step._cache_size() == 2  # with and without the absent ones
     if kind == "robin" and budget == 0.3:
         assert np.ptp(counts[[0, 3, 6, 7, 8]]) <= 1
@@ -112,8 +112,8 @@ def test_the_full_budget_is_the_function_and_a_share_is_a_share_of_the_work():
         updates, _ = program(params, tx.init(params))
         wanted = jax.vmap(dear)(params["a"]) / budget**0.5
         last = jnp.zeros_like(wanted) if budget < 1 else jax.vmap(dear)(params["d"])
-        np.testing.assert_allclose(updates["a"][0], wanted[0], rtol=1e-6)
-        np.testing.assert_allclose(updates["d"], last, rtol=1e-6)
+        np.testing.assert_allclose(updates["a"][0], wanted[0], rtol=5e-6)
+        np.testing.assert_allclose(updates["d"], last, rtol=5e-6)
     one = 2 * 2 * 16 * 16 * 24
     assert flops[1] >= 8 * one
     # Choosing costs a handful of operations a number, of which dear ones have 64 here.
@@ -140,8 +140,8 @@ def test_a_traced_share_runs_what_is_chosen_alone(share):
     assert len(called) == k + 1  # and the one of the other shape
     assert state.allocation.tolist() == [1] * k + [0] * (6 - k) + [1]
     wanted = dear(params["b"]) * (6 / k) ** 0.5
-    np.testing.assert_allclose(updates["a"][0], wanted, rtol=1e-6)
-    np.testing.assert_allclose(updates["b"], wanted if k == 6 else 0 * wanted, rtol=1e-6)
+    np.testing.assert_allclose(updates["a"][0], wanted, rtol=5e-6)
+    np.testing.assert_allclose(updates["b"], wanted if k == 6 else 0 * wanted, rtol=5e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.complex64])
@@ -167,7 +167,7 @@ def test_a_traced_share_in_shards():
     spec = jax.P("x")
     got = jax.jit(jax.shard_map(per_shard, mesh=mesh, in_specs=spec, out_specs=spec))(tree)
     wanted = 2**0.5 * jax.vmap(dear)(tree["a"]) * jnp.array([1, 0, 1, 0])[:, None, None]
-    np.testing.assert_allclose(got["a"], wanted, rtol=1e-6)
+    np.testing.assert_allclose(got["a"], wanted, rtol=5e-6)
 
 
 @pytest.mark.parametrize("budget", [1 / 2, lambda step: jnp.float32(1 / 2)])

@@ -116,7 +116,7 @@ def test_a_share_gets_longer_updates_in_turn_and_all_momenta_go_on():
     counts = {name: np.zeros(3 if name == "stack" else 1, int) for name in HIDDEN}
     for whole, own in zip(full, made, strict=True):
         for name in ("embed", "bias"):
-            np.testing.assert_allclose(own[name], whole[name], rtol=1e-6)
+            np.testing.assert_allclose(own[name], whole[name], rtol=5e-6)
         for name in HIDDEN:
             x, y = (np.reshape(u[name], (counts[name].size, -1)) for u in (own, whole))
             chosen = np.abs(x).max(axis=1) > 0

@@ -181,7 +181,7 @@ def test_a_hyperparameter_is_set_to_one_number_for_all_slots(value):
     step = jax.jit(tx.update)
     for _ in range(2):
         updates, state = step(grads, state, params)
-        chex.assert_trees_all_close(updates, jax.tree.map(lambda g: -0.5 * g, grads), rtol=1e-6)
+        chex.assert_trees_all_close(updates, jax.tree.map(lambda g: -0.5 * g, grads), rtol=5e-6)
     assert float(state.inner_state.hyperparams["learning_rate"]) == 0.5
     state.inner_state.hyperparams["learning_rate"] = jnp.full(6, 0.5)
     with pytest.raises(ValueError, match="one value of shape"):
@@ -198,7 +198,7 @@ def test_a_hyperparameter_on_a_schedule_is_one_of_each_slot():
     hyper, counts = state.inner_state.hyperparams, np.asarray(state.update_counts)
     assert float(hyper["b1"]) == np.float32(0.8) and len(set(counts)) > 1
     wanted = [schedule(max(n - 1, 0)) for n in counts]
-    np.testing.assert_allclose(hyper["learning_rate"], wanted, rtol=1e-6)
+    np.testing.assert_allclose(hyper["learning_rate"], wanted, rtol=5e-6)
 
 
 FREEZERS = {
@@ -248,7 +248,7 @@ def test_a_frozen_label_takes_no_budget(name, budget):
         np.testing.assert_array_equal(counts[[1, 5]], getattr(wanted, field))
         assert counts[[0, 2, 3, 4]].sum() == 0
     assert int(state.clamped_cycles) == 0
-    chex.assert_trees_all_close({key: ours[key] for key in trained}, alone, rtol=1e-6)
+    chex.assert_trees_all_close({key: ours[key] for key in trained}, alone, rtol=5e-6)
     chex.assert_trees_all_equal(ours | trained, params | trained)
 
 

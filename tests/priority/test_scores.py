@@ -54,7 +54,7 @@ def test_magnitude_of_one_array(kind, shape, dtype, jit):
     )
     got = call(x)
     assert got.shape == () and got.dtype == jnp.float32
-    np.testing.assert_allclose(got, NUMPY[kind](np.asarray(x)), rtol=1e-6)
+    np.testing.assert_allclose(got, NUMPY[kind](np.asarray(x)), rtol=5e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -62,10 +62,10 @@ def test_magnitude_of_a_group_is_that_of_all_its_elements(kind):
     parts = {"a": normal((3, 4)), "b": [normal((5,), seed=1), normal((), seed=2)], "none": None}
     flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(parts)])
     got = scores.magnitude(jax.tree.map(jnp.asarray, parts), kind)
-    np.testing.assert_allclose(got, NUMPY[kind](flat), rtol=1e-6)
+    np.testing.assert_allclose(got, NUMPY[kind](flat), rtol=5e-6)
     mixed = [jnp.asarray(normal((4,), np.complex64)), jnp.asarray(normal((3,)), jnp.bfloat16)]
     flat = np.concatenate([np.asarray(x).astype(np.complex64) for x in mixed])
-    np.testing.assert_allclose(scores.magnitude(mixed, kind), NUMPY[kind](flat), rtol=1e-6)
+    np.testing.assert_allclose(scores.magnitude(mixed, kind), NUMPY[kind](flat), rtol=5e-6)
 
 
 def test_the_mean_is_the_default():
@@ -79,10 +79,10 @@ def test_half_precision_accumulates_in_float32(kind, dtype):
     ones = jnp.ones((10_000,), dtype)
     got = scores.magnitude(ones, kind)
     assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, {"sum": 10_000, "norm": 100}.get(kind, 1), rtol=1e-6)
+    np.testing.assert_allclose(got, {"sum": 10_000, "norm": 100}.get(kind, 1), rtol=5e-6)
     large = jnp.full((300,), 304, dtype)
     np.testing.assert_allclose(
-        scores.magnitude(large, kind), NUMPY[kind](np.full(300, 304.0)), rtol=1e-6
+        scores.magnitude(large, kind), NUMPY[kind](np.full(300, 304.0)), rtol=5e-6
     )
 
 
@@ -111,7 +111,7 @@ def test_a_users_function_gets_the_list_of_gradients():
 
     assert scores.magnitude(grads, largest) == 5
     assert seen == [[[2.0], [1.0, -5.0]]]
-    np.testing.assert_allclose(scores.magnitude(grads, optax.tree.norm), np.sqrt(30), rtol=1e-6)
+    np.testing.assert_allclose(scores.magnitude(grads, optax.tree.norm), np.sqrt(30), rtol=5e-6)
 
 
 def test_a_users_function_is_read_as_float32_and_not_negative():
@@ -169,7 +169,7 @@ def test_gain_accumulates_in_float32():
     assert scores.gain(ones, jnp.full((10_000,), 0.5)) == 5_000  # updates of another dtype
     third = jnp.full((3,), 1 / 3, jnp.bfloat16)
     exact = 3 * float(third[0]) ** 2
-    np.testing.assert_allclose(scores.gain(third, third), exact, rtol=1e-6)
+    np.testing.assert_allclose(scores.gain(third, third), exact, rtol=5e-6)
 
 
 # Priority.
@@ -191,12 +191,12 @@ def test_priority_is_magnitude_by_count_times_depth_by_cost(rows):
         m.astype(np.float32), c.astype(np.int32), d.astype(np.float32), cost.astype(np.float32)
     )
     assert got.shape == (4,) and got.dtype == jnp.float32
-    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    np.testing.assert_allclose(got, expected, rtol=5e-6)
 
 
 def test_counts_are_from_one():
     got = scores.priority(np.full(5, 60.0), [0, 1, 2, 3, 9], np.ones(5))
-    np.testing.assert_allclose(got, [60, 30, 20, 15, 6], rtol=1e-6)
+    np.testing.assert_allclose(got, [60, 30, 20, 15, 6], rtol=5e-6)
 
 
 def test_magnitudes_that_are_not_finite_count_as_zero():
@@ -223,15 +223,15 @@ def test_priority_traces_and_keeps_its_precision(x64):
         for call in (scores.priority, jax.jit(scores.priority)):
             got = call(*arguments)
             assert got.dtype == (jnp.float64 if x64 else jnp.float32)
-            np.testing.assert_allclose(got, [2, 1], rtol=1e-6)
+            np.testing.assert_allclose(got, [2, 1], rtol=5e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e25])
 def test_squares_neither_overflow_nor_vanish(scale):
     x = normal((5,)) * np.float32(scale)
     wide = np.linalg.norm(x.astype(np.float64))
-    np.testing.assert_allclose(scores.magnitude(x, "norm"), wide, rtol=1e-6)
-    np.testing.assert_allclose(scores.magnitude([x, x[:0]], "rms"), wide / 5**0.5, rtol=1e-6)
+    np.testing.assert_allclose(scores.magnitude(x, "norm"), wide, rtol=5e-6)
+    np.testing.assert_allclose(scores.magnitude([x, x[:0]], "rms"), wide / 5**0.5, rtol=5e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -255,7 +255,7 @@ def test_depth_factors_are_powers():
     got = scores.depth_factors(chain(4), 3.0)
     assert isinstance(got, np.ndarray) and got.dtype == np.float32
     assert got.tolist() == [27, 9, 3, 1]
-    np.testing.assert_allclose(scores.depth_factors(chain(3)), [1.21, 1.1, 1], rtol=1e-6)
+    np.testing.assert_allclose(scores.depth_factors(chain(3)), [1.21, 1.1, 1], rtol=5e-6)
     assert scores.depth_factors(chain(3), 1).tolist() == [1, 1, 1]
     assert scores.depth_factors(chain(3), 0.5).tolist() == [0.25, 0.5, 1]
 

@@ -196,8 +196,8 @@ def test_repeats_run_the_inner_optimizer_on_one_gradient():
     for _ in range(7):
         u, inner_state = inner.update(grads, inner_state, expected)
         expected = optax.apply_updates(expected, u)
-    chex.assert_trees_all_close(optax.apply_updates(params, updates), expected, rtol=1e-6)
-    chex.assert_trees_all_close(state.inner_state[0].nu, inner_state[0].nu, rtol=1e-6)
+    chex.assert_trees_all_close(optax.apply_updates(params, updates), expected, rtol=5e-6)
+    chex.assert_trees_all_close(state.inner_state[0].nu, inner_state[0].nu, rtol=5e-6)
     assert state.inner_state[0].count.tolist() == [7]
 
 

@@ -319,7 +319,7 @@ def test_in_a_linen_module():
     assert jax.tree.map(jnp.shape, params)["params"] == {"bias": (4,), "values": (mask.sum(),)}
     gradient = jax.jit(jax.grad(lambda params: layer.apply(params, x).sum()))(params)
     dense = np.ones((2, 4)).T @ np.asarray(x)
-    np.testing.assert_allclose(gradient["params"]["values"], dense[mask], rtol=1e-6)
+    np.testing.assert_allclose(gradient["params"]["values"], dense[mask], rtol=5e-6)
 
 
 def test_input_that_does_not_fit_is_an_error():

@@ -273,9 +273,9 @@ class TestTraining:
             history.evals[1]
         ]
 
-    def test_quiet_off_a_terminal(self, capfd):
+    def test_quiet_off_a_terminal(self, capsys):
         _pure(progress=True).train(_batches())
-        assert capfd.readouterr() == ("", "")
+        assert capsys.readouterr() == ("", "")
 
     def test_bar_on_a_terminal(self, capsys, monkeypatch):
         monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
