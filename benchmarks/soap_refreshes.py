@@ -30,6 +30,7 @@ import optax
 from benchmarks.muon_learning import program, train
 from benchmarks.records import RESULTS, about, add_line, read_lines, write
 from benchmarks.speed.muon import hidden
+from benchmarks.tasks.problems import characters
 from priorityprop_jax.priority import budgeted
 
 FOLDER = RESULTS / "soap"
@@ -169,7 +170,7 @@ def run() -> None:
     """Tunes and trains what is not finished."""
     path = FOLDER / "runs.jsonl"
     for arm in ARMS:
-        made = program(optimizer(arm), WIDTH, DEPTH, TOKENS)
+        made = program(characters(WIDTH, DEPTH, TOKENS), optimizer(arm))
         tuned = "nadam" if arm == "nadam" else "interval 8"
         jobs = [(rate, 0) for rate in best(read_lines(path), arm)[1]] if arm == tuned else []
         while jobs:
