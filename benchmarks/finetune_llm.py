@@ -1,17 +1,21 @@
-"""What fine-tuning a decoder costs by what is trained of it, and what each way reaches.
+"""What fine-tuning costs by what is trained of a model, and what each way reaches.
 
 SmolLM2-135M on SST-2 (the answer is a word behind the sentence) or on Shakespeare's lines (the
-second half of a passage behind the first). The arms are policies of `priorityprop finetune`, made
-by its own code: `full` AdamW, `lora:8`, `suffix:k` behind frozen blocks that run once, `lisa:2`,
-`badam:1`.
+second half of a passage behind the first), or MiniLM on SST-2. The arms are policies of
+`priorityprop finetune`, made by its own code: `full` AdamW, `lora:8`, `suffix:k` behind frozen
+blocks that run once, `lisa:2`, `badam:1`, `priority` on 0.4 of full; `full, then suffix:k` trains
+all in the first third of its steps. `--model` says which.
 
 - `python -m benchmarks.finetune_llm steps`: milliseconds and peak bytes of a step of 16 rows of 40
-  tokens. Every figure is of a fresh process, arms in turn; peak bytes are all arrays that are held
-  and what the step's program takes beside them, as the compiler has it.
+  tokens (MiniLM: 32 of 32), and milliseconds of a forward pass. Every figure is of a fresh process,
+  arms in turn; peak bytes are all arrays that are held and what the step's program takes beside
+  them, as the compiler has it.
 - `python -m benchmarks.finetune_llm learn`: the dev loss over steps, one process an arm and rate;
-  what is finished is not run again. Training may be done on a busy machine, as its time is steps
-  times those of `steps`.
-- `python -m benchmarks.finetune_llm report`: both as a table and a picture.
+  rates go on by factors of two until the best on seed 1 is inside, and `--seeds` runs the best on
+  more. What is finished is not run again. Training may be done on a busy machine, as its time is
+  steps times those of `steps`, and a forward pass over all rows where blocks are frozen.
+- `python -m benchmarks.finetune_llm report`: a table, with the time to the lowest loss that `full`
+  reaches, and to 2 % and 5 % above it.
 
 Writes `benchmarks/results/finetune_llm/`.
 """
@@ -19,35 +23,69 @@ Writes `benchmarks/results/finetune_llm/`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.records import RESULTS, about, add_line, read_lines, write
 
 FOLDER = RESULTS / "finetune_llm"
-ARMS = ("full", "lora:8", "suffix:15", "suffix:8", "suffix:4", "lisa:2", "badam:1")
-RATES = {"full": (3e-5,), "lora": (5e-4,), "suffix": (1e-4, 2e-4), "lisa": (1e-4,)}
-BATCH, LENGTH = 16, 40
+ARMS = {
+    "smollm2-135m": (
+        "full", "lora:8", "suffix:15", "suffix:8", "suffix:4", "lisa:2", "badam:1", "priority",
+        "full, then suffix:8",
+    ),
+    "minilm": (
+        "full", "suffix:5", "suffix:4", "suffix:3", "suffix:2", "suffix:1", "lisa:2", "badam:1",
+        "priority", "full, then suffix:2",
+    ),
+}  # fmt: skip
+# Rates to begin with, by policy; the others as full.
+RATES = {
+    "smollm2-135m": {"full": 3e-5, "lora": 5e-4, "suffix": 1e-4},
+    "minilm": {"full": 1e-4, "suffix": 2e-4},
+}
+BLOCKS = {"smollm2-135m": 30, "minilm": 6}
+ROWS = {"smollm2-135m": 16, "minilm": 32}  # in a batch
+LENGTH = 40
+
+
+def first_rate(model: str, policy: str) -> float:
+    """The rate that is tried first."""
+    rates = RATES[model]
+    return rates.get(policy.rpartition(" ")[2].partition(":")[0], rates["full"])
 
 
 def config_of(arguments: argparse.Namespace, policy: str, rate: float = 1e-4) -> Any:
     """The options of the command."""
     from priorityprop_jax.cli import finetune
 
+    encoder = arguments.model == "minilm"
+    longest = 32 if encoder else 64 if arguments.data == "shakespeare" else 128
     given = {
-        "policy": policy, "batch_size": BATCH, "learning_rate": rate,
-        "recalc_every": arguments.cycle,
-        "state": "reset" if policy.startswith("badam") else "keep", "data": arguments.data,
-        "max_length": 64 if arguments.data == "shakespeare" else 128, "seed": arguments.seed,
-        "epochs": arguments.epochs,
+        "model": arguments.model, "policy": policy, "batch_size": ROWS[arguments.model],
+        "learning_rate": rate, "recalc_every": arguments.cycle, "data": arguments.data,
+        "state": "reset" if policy.startswith("badam") else "keep", "max_length": longest,
+        "seed": arguments.seed, "epochs": arguments.epochs,
+        "budget": 0.4 if policy == "priority" else None,
+        "cache": encoder and policy.startswith("suffix"),
+        "limit": arguments.rows if encoder else None,
     }  # fmt: skip
     return finetune.defaults(**given)
+
+
+def phases(arm: str, steps: int) -> list[tuple[str, int]]:
+    """Policies and their steps."""
+    first, _, then = arm.partition(", then ")
+    return [(first, steps // 3), (then, steps - steps // 3)] if then else [(arm, steps)]
 
 
 def shakespeare(rows: int) -> tuple[Any, Any]:
@@ -90,41 +128,83 @@ def task_of(arguments: argparse.Namespace, config: Any) -> Any:
     return decoders.load(config, find_model("smollm2-135m"))
 
 
-def learn_one(arguments: argparse.Namespace) -> None:
-    """Trains one arm, and writes its dev losses as a line."""
+@contextlib.contextmanager
+def decoder(config: Any, task: Any, steps: int) -> Iterator[Any]:
+    """A trainer, its batches and those to try it on."""
     from priorityprop_jax.cli import decoders
 
-    config = config_of(arguments, arguments.arm, arguments.rate)
-    task = task_of(arguments, config)
-    loader = decoders.batches(config, task, task.train, train=True)
-    steps = config.epochs * len(loader)
+    whole = {name: dict(getattr(task, name)) for name in ("train", "dev")}
     with tempfile.TemporaryDirectory() as folder:
+        model = task.model
         trainer = decoders.trainer_of(Path(folder), config, task, steps)
-        trainer._progress = False
-        loader = decoders.batches(config, task, task.train, train=True)
-        dev = decoders.batches(config, task, task.dev, train=False)
-        order = []
-        for epoch in range(config.epochs):
-            loader.set_epoch(epoch)
-            order += list(loader)
-        every = max(1, steps // arguments.points)
-        curve = [{"step": 0, **trainer.evaluate(dev)}]
-        for start in range(0, steps, every):
-            trainer.train(order[start : start + every], 1)
-            curve.append({"step": min(start + every, steps), **trainer.evaluate(dev)})
-            print(arguments.arm, arguments.rate, curve[-1], flush=True)
-    line = {"key": key_of(arguments, arguments.arm, arguments.rate), "curve": curve}
-    add_line(FOLDER / "runs.jsonl", line)
+        loaders = [
+            decoders.batches(config, task, part, train=part is task.train)
+            for part in (task.train, task.dev)
+        ]
+        yield trainer, *loaders
+    task.model, task.train, task.dev = model, whole["train"], whole["dev"]
 
 
-def key_of(arguments: argparse.Namespace, arm: str, rate: float) -> dict:
-    names = ("data", "rows", "dev", "epochs", "seed")
-    return {"arm": arm, "rate": rate, **{name: getattr(arguments, name) for name in names}}
+@contextlib.contextmanager
+def encoder(config: Any, task: Any, steps: int) -> Iterator[Any]:
+    """The same; the schedule is that of all epochs."""
+    from priorityprop_jax.cli import finetune
+
+    del steps
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        finetune.trainer_of(Path(folder), config, task) as trainer,
+    ):
+        yield trainer, task.train_data, task.eval_data
+
+
+def learn_one(arguments: argparse.Namespace) -> None:
+    """Trains one arm, and writes its dev losses as a line."""
+    from priorityprop_jax.cli import finetune
+
+    config = config_of(arguments, arguments.arm, arguments.rate)
+    if arguments.model == "minilm":
+        made, task = encoder, finetune.load(config)
+        per_epoch = len(task.train_data)
+    else:
+        made, task = decoder, task_of(arguments, config)
+        per_epoch = len(task.train["x"]) // config.batch_size
+    steps = config.epochs * per_epoch
+    every, curve, done = max(1, steps // arguments.points), [], 0
+    parts = phases(arguments.arm, steps)
+    for policy, count in parts:
+        last = policy == parts[-1][0]
+        rate = arguments.rate if last else first_rate(arguments.model, policy)
+        with made(config_of(arguments, policy, rate), task, count if last else steps) as given:
+            trainer, loader, dev = given
+            trainer._progress = False
+            order = []
+            for epoch in range(config.epochs):
+                loader.set_epoch(epoch)
+                order += list(loader)
+            order = order[done : done + count]
+            if not curve:
+                curve.append({"step": 0, **trainer.evaluate(dev)})
+            for start in range(0, len(order), every):
+                trainer.train(order[start : start + every], 1)
+                now = done + min(start + every, len(order))
+                curve.append({"step": now, **trainer.evaluate(dev)})
+                print(arguments.arm, arguments.rate, curve[-1], flush=True)
+            done += len(order)
+            _ = trainer.model  # takes the weights back
+    line = {"key": key_of(arguments, arguments.arm, arguments.rate, arguments.seed)}
+    add_line(FOLDER / "runs.jsonl", line | {"steps": done, "curve": curve})
+
+
+def key_of(arguments: argparse.Namespace, arm: str, rate: float, seed: int) -> dict:
+    names = ("model", "data", "rows", "dev", "epochs")
+    same = {name: getattr(arguments, name) for name in names}
+    return {"arm": arm, "rate": rate, "seed": seed, **same}
 
 
 def again(arguments: argparse.Namespace, stage: str, arm: str, *more: str) -> str:
     """Runs this file in a fresh process for one arm; what it prints last."""
-    same = ("data", "rows", "dev", "epochs", "seed", "points", "cycle", "length")
+    same = ("model", "data", "rows", "dev", "epochs", "points", "cycle", "length", "repeats")
     options = [f"--{name}={getattr(arguments, name)}" for name in same]
     command = [sys.executable, "-m", "benchmarks.finetune_llm", stage, f"--arm={arm}"]
     done = subprocess.run([*command, *options, *more], text=True, stdout=subprocess.PIPE)
@@ -133,43 +213,87 @@ def again(arguments: argparse.Namespace, stage: str, arm: str, *more: str) -> st
     return done.stdout.strip().splitlines()[-1]
 
 
+def lowest(line: dict) -> float:
+    """The lowest dev loss of a run."""
+    return min(point["loss"] for point in line["curve"])
+
+
+def tuned(arguments: argparse.Namespace, arm: str) -> tuple[float, list[float]]:
+    """The rate of the lowest dev loss on seed 1, and the rates to try next."""
+    want, found = key_of(arguments, arm, 0.0, 1), {}
+    for line in read_lines(FOLDER / "runs.jsonl"):
+        if {**line["key"], "rate": 0.0} == want:
+            found[line["key"]["rate"]] = lowest(line)
+    first = first_rate(arguments.model, arm)
+    missing = [rate for rate in (first, 2 * first, first / 2) if rate not in found]
+    best = min(found, key=lambda rate: found[rate], default=first)
+    if not missing and best in (low := min(found), high := max(found)):
+        missing = [low / 2 if best == low else 2 * high]
+    return best, missing
+
+
 def learn(arguments: argparse.Namespace) -> None:
-    """Every arm at every rate that has no line yet."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    """Every arm at its rates on seed 1, and at the best of them on the others."""
+
+    def run(arm: str, rate: float, seed: int) -> None:
+        finished = [line["key"] for line in read_lines(FOLDER / "runs.jsonl")]
+        if key_of(arguments, arm, rate, seed) not in finished:
+            print(again(arguments, "learn", arm, f"--rate={rate}", f"--seed={seed}"), flush=True)
+
     for arm in arguments.arms:
-        for rate in RATES.get(arm.partition(":")[0], (1e-4,)):
-            finished = [line["key"] for line in read_lines(FOLDER / "runs.jsonl")]
-            if key_of(arguments, arm, rate) not in finished:
-                print(again(arguments, "learn", arm, f"--rate={rate}"), flush=True)
+        while rates := tuned(arguments, arm)[1]:
+            for rate in rates:
+                run(arm, rate, 1)
+    for seed in range(2, arguments.seeds + 1):
+        for arm in arguments.arms:
+            run(arm, tuned(arguments, arm)[0], seed)
+
+
+def fixed_task(arguments: argparse.Namespace) -> Any:
+    """A decoder and a batch of rows of one length."""
+    import numpy as np
+
+    from priorityprop_jax.cli import decoders, tuning
+    from priorityprop_jax.models import load_decoder, load_language
+    from priorityprop_jax.models.prompts import answer_loss, label_tokens
+
+    path = tuning.model_path(config_of(arguments, "full"))
+    language = load_language(path)
+    labels = ["negative", "positive"]
+    rng, length = np.random.default_rng(0), arguments.length
+    rows = range(ROWS[arguments.model])
+    answers = label_tokens(language, labels)
+    part = {
+        "x": [rng.integers(0, 49152, length).astype(np.int32) for _ in rows],
+        "y": [np.array([-1] * (length - 1) + [answers[0]], np.int32) for _ in rows],
+    }
+    model, loss_fn = load_decoder(path), answer_loss(answers)
+    return decoders.Task(model, language, "label", labels, loss_fn, part, dict(part), length)
 
 
 def step_one(arguments: argparse.Namespace) -> None:
     """Times the steps of one arm, and prints a line."""
+    import time
+
     import jax
-    import numpy as np
 
-    from priorityprop_jax.cli import decoders, tuning
+    from priorityprop_jax.cli import finetune
 
-    config = config_of(arguments, arguments.arm)
-    from priorityprop_jax.models import load_decoder, load_language
-    from priorityprop_jax.models.prompts import answer_loss, label_tokens
-
-    path = tuning.model_path(config)
-    language = load_language(path)
-    labels = ["negative", "positive"]
-    rng, length = np.random.default_rng(0), arguments.length
-    x = [rng.integers(0, 49152, length).astype(np.int32) for _ in range(BATCH)]
-    answers = label_tokens(language, labels)
-    y = [np.array([-1] * (length - 1) + [answers[0]], np.int32) for _ in x]
-    part = {"x": x, "y": y}
-    model = load_decoder(path)
-    loss_fn = answer_loss(answers)
-    task = decoders.Task(model, language, "label", labels, loss_fn, part, dict(part), length)
-    del model
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = decoders.trainer_of(Path(folder), config, task, 100)
+    forward = arguments.arm == "forward"
+    config = config_of(arguments, "full" if forward else arguments.arm)
+    if arguments.model == "minilm":
+        made, task = encoder, finetune.load(config)
+    else:
+        made, task = decoder, fixed_task(arguments)
+    with made(config, task, 100) as (trainer, loader, _):
         trainer._progress = False
-        batch = next(iter(decoders.batches(config, task, task.train, train=False)))
+        batch = next(iter(loader))
+        if forward:
+            trainer.evaluate([batch])
+            start = time.perf_counter()
+            trainer.evaluate([batch] * arguments.repeats)
+            print(json.dumps({"ms": 1e3 * (time.perf_counter() - start) / arguments.repeats}))
+            return
         compiled = []
         keep = jax.stages.Lowered.compile
 
@@ -178,7 +302,7 @@ def step_one(arguments: argparse.Namespace) -> None:
             return compiled[-1]
 
         jax.stages.Lowered.compile = remember
-        trainer.train([batch] * 2)
+        trainer.train([batch] * (2 * arguments.cycle if arguments.model == "minilm" else 2))
         if not compiled:  # a plain step compiles as it is called
             params, rest = trainer._current()
             step: Any = trainer.step
@@ -200,12 +324,16 @@ def step_one(arguments: argparse.Namespace) -> None:
 def steps(arguments: argparse.Namespace) -> None:
     """Times all arms in turn, and writes the record."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    load, found = os.getloadavg(), {arm: [] for arm in arguments.arms}
+    single = ["forward", *(arm for arm in arguments.arms if ", then " not in arm)]
+    load, found = os.getloadavg(), {arm: [] for arm in single}
     for turn in range(arguments.rounds):
-        for arm in arguments.arms[:: 1 if turn % 2 == 0 else -1]:
+        for arm in single[:: 1 if turn % 2 == 0 else -1]:
             found[arm].append(json.loads(again(arguments, "steps", arm)))
             print(arm, found[arm][-1], flush=True)
-    record = about("finetune_llm steps", load) | {"batch": BATCH, "length": arguments.length}
+    record = about("finetune_llm steps", load)
+    record |= {"model": arguments.model, "batch": ROWS[arguments.model]}
+    record |= {"length": arguments.length if arguments.model != "minilm" else 32}
+    record["forward_ms"] = statistics.median(line["ms"] for line in found.pop("forward"))
     full = statistics.median(line["ms"] for line in found["full"])
     record["arms"] = {
         arm: {
@@ -217,29 +345,103 @@ def steps(arguments: argparse.Namespace) -> None:
         }
         for arm, lines in found.items()
     }
-    write(FOLDER / f"steps-{arguments.device}.json", record)
+    write(FOLDER / f"steps-{arguments.model}-{arguments.device}.json", record)
+
+
+def seconds_to(target: float, line: dict, record: dict) -> float | None:
+    """When a run's dev loss is first at a target, by straight lines between evaluations."""
+    model, key = record["model"], line["key"]
+    parts, curve = phases(key["arm"], line["steps"]), line["curve"]
+
+    def at(step: float) -> float:
+        ms, begun = 0.0, 0
+        for policy, count in parts:
+            if (own := min(step - begun, count)) > 0:
+                name, _, number = policy.partition(":")
+                if name == "suffix":  # what is frozen ran once
+                    below = 1 - int(number) / BLOCKS[model]
+                    ms += below * record["forward_ms"] * key["rows"] / ROWS[model]
+                ms += own * record["arms"][policy]["ms"]
+            begun += count
+        return ms / 1e3
+
+    for before, point in zip([None, *curve], curve, strict=False):
+        if point["loss"] <= target:
+            if before is None:
+                return 0.0
+            share = (before["loss"] - target) / (before["loss"] - point["loss"])
+            return at(before["step"] + share * (point["step"] - before["step"]))
+    return None
+
+
+def summary(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Of each arm at its best rate: lowest loss and accuracy, and how soon it is at full's loss."""
+    record = json.loads(
+        (FOLDER / f"steps-{arguments.model}-{arguments.device}.json").read_text(encoding="utf-8")
+    )
+    lines: dict[str, dict[int, dict]] = {}
+    for arm in arguments.arms:
+        rate = tuned(arguments, arm)[0]
+        for line in read_lines(FOLDER / "runs.jsonl"):
+            key = line["key"]
+            if key == key_of(arguments, arm, rate, key["seed"]):
+                lines.setdefault(arm, {})[key["seed"]] = line
+    found: dict[str, Any] = {}
+    for arm, own in lines.items():
+        points = [min(line["curve"], key=lambda point: point["loss"]) for line in own.values()]
+        found[arm] = {
+            "rate": tuned(arguments, arm)[0], "seeds": len(own),
+            "loss": statistics.fmean(point["loss"] for point in points),
+            "accuracy": statistics.fmean(point.get("accuracy", math.nan) for point in points),
+        }  # fmt: skip
+        for slack in (0, 2, 5):
+            ratios: list[float] = []
+            for seed in own.keys() & lines["full"].keys():
+                target = (1 + slack / 100) * lowest(lines["full"][seed])
+                base = seconds_to(target, lines["full"][seed], record)
+                mine = seconds_to(target, own[seed], record)
+                if base is not None and mine:
+                    ratios.append(mine / base)
+            found[arm][f"within {slack} %"] = {
+                "arrived": len(ratios),
+                "of_full_time": statistics.geometric_mean(ratios) if ratios else None,
+            }
+    return found
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """A table of steps, and of what each arm reached at its best rate."""
+    """A table of steps, and of what each arm reached at its best rate; and the record of it."""
     from priorityprop_jax.core.tables import markdown
 
-    record = json.loads((FOLDER / f"steps-{arguments.device}.json").read_text())
-    rows = [("what is trained", "ms a step", "of full", "peak GB", "of full", "best dev loss")]
-    best: dict[str, float] = {}
-    for line in read_lines(FOLDER / "runs.jsonl"):
-        if line["key"]["data"] == arguments.data:
-            loss = min(point["loss"] for point in line["curve"])
-            arm = line["key"]["arm"]
-            best[arm] = min(best.get(arm, loss), loss)
-    for arm, found in record["arms"].items():
-        loss = f"{best[arm]:.3f}" if arm in best else ""
-        rows.append(
-            (
-                arm, f"{found['ms']:,.0f}", f"{found['of_full']:.2f}",
-                f"{found['peak_bytes'] / 1e9:.2f}", f"{found['of_full_bytes']:.2f}", loss,
-            )
-        )  # fmt: skip
+    name = f"steps-{arguments.model}-{arguments.device}.json"
+    record = json.loads((FOLDER / name).read_text(encoding="utf-8"))
+    found = summary(arguments)
+    slacks = (0, 2, 5)
+    head = ("what is trained", "ms a step", "of full", "peak GB", "of full", "dev loss", "accuracy")
+    rows = [(*head, *(f"time to within {slack} %" for slack in slacks))]
+    for arm in arguments.arms:
+        own = record["arms"].get(arm)
+        cells = ["", "", "", ""]
+        if own:
+            cells = [
+                f"{own['ms']:,.0f}", f"{own['of_full']:.2f}",
+                f"{own['peak_bytes'] / 1e9:.2f}", f"{own['of_full_bytes']:.2f}",
+            ]  # fmt: skip
+        reached = found.get(arm)
+        if reached:
+            cells += [f"{reached['loss']:.3f}", f"{reached['accuracy']:.3f}"]
+            for slack in slacks:
+                to = reached[f"within {slack} %"]
+                of = f"{to['of_full_time']:.2f} of full's" if to["arrived"] else "not reached"
+                some = to["arrived"] < reached["seeds"] and to["arrived"]
+                cells.append(f"{of} ({to['arrived']} of {reached['seeds']})" if some else of)
+        rows.append((arm, *cells, *[""] * (len(rows[0]) - 1 - len(cells))))
+    about_it = about("finetune_llm learn") | {"steps_measured_on": record["date"]}
+    about_it |= key_of(arguments, "", 0.0, 0)
+    for unused in ("arm", "rate", "seed"):
+        del about_it[unused]
+    out = FOLDER / f"learning-{arguments.model}-{arguments.data}-{arguments.device}.json"
+    write(out, about_it | {"arms": found})
     print("\n".join(markdown(rows)))
 
 
@@ -247,17 +449,20 @@ def main() -> None:
     """Runs a stage."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("stage", choices=("steps", "learn", "report"))
-    parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--model", choices=tuple(ARMS), default="smollm2-135m")
+    parser.add_argument("--arms", nargs="+", help="(default: all of the model)")
     parser.add_argument("--data", choices=("sst2", "shakespeare"), default="sst2")
     parser.add_argument("--device", default="cpu")
     for name, default in {
-        "rows": 2000, "dev": 872, "epochs": 3, "seed": 1, "points": 40, "cycle": 10,
-        "rounds": 3, "repeats": 6, "length": LENGTH,
+        "rows": 2000, "dev": 872, "epochs": 3, "seeds": 1, "points": 40, "cycle": 10, "rounds": 3,
+        "repeats": 6, "length": LENGTH,
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     parser.add_argument("--rate", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=1, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.arms = arguments.arms or list(ARMS[arguments.model])
     one = {"learn": learn_one, "steps": step_one}
     every = {"learn": learn, "steps": steps, "report": report}
     (one if arguments.arm else every)[arguments.stage](arguments)

@@ -68,7 +68,7 @@ def test_it_is_short_and_leads_somewhere():
 
 
 def test_figures_of_the_decoder_s_guide_are_those_of_its_record():
-    record = ROOT / "benchmarks/results/finetune_llm/steps-cpu.json"
+    record = ROOT / "benchmarks/results/finetune_llm/steps-smollm2-135m-cpu.json"
     guide = (ROOT / "docs/guides/my-decoder.md").read_text(encoding="utf-8")
     for arm, found in json.loads(record.read_text(encoding="utf-8"))["arms"].items():
         row = f"| `{arm}` | {found['of_full']:.2f} | {found['of_full_bytes']:.2f} |"

@@ -36,7 +36,7 @@ def exact():
 
 
 def fine_tuning():
-    arms = record("finetune_llm/steps-cpu.json")["arms"]
+    arms = record("finetune_llm/steps-smollm2-135m-cpu.json")["arms"]
     last, badam, lora = arms["suffix:8"], arms["badam:1"], arms["lora:8"]
     time, memory = last["of_full"], last["of_full_bytes"]
     yield f"{time:.2f} of full training's time and {memory:.2f} of its memory"

@@ -7,7 +7,7 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -245,11 +245,9 @@ def load(config: Config) -> Task:
     return task
 
 
-def _train(directory: Path, config: Config, task: Task) -> None:
-    """Trains, saves the model, and writes the report."""
-    import jax
-
-    from priorityprop_jax.models.weights import save_bert
+@contextlib.contextmanager
+def trainer_of(directory: Path, config: Config, task: Task) -> Iterator[Any]:
+    """The trainer of an encoder; what it keeps of frozen layers lies in the folder until the end."""
     from priorityprop_jax.partial import PrefixCache, nnx_stages
     from priorityprop_jax.training.trainer import Trainer
 
@@ -258,10 +256,19 @@ def _train(directory: Path, config: Config, task: Task) -> None:
     with cache or contextlib.nullcontext():
         model: Any = meshes.place(task.model, config.mesh)
         tx = optimizer(config.learning_rate, config.epochs * len(task.train_data), active=True)
-        stages = nnx_stages(model.stages())
-        trainer = Trainer(stages, tx, task.loss_fn, make_step(config, cache))
+        yield Trainer(nnx_stages(model.stages()), tx, task.loss_fn, make_step(config, cache))
+
+
+def _train(directory: Path, config: Config, task: Task) -> None:
+    """Trains, saves the model, and writes the report."""
+    import jax
+
+    from priorityprop_jax.models.weights import save_bert
+
+    with trainer_of(directory, config, task) as trainer:
         data = [meshes.spread(part, config.mesh) for part in task.data]
         results = runs.train_arm(directory, config.policy, trainer, data, config.epochs)
+    model: Any = task.model
     meshes.collect(model, config.mesh)
     if jax.process_index():
         return

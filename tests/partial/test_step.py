@@ -690,7 +690,8 @@ class TestAccount:
 
     @pytest.mark.parametrize("unit", ["flops", "milliseconds"])
     def test_given_costs_are_not_measured(self, unit, monkeypatch):
-        given = StepCosts((0.0,) * 5, (1.0, 2.0, 3.0, 4.0, 5.0), unit)
+        fifth = {"flops": _costs().full / 5, "milliseconds": 1.0}[unit]
+        given = StepCosts((0.0,) * 5, tuple(fifth * depth for depth in range(1, 6)), unit)
         trainer = _trainer(policy="random", costs=given, share=0.6)
         with monkeypatch.context() as patch:
             patch.setattr(engine, "measure_costs", None)
@@ -706,6 +707,14 @@ class TestAccount:
         other = measure_costs(lambda p, x: p["a"] * p["b"] * x, {"a": 1.0, "b": 1.0}, 2.0, slots)
         with pytest.raises(ValueError, match="costs are of 2 slots"):
             _trainer(costs=other).train(_batches())
+
+    def test_costs_in_another_unit(self):
+        """They would keep no budget."""
+        counted = _costs()
+        for scale in (1e-3, 1e3):
+            own, floors = (tuple(scale * x for x in part) for part in (counted.own, counted.floors))
+            with pytest.raises(ValueError, match="costs say that a step with all slots takes"):
+                _trainer(costs=StepCosts(own, floors)).train(_batches())
 
 
 class TestWrongArguments:
