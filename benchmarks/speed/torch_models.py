@@ -91,7 +91,8 @@ class Recurrent(nn.Module):
     def __init__(self, case):
         super().__init__()
         width, both = case["width"], case["both_ways"]
-        self.rnn = nn.LSTM(case["shape"][-1], width, batch_first=True, bidirectional=both)
+        kind = {"lstm": nn.LSTM, "gru": nn.GRU}[case["cell"]]
+        self.rnn = kind(case["shape"][-1], width, batch_first=True, bidirectional=both)
         self.head = nn.Linear(width * (1 + both), 2)
 
     def forward(self, x):

@@ -247,7 +247,7 @@ def load(config: Config) -> Task:
 
 @contextlib.contextmanager
 def trainer_of(directory: Path, config: Config, task: Task) -> Iterator[Any]:
-    """The trainer of an encoder; what it keeps of frozen layers lies in the folder until the end."""
+    """The trainer of an encoder; what it keeps of frozen layers is in the folder until the end."""
     from priorityprop_jax.partial import PrefixCache, nnx_stages
     from priorityprop_jax.training.trainer import Trainer
 

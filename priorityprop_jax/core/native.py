@@ -25,7 +25,7 @@ from priorityprop_jax.core.walk import Formula, register_flops
 
 # Best first.
 _INSTRUCTION_SETS = {"avx512": "AVX-512", "avx2": "AVX2", "base": "baseline"}
-_INTERFACE = 3  # of the handlers, as csrc/ffi.cc has it
+_INTERFACE = 4  # of the handlers, as csrc/ffi.cc has it
 _AGAIN = "install priorityprop_jax again"
 _lock = threading.Lock()
 

@@ -29,15 +29,13 @@ from priorityprop_jax.rnn.rounds import check_iterations
 # backward pass stores for each step costs more time than it saves: see benchmarks/highway.py. Where
 # native kernels run it, they are sooner with any number of rows.
 _MOST_ROWS = 64
-_LSTMS = (nnx.OptimizedLSTMCell, nnx.LSTMCell, nn.OptimizedLSTMCell, nn.LSTMCell)
 
 
 def _too_many(cell: Any, rows: Any, iterations: int | None) -> bool:
     known = isinstance(rows, int)  # and not of a symbolic shape, as `jax.export` has them
     if iterations is not None or not known or rows <= _MOST_ROWS or jax.default_backend() != "cpu":
         return False
-    kernels = isinstance(cell, _LSTMS) and (cell.dtype or cell.param_dtype) == jnp.float32
-    return not (kernels and native.are_here())
+    return (cell.dtype or cell.param_dtype) != jnp.float32 or not native.are_here()
 
 
 class LeanRNN(FusedRNN):
@@ -65,8 +63,8 @@ def lean_rnn(model: nnx.Module, *, iterations: int | None = None, tol: float | N
 
     By default gradients are exact to rounding: the automatic derivative of a scan adds to the
     gradients of the kernels at every step, this backward pass makes each of them by one product
-    over all steps. On a CPU with AVX2 native kernels run an LSTM in float32 over eight steps and
-    more, forward and backward, where the installation has them. What they do not run is left to
+    over all steps. On a CPU with AVX2 native kernels run float32 over eight steps and more,
+    forward and backward, where the installation has them. What they do not run is left to
     autodiff there where a step has more than 64 rows, as that is no slower. With ``iterations`` the
     backward pass is that of `highway_rnn`, approximate, all steps at once.
 

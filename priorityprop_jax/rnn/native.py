@@ -1,4 +1,4 @@
-"""The recurrence of an LSTM by kernels in C++, where the installation has them: see `core.native`.
+"""The recurrence of LSTM and GRU by kernels in C++, where they are installed: see `core.native`.
 
 What goes from step to step is one call forward and one backward. The product with the inputs, and
 the gradients of weights, are products over all steps around it.
@@ -7,8 +7,7 @@ the gradients of weights, are products over all steps around it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +22,15 @@ from priorityprop_jax.core.fragile import (
     no_mesh,
     varying,
 )
-from priorityprop_jax.rnn import recurrent
-from priorityprop_jax.rnn.recurrent import LSTMParams
+from priorityprop_jax.rnn import kernels, recurrent
+from priorityprop_jax.rnn.kernels import Kernel
+from priorityprop_jax.rnn.recurrent import GRUParams, LSTMParams
 
 # Whose kernels were measured to be sooner than JAX's loops, and with how many steps: with fewer it
 # takes longer to pack the recurrent kernel than that saves.
 _SOONER = ("avx512", "avx2")
 _LEAST_STEPS = 8
+_CELLS: dict[type, kernels.Cell] = {LSTMParams: kernels.LSTM, GRUParams: kernels.GRU}
 
 
 def are_here() -> bool:
@@ -38,11 +39,10 @@ def are_here() -> bool:
 
 
 def knows(params: Any, carry: Any, xs: jax.Array) -> bool:
-    """Whether the kernels run this: an LSTM in float32 with some steps, of sizes that are known."""
-    arrays = (*params, *carry, xs)
+    """Whether the kernels run this: a cell in float32 with some steps, of sizes that are known."""
+    arrays = jax.tree.leaves((params, carry, xs))
     return (
-        isinstance(params, LSTMParams)
-        and all(x.dtype == jnp.float32 for x in arrays)
+        all(x.dtype == jnp.float32 for x in arrays)
         and all(isinstance(size, int) and size > 0 for x in arrays for size in x.shape)
         and len(xs) >= _LEAST_STEPS
         and are_here()
@@ -59,11 +59,19 @@ def run(options: Any, params: Any, carry: Any, xs: jax.Array, probe: jax.Array) 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _states(options: Any, keep: bool, params: Any, carry: Any, xs: Any) -> Any:
+    cell = _CELLS[type(params)]
     of_x = jnp.dot(xs, params.input_kernel.T)
-    operands = (of_x, params.recurrent_kernel.T, params.bias, *carry)
-    *gates, cs, hs = _mapped(_FORWARD if keep else _VALUES)(*operands)
-    others = (cs,) if options.all_carries else ()
-    return (cs[-1], hs[-1]), hs, others, (*gates, cs) if keep else ()
+    if isinstance(params, LSTMParams):
+        bias = params.bias
+    else:
+        of_x = of_x if params.input_bias is None else of_x + params.input_bias
+        bias = params.recurrent_bias
+        bias = jnp.zeros_like(of_x, shape=carry[0].shape[1:]) if bias is None else bias
+    operands = (of_x, params.recurrent_kernel.T, bias, *carry)
+    *saved, hs = _mapped(cell.forward if keep else cell.values)(*operands)
+    cs = saved[-1:] if isinstance(params, LSTMParams) else []
+    others = tuple(cs) if options.all_carries else ()
+    return tuple(x[-1] for x in (*cs, hs)), hs, others, tuple(saved) if keep else ()
 
 
 def _states_forward(options: Any, keep: bool, params: Any, carry: Any, xs: Any) -> Any:
@@ -83,15 +91,22 @@ _states.defvjp(_states_forward, _states_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gradients(options: Any, residuals: Any, cotangents: Any) -> Any:
-    params, (c0, h0), xs, hs, gates, cs = residuals
-    (dc, dh), dhs, dothers = cotangents
-    dcs = dothers[0] if dothers else jnp.zeros_like(cs, shape=(0, *c0.shape))
-    operands = (gates, cs, params.recurrent_kernel.T, c0, dcs, dhs, dc, dh)
-    dgates, dbias, dc0, dh0 = _mapped(_BACKWARD)(*operands)
-    before = jnp.concatenate([h0[None], hs[:-1]])  # h that enters each step
-    of_input, of_state = (recurrent.over_steps(dgates, x, jnp.float32) for x in (xs, before))
-    dparams = LSTMParams(of_input, of_state, jnp.sum(dbias, axis=0))
-    return dparams, (dc0, dh0), jnp.dot(dgates, params.input_kernel)
+    params, carry, xs, hs, *saved = residuals
+    dfinal, dhs, dothers = cotangents
+    kernel, run = params.recurrent_kernel.T, _mapped(_CELLS[type(params)].backward)
+    if isinstance(params, LSTMParams):
+        dcs = dothers[0] if dothers else jnp.zeros_like(hs, shape=(0, *hs.shape[1:]))
+        dgates, dbias, *dcarry = run(*saved, kernel, carry[0], dcs, dhs, *dfinal)
+        dinputs = dgates
+    else:
+        dinputs, dgates, dbias, *dcarry = run(*saved, hs, kernel, *carry, dhs, *dfinal)
+    before = jnp.concatenate([carry[-1][None], hs[:-1]])  # h that enters each step
+    dparams = params._replace(
+        input_kernel=recurrent.over_steps(dinputs, xs, jnp.float32),
+        recurrent_kernel=recurrent.over_steps(dgates, before, jnp.float32),
+        **options.cell.bias(params, jnp.sum(dbias, axis=0)),
+    )
+    return dparams, tuple(dcarry), jnp.dot(dinputs, params.input_kernel)
 
 
 def _gradients_forward(options: Any, residuals: Any, cotangents: Any) -> Any:
@@ -113,34 +128,8 @@ def _gradients_backward(options: Any, arguments: Any, more: Any) -> Any:
 _gradients.defvjp(_gradients_forward, _gradients_backward)
 
 
-class _Kernel(NamedTuple):
-    """A kernel: ``(*operands) -> list of results``; those of all steps are ``[time, batch, ...]``.
-
-    Sides have an axis of the batch or None for each array, and its number of axes.
-    """
-
-    handler: str
-    operands: tuple[tuple[int | None, int], ...]
-    results: tuple[tuple[int | None, int], ...]
-    values_only: bool = False
-
-
-_STEPS, _STATE = (1, 3), (0, 2)
-_FORWARD = _Kernel(
-    "lstm_forward",  # of_x, kernel [hidden, gates * hidden], bias, c, h -> gates, cs, hs
-    (_STEPS, (None, 2), (None, 1), _STATE, _STATE),
-    (_STEPS, _STEPS, _STEPS),
-)
-_VALUES = _FORWARD._replace(results=(_STEPS, _STEPS), values_only=True)  # cs, hs
-_BACKWARD = _Kernel(
-    "lstm_backward",  # gates, cs, kernel, c, dcs, dhs, dc, dh -> dgates, dbias, dc, dh
-    (_STEPS, _STEPS, (None, 2), _STATE, _STEPS, _STEPS, _STATE, _STATE),
-    (_STEPS, _STATE, _STATE, _STATE),  # dbias [batch, gates * hidden]
-)
-
-
 @functools.cache
-def _mapped(kernel: _Kernel) -> Any:
+def _mapped(kernel: Kernel) -> Any:
     """A kernel with a rule for `jax.vmap`: mapped examples join the batch."""
 
     @custom_vmap
@@ -177,9 +166,9 @@ def _mapped(kernel: _Kernel) -> Any:
     return mapped
 
 
-def _partitioned(kernel: _Kernel, *operands: Any) -> list[Any]:
+def _partitioned(kernel: Kernel, *operands: Any) -> list[Any]:
     """A kernel under a rule by which a compiler that shards arrays may split the batch."""
-    function = functools.partial(_call, kernel)
+    function = kernel.__call__
 
     def partition(mesh, shapes, _):
         spec = shapes[0].sharding.spec
@@ -209,68 +198,4 @@ def _partitioned(kernel: _Kernel, *operands: Any) -> list[Any]:
             sharding_rule=f"{', '.join(names[:count])} -> {', '.join(names[count:])}",
             need_replication_factors=tuple(axis for axis in axes if axis != "b"),
         )
-    portable = _backward if kernel is _BACKWARD else functools.partial(_forward, kernel)
-    return here_or(function, portable)(*operands)
-
-
-def _call(kernel: _Kernel, *operands: jax.Array) -> list[jax.Array]:
-    """Calls the kernel, which may write gates over what enters them, and the reverse."""
-    steps, state = operands[0].shape, operands[3].shape
-    every = (steps[0], *state)
-    if kernel.handler == "lstm_backward":
-        shapes = [steps, (state[0], steps[-1]), state, state]
-        return [*native.call(kernel.handler, _flops_backward, shapes, *operands, in_place={0: 0})]
-    if kernel.values_only:
-        return [*native.call(kernel.handler, _flops, [(0,), every, every], *operands)][1:]
-    shapes = [steps, every, every]
-    return [*native.call(kernel.handler, _flops, shapes, *operands, in_place={0: 0})]
-
-
-def _flops(operands: Sequence[Any], _: Any, __: Mapping[str, Any]) -> float:
-    """Of the product, the sums, the functions of gates, and the states."""
-    of_x, kernel, *_ = operands
-    return of_x.size * (2 * kernel.shape[0] + 3 + 5 / 4)
-
-
-def _flops_backward(operands: Sequence[Any], _: Any, __: Mapping[str, Any]) -> float:
-    """Of the product and of what stands before it."""
-    gates, _, kernel, *_ = operands
-    return gates.size * (2 * kernel.shape[0] + 6)
-
-
-def _forward(kernel: _Kernel, of_x: Any, weight: Any, bias: Any, c: Any, h: Any) -> list[Any]:
-    """What the kernel computes, by JAX alone."""
-
-    def step(carry, of_x):
-        c, h = carry
-        i, f, g, o = jnp.split(of_x + (jnp.dot(h, weight) + bias), 4, axis=-1)
-        i, f, g, o = jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
-        c = f * c + i * g
-        h = o * jnp.tanh(c)
-        return (c, h), (jnp.concatenate([i, f, g, o], axis=-1), c, h)
-
-    results = lax.scan(step, (c, h), of_x)[1]
-    return [*results][kernel.values_only :]
-
-
-def _backward(
-    gates: Any, cs: Any, weight: Any, c: Any, dcs: Any, dhs: Any, dc: Any, dh: Any
-) -> list[Any]:
-    """What the kernel computes, by JAX alone."""
-
-    def step(carry, at):
-        dc, dh, dbias = carry
-        gates, before, c, dcs, dhs = at
-        i, f, g, o = jnp.split(gates, 4, axis=-1)
-        t, dh = jnp.tanh(c), dh + dhs
-        dc = dc + dcs + dh * o * (1 - t * t)
-        of_gates = (g * i * (1 - i), before * f * (1 - f), i * (1 - g * g), t * o * (1 - o))
-        dgates = [d * gate for d, gate in zip((dc, dc, dc, dh), of_gates, strict=True)]
-        dgates = jnp.concatenate(dgates, axis=-1)
-        return (dc * f, jnp.dot(dgates, weight.T), dbias + dgates), dgates
-
-    dcs = dcs if dcs.size else jnp.zeros_like(cs)
-    before = jnp.concatenate([c[None], cs[:-1]])
-    start = (dc, dh, jnp.zeros_like(gates[0]))
-    (dc, dh, dbias), dgates = lax.scan(step, start, (gates, before, cs, dcs, dhs), reverse=True)
-    return [dgates, dbias, dc, dh]
+    return here_or(function, kernel.by_jax)(*operands)

@@ -10,6 +10,7 @@ from flax import nnx
 from priorityprop_jax import rnn as rnn_room
 from priorityprop_jax.meprop.inject import meprop, restore
 from priorityprop_jax.meprop.rnn import MePropRNN
+from priorityprop_jax.rnn import native
 from priorityprop_jax.rnn.lean import LeanRNN, LinenLeanRNN, lean_rnn
 
 INPUTS, HIDDEN, STEPS, BATCH = 3, 4, 5, 2
@@ -213,7 +214,8 @@ def test_wrong_input():
 
 
 @pytest.mark.parametrize(("rows", "iterations", "own"), [(64, None, 1), (65, None, 0), (65, 2, 1)])
-def test_many_rows_are_left_to_autodiff(rows, iterations, own):
+def test_many_rows_are_left_to_autodiff(rows, iterations, own, monkeypatch):
+    monkeypatch.setattr(native, "are_here", lambda: False)
     rnn, x = nnx.RNN(nnx.GRUCell(3, 4, rngs=nnx.Rngs(0)), rngs=False), jnp.ones((rows, 2, 3))
     lean_rnn(rnn, iterations=iterations)
     graph, state = nnx.split(rnn)

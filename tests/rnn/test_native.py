@@ -1,4 +1,4 @@
-"""The recurrence of an LSTM by native kernels, each instruction set that runs here.
+"""The recurrence of LSTM and GRU by native kernels, each instruction set that runs here.
 
 `flax.nnx.RNN` and automatic derivatives are the reference.
 """
@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 
 from priorityprop_jax.core import native as core_native
 from priorityprop_jax.core.program import program_flops
-from priorityprop_jax.rnn import native
+from priorityprop_jax.rnn import kernels, native
 from priorityprop_jax.rnn.highway import highway_rnn
 from priorityprop_jax.rnn.lean import LinenLeanRNN, lean_rnn
 from priorityprop_jax.rnn.recurrent import GRUParams, LSTMParams
@@ -56,12 +56,18 @@ def instruction_set(request, monkeypatch):
     jax.clear_caches()  # of programs with other kernels
 
 
-def make(rows, steps, inputs, hidden, seed=0):
-    rng = np.random.default_rng(seed)
+CELLS = ("lstm", "gru")
+each_cell = pytest.mark.parametrize("cell", CELLS)
+
+
+def make(rows, steps, inputs, hidden, cell="lstm"):
+    rng, gates = np.random.default_rng(0), 4 if cell == "lstm" else 3
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
-    kernels = draw(4 * hidden, inputs), draw(4 * hidden, hidden) / hidden**0.5
-    carry = draw(rows, hidden), draw(rows, hidden)
-    return LSTMParams(*kernels, draw(4 * hidden)), carry, draw(steps, rows, inputs)
+    kernels = draw(gates * hidden, inputs), draw(gates * hidden, hidden) / hidden**0.5
+    bias, carry = draw(gates * hidden), (draw(rows, hidden), draw(rows, hidden))
+    if cell == "lstm":
+        return LSTMParams(*kernels, bias), carry, draw(steps, rows, inputs)
+    return GRUParams(*kernels, bias, draw(hidden)), carry[0], draw(steps, rows, inputs)
 
 
 def alone(function):
@@ -79,13 +85,22 @@ def alone(function):
 def plain(params, carry, xs):
     """The cell of Flax, in a scan."""
 
-    def step(carry, x):
+    def gru(h, x):
+        x_r, x_z, x_n = jnp.split(x @ params.input_kernel.T + params.input_bias, 3, axis=-1)
+        h_r, h_z, h_n = jnp.split(h @ params.recurrent_kernel.T, 3, axis=-1)
+        r, z = jax.nn.sigmoid(x_r + h_r), jax.nn.sigmoid(x_z + h_z)
+        n = jnp.tanh(x_n + r * (h_n + params.recurrent_bias))
+        h = (1 - z) * n + z * h
+        return h, (h, h)
+
+    def lstm(carry, x):
         y = params.input_kernel @ x.T + params.recurrent_kernel @ carry[1].T
         i, f, g, o = jnp.split(y.T + params.bias, 4, axis=-1)
         c = jax.nn.sigmoid(f) * carry[0] + jax.nn.sigmoid(i) * jnp.tanh(g)
         carry = c, jax.nn.sigmoid(o) * jnp.tanh(c)
         return carry, (carry[1], carry)
 
+    step = lstm if isinstance(params, LSTMParams) else gru
     final, (hs, carries) = jax.lax.scan(step, carry, xs)
     return final, hs, carries
 
@@ -109,13 +124,14 @@ def assert_close(a, b, tolerance=1e-5):
 
 def kernels_in(function, *args):
     traced = jax.make_jaxpr(lambda *args: function(*args))(*args)  # anew
-    return str(traced).count("priorityprop_lstm")
+    return sum(str(traced).count(f"priorityprop_{cell}") for cell in CELLS)
 
 
 @needs_kernels
+@each_cell
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_values_and_gradients_are_those_of_a_scan(instruction_set, sizes):
-    args = make(*sizes)
+def test_values_and_gradients_are_those_of_a_scan(instruction_set, sizes, cell):
+    args = make(*sizes, cell)
     found = jax.jit(functools.partial(both_passes, own))(*args)
     assert_close(found, jax.jit(functools.partial(both_passes, plain))(*args))
     values = jax.jit(own)(*args)  # where nothing is kept for a backward pass
@@ -146,8 +162,9 @@ def test_functions_of_gates_are_precise(instruction_set):
 
 
 @needs_kernels
-def test_nan_goes_where_it_belongs(instruction_set):
-    params, carry, xs = make(9, 4, 3, 21)
+@each_cell
+def test_nan_goes_where_it_belongs(instruction_set, cell):
+    params, carry, xs = make(9, 4, 3, 21, cell)
     hs = highway_rnn(params, carry, xs.at[2, 5, 1].set(jnp.nan))[1]
     expected = np.zeros(hs.shape, bool)
     expected[2:, 5] = True
@@ -157,7 +174,7 @@ def test_nan_goes_where_it_belongs(instruction_set):
     expected = np.zeros(xs.shape, bool)
     expected[:2, 4] = True
     np.testing.assert_array_equal(np.isnan(dxs), expected)
-    assert np.isnan(dparams.bias).any() and np.isnan(dparams.recurrent_kernel).all()
+    assert np.isnan(dparams[2]).any() and np.isnan(dparams.recurrent_kernel).all()
 
 
 def model(hidden=20, cell=nnx.OptimizedLSTMCell, **options):
@@ -175,11 +192,12 @@ OPTIONS = {
 
 
 @needs_native
-@pytest.mark.parametrize("cell", [nnx.OptimizedLSTMCell, nnx.LSTMCell])
+@pytest.mark.parametrize("cell", [nnx.OptimizedLSTMCell, nnx.LSTMCell, nnx.GRUCell])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_module_of_flax(name, cell):
     rnn, x = model(cell=cell)
     carry = (jnp.full((8, 20), 0.3), jnp.full((8, 20), -0.2))
+    carry = carry[1] if cell is nnx.GRUCell else carry
 
     def run(rnn, x):
         graph, params, rest = nnx.split(rnn, nnx.Param, ...)
@@ -197,11 +215,15 @@ def test_the_module_of_flax(name, cell):
 
 
 @needs_native
-def test_many_rows_are_theirs_too(monkeypatch):
+@each_cell
+def test_many_rows_are_theirs_too(monkeypatch, cell):
     x, carry = jnp.ones((65, 2, 3)), (jnp.zeros((65, 4)),) * 2
-    rnn = nnx.RNN(nnx.OptimizedLSTMCell(3, 4, rngs=nnx.Rngs(0)), rngs=False)
-    half = nnx.RNN(nnx.LSTMCell(3, 4, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), rngs=False)
-    linen = LinenLeanRNN(nn.LSTMCell(4))
+    kind, other, of_linen = (nnx.OptimizedLSTMCell, nnx.LSTMCell, nn.LSTMCell)
+    if cell == "gru":
+        carry, kind, other, of_linen = carry[0], nnx.GRUCell, nnx.GRUCell, nn.GRUCell
+    rnn = nnx.RNN(kind(3, 4, rngs=nnx.Rngs(0)), rngs=False)
+    half = nnx.RNN(other(3, 4, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), rngs=False)
+    linen = LinenLeanRNN(of_linen(4))
     variables = linen.init(jax.random.key(0), x)
     assert lean_rnn(rnn) == lean_rnn(half) == 1
 
@@ -218,7 +240,7 @@ def test_many_rows_are_theirs_too(monkeypatch):
 
 
 @needs_native
-@pytest.mark.parametrize("what", ["bfloat16", "float64", "gru", "rounds", "symbolic", "gpu"])
+@pytest.mark.parametrize("what", ["bfloat16", "float64", "rounds", "symbolic", "gpu"])
 def test_what_the_kernels_do_not_know_runs_by_jax(what, monkeypatch):
     params, carry, xs = make(3, 4, 5, 6)
     run, call = highway_rnn, jax.make_jaxpr
@@ -226,9 +248,6 @@ def test_what_the_kernels_do_not_know_runs_by_jax(what, monkeypatch):
         if what in ("bfloat16", "float64"):
             cast = lambda x: x.astype(what)  # noqa: E731
             params, carry, xs = jax.tree.map(cast, (params, carry, xs))
-        elif what == "gru":
-            params, carry = GRUParams(params.input_kernel[:18], params.recurrent_kernel[:18]), xs[0]
-            carry = jnp.zeros((3, 6))
         elif what == "rounds":
             run = functools.partial(highway_rnn, iterations=2)
         elif what == "symbolic":
@@ -262,16 +281,18 @@ def test_without_native_kernels(monkeypatch):
 
 
 @needs_native
-def test_no_steps_and_no_rows():
+@each_cell
+def test_no_steps_and_no_rows(cell):
     for sizes in ((0, 3, 2, 4), (2, 0, 2, 4)):
-        out, (grads, *_) = both_passes(own, *make(*sizes))
+        out, (grads, *_) = both_passes(own, *make(*sizes, cell))
         assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(out))
         assert not any(np.any(g) for g in grads)
 
 
 @needs_native
-def test_gradients_of_gradients():
-    args = make(3, 4, 5, 6)
+@each_cell
+def test_gradients_of_gradients(cell):
+    args = make(3, 4, 5, 6, cell)
 
     def twice(function):
         def norm(params, carry, xs):
@@ -290,8 +311,9 @@ def test_gradients_of_gradients():
 
 
 @needs_native
-def test_rematerialized_and_eager():
-    args = make(3, 4, 5, 6)
+@each_cell
+def test_rematerialized_and_eager(cell):
+    args = make(3, 4, 5, 6, cell)
     loss = lambda *args: jnp.sum(jnp.sin(own(*args)[1]))  # noqa: E731
     expected = jax.grad(lambda *args: jnp.sum(jnp.sin(plain(*args)[1])), (0, 1, 2))(*args)
     assert_close(jax.jit(jax.grad(jax.checkpoint(loss), (0, 1, 2)))(*args), expected)
@@ -304,8 +326,8 @@ def test_rematerialized_and_eager():
     assert_close(pull(ones), pull(ones), 0)
 
 
-def mapped_cases():
-    params, carry, xs = make(3, 4, 5, 6)
+def mapped_cases(cell="lstm"):
+    params, carry, xs = make(3, 4, 5, 6, cell)
     more = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), (params, carry, xs))
     return {
         "inputs": ((None, None, 0), (params, carry, more[2])),
@@ -313,16 +335,17 @@ def mapped_cases():
         "parameters": ((0, None, None), (more[0], carry, xs)),
         "all": ((0, 0, 0), more),
         "bias": (
-            (LSTMParams(None, None, 0), None, None),
-            (params._replace(bias=more[0].bias), carry, xs),
+            (type(params)(None, None, 0), None, None),
+            (params._replace(**{params._fields[2]: more[0][2]}), carry, xs),
         ),
     }
 
 
 @needs_native
+@each_cell
 @pytest.mark.parametrize("name", mapped_cases())
-def test_vmap(name):
-    axes, args = mapped_cases()[name]
+def test_vmap(name, cell):
+    axes, args = mapped_cases(cell)[name]
     runs = [
         jax.jit(jax.vmap(functools.partial(both_passes, function), axes))(*args)
         for function in (own, plain)
@@ -338,9 +361,10 @@ def test_vmap(name):
 
 
 @needs_native
+@each_cell
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_shards_by_hand(check_vma):
-    params, carry, xs = make(8, 4, 5, 6)
+def test_shards_by_hand(check_vma, cell):
+    params, carry, xs = make(8, 4, 5, 6, cell)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
 
     def grads(function, sum_up=lambda x: x):
@@ -357,13 +381,14 @@ def test_shards_by_hand(check_vma):
 
 @needs_native
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
-def test_shards_by_the_compiler(kind):
-    args = params, carry, xs = make(8, 4, 5, 6)
+@each_cell
+def test_shards_by_the_compiler(kind, cell):
+    args = params, carry, xs = make(8, 4, 5, 6, cell)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
     place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))  # noqa: E731
     placed = (
         jax.tree.map(place, params),
-        tuple(place(x, "data") for x in carry),
+        jax.tree.map(lambda x: place(x, "data"), carry),
         place(xs, None, "data"),
     )
     loss = lambda function, *args: jnp.sum(jnp.sin(function(*args)[1]))  # noqa: E731
@@ -372,33 +397,38 @@ def test_shards_by_the_compiler(kind):
         found = grads(*placed)
         compiled = grads.lower(*placed).compile().as_text()
     assert_close(found, jax.grad(functools.partial(loss, plain), (0, 1, 2))(*args))
-    assert "f32[4,2,24]" in compiled, "the batch of the kernels is not split"
+    assert f"f32[4,2,{24 if cell == 'lstm' else 18}]" in compiled, (
+        "the batch of the kernels is not split"
+    )
 
 
 @needs_native
-def test_an_exported_program_has_no_kernels():
-    args = make(3, 4, 5, 6)
+@each_cell
+def test_an_exported_program_has_no_kernels(cell):
+    args = make(3, 4, 5, 6, cell)
     step = jax.jit(functools.partial(both_passes, own))
     exported = jax.export.export(step)(*args)
-    assert "priorityprop_lstm" not in exported.mlir_module()
-    assert "priorityprop_lstm" in step.lower(*args).as_text()
+    assert f"priorityprop_{cell}" not in exported.mlir_module()
+    assert f"priorityprop_{cell}" in step.lower(*args).as_text()
     assert_close(exported.call(*args), step(*args))
     everywhere = jax.export.export(step, platforms=("cpu", "tpu"))(*args)
     assert_close(everywhere.call(*args), step(*args))
 
 
 @needs_native
-def test_flops_are_those_of_jax_alone():
-    args = make(3, 4, 20, 30)
+@each_cell
+def test_flops_are_those_of_jax_alone(cell):
+    args = make(3, 4, 20, 30, cell)
     for function in (own, functools.partial(both_passes, own)):
         counts = [program_flops(jax.make_jaxpr(f)(*args)) for f in (function, alone(function))]
         assert abs(counts[0] / counts[1] - 1) < 0.05
 
 
 @needs_native
-def test_threads_at_once():
+@each_cell
+def test_threads_at_once(cell):
     """More calls than cores, of which each has too few helpers."""
-    args = make(16, 30, 32, 64)
+    args = make(16, 30, 32, 64, cell)
     step = jax.jit(functools.partial(both_passes, own))
     expected = step(*args)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -407,11 +437,47 @@ def test_threads_at_once():
 
 
 @needs_native
-def test_shapes_that_do_not_fit_are_an_error():
-    params, (c, h), xs = make(3, 4, 5, 6)
-    of_x = jnp.ones((4, 3, 24))
-    for operands in ((of_x[..., :-1],), (of_x, jnp.ones((24, 6))), (of_x[:, :2],)):
-        whole = [of_x, params.recurrent_kernel.T, params.bias, c, h]
+@each_cell
+def test_shapes_that_do_not_fit_are_an_error(cell):
+    params, carry, xs = make(3, 4, 5, 6, cell)
+    kernel = {"lstm": kernels.LSTM, "gru": kernels.GRU}[cell].forward
+    gates = len(params.recurrent_kernel)
+    of_x = jnp.ones((4, 3, gates))
+    for operands in ((of_x[..., :-1],), (of_x, jnp.ones((gates, 6))), (of_x[:, :2],)):
+        bias = params[2] if cell == "lstm" else params.recurrent_bias
+        whole = [of_x, params.recurrent_kernel.T, bias, *jax.tree.leaves(carry)]
         whole[: len(operands)] = operands
-        with pytest.raises(jax.errors.JaxRuntimeError, match="shapes of an LSTM"):
-            jax.block_until_ready(native._call(native._FORWARD, *whole))
+        with pytest.raises(jax.errors.JaxRuntimeError, match="shapes of a recurrent cell"):
+            jax.block_until_ready(kernel(*whole))
+
+
+@needs_native
+@pytest.mark.parametrize("without", [(), ("recurrent_bias",), ("input_bias", "recurrent_bias")])
+def test_biases_that_a_gru_may_lack(without):
+    params, carry, xs = make(5, 4, 3, 9, "gru")
+    zeros = {name: jnp.zeros_like(getattr(params, name)) for name in without}
+    _, (expected, *others) = both_passes(own, params._replace(**zeros), carry, xs)
+    lacking = params._replace(**dict.fromkeys(without))
+    assert kernels_in(own, lacking, carry, xs) == 1
+    _, (found, *rest) = both_passes(own, lacking, carry, xs)
+    assert_close((found, *rest), (expected._replace(**dict.fromkeys(without)), *others), 0)
+
+
+@each_cell
+def test_what_runs_elsewhere_is_the_same(cell):
+    """In exported programs: values and gradients by JAX alone, of the kernels' operands."""
+    rng = np.random.default_rng(3)
+    both = {"lstm": kernels.LSTM, "gru": kernels.GRU}[cell]
+    wide = 4 * 9 if cell == "lstm" else 3 * 9
+    sizes = {3: (4, 3, 9), 2: (3, 9)}
+    for kernel in both if AVAILABLE else ():
+        operands = []
+        for place, (row, axes) in enumerate(kernel.operands):
+            shape = sizes[axes] if row is not None else {2: (9, wide), 1: (wide,)}[axes]
+            if place == 0:
+                shape = (4, 3, wide)
+            if axes == 1 and cell == "gru":
+                shape = (9,)
+            operands.append(jnp.asarray(rng.uniform(0.1, 0.9, size=shape), jnp.float32))
+        expected = kernel.by_jax(*operands)
+        assert_close(kernel(*operands), expected)

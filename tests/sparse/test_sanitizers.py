@@ -56,7 +56,7 @@ def skip_without(kinds, folder):
 
 
 @pytest.mark.parametrize("kinds", [MEMORY, THREADS])
-@pytest.mark.parametrize("driver", ["linear", "conv", "lstm"])
+@pytest.mark.parametrize("driver", ["linear", "conv", "recurrent"])
 def test_kernels_are_clean(driver, kinds, tmp_path):
     skip_without(kinds, tmp_path)
     # Few of the variants that differ only in how often a loop is unrolled, for a quick build.

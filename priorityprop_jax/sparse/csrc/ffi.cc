@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "conv.h"
+#include "gru.h"
 #include "linear.h"
 #include "lstm.h"
 #include "xla/ffi/api/ffi.h"
@@ -131,12 +132,13 @@ ffi::Error conv_backward_call(ffi::ThreadPool pool, Floats values, Indices row_s
   });
 }
 
-constexpr const char* kBadStates = "the shapes of an LSTM do not fit together";
+constexpr const char* kBadStates = "the shapes of a recurrent cell do not fit together";
 
-bool lstm_shape(const ffi::AnyBuffer::Dimensions& gates, const Floats& kernel, LstmShape& shape) {
-  if (gates.size() != 3 || gates[2] % 4 != 0) return false;
-  shape = {gates[0], gates[1], gates[2] / 4};
-  return shape.steps > 0 && is_matrix(kernel.dimensions(), shape.width, 4 * shape.width);
+template <class Shape>
+bool recurrent_shape(const ffi::AnyBuffer::Dimensions& gates, const Floats& kernel, Shape& shape) {
+  if (gates.size() != 3 || gates[2] % Shape::kGates != 0) return false;
+  shape = {gates[0], gates[1], gates[2] / Shape::kGates};
+  return shape.steps > 0 && is_matrix(kernel.dimensions(), shape.width, shape.wide());
 }
 
 template <class Buffer>
@@ -146,8 +148,8 @@ bool has(int64_t entries, Buffer& buffer) {
 
 ffi::Error lstm_forward_call(ffi::ThreadPool pool, Floats inputs, Floats kernel, Floats bias,
                              Floats c0, Floats h0, FloatsOut gates, FloatsOut cs, FloatsOut hs) {
-  LstmShape shape;
-  const bool fits = lstm_shape(inputs.dimensions(), kernel, shape);
+  LstmShape shape{};
+  const bool fits = recurrent_shape(inputs.dimensions(), kernel, shape);
   const int64_t one = shape.entries(), all = shape.steps * one;
   if (!fits || !has(4 * shape.width, bias) || !has(one, c0) || !has(one, h0) || !has(all, *cs) ||
       !has(all, *hs) || (gates->element_count() != 0 && !has(4 * all, *gates))) {
@@ -167,8 +169,8 @@ ffi::Error lstm_forward_call(ffi::ThreadPool pool, Floats inputs, Floats kernel,
 ffi::Error lstm_backward_call(ffi::ThreadPool pool, Floats gates, Floats cs, Floats kernel,
                               Floats c0, Floats dcs, Floats dhs, Floats dc, Floats dh,
                               FloatsOut dgates, FloatsOut dbias, FloatsOut dc0, FloatsOut dh0) {
-  LstmShape shape;
-  const bool fits = lstm_shape(gates.dimensions(), kernel, shape);
+  LstmShape shape{};
+  const bool fits = recurrent_shape(gates.dimensions(), kernel, shape);
   const int64_t one = shape.entries(), all = shape.steps * one;
   if (!fits || !has(all, cs) || !has(one, c0) || (dcs.element_count() != 0 && !has(all, dcs)) ||
       !has(all, dhs) || !has(one, dc) || !has(one, dh) || !has(4 * all, *dgates) ||
@@ -188,6 +190,41 @@ ffi::Error lstm_backward_call(ffi::ThreadPool pool, Floats gates, Floats cs, Flo
                             dc0->typed_data(),
                             dh0->typed_data()};
   return run([&] { return lstm_backward(pool, shape, arrays); });
+}
+
+ffi::Error gru_forward_call(ffi::ThreadPool pool, Floats inputs, Floats kernel, Floats bias,
+                            Floats h0, FloatsOut gates, FloatsOut products, FloatsOut hs) {
+  GruShape shape{};
+  const bool fits = recurrent_shape(inputs.dimensions(), kernel, shape);
+  const int64_t one = shape.entries(), all = shape.steps * one;
+  const bool keep = gates->element_count() != 0;
+  if (!fits || !has(shape.width, bias) || !has(one, h0) || !has(all, *hs) ||
+      (keep && (!has(3 * all, *gates) || !has(all, *products)))) {
+    return result(kBadStates);
+  }
+  const GruForward arrays{inputs.typed_data(),   kernel.typed_data(),
+                          bias.typed_data(),     h0.typed_data(),
+                          wanted(gates, keep),   wanted(products, keep),
+                          hs->typed_data()};
+  return run([&] { return gru_forward(pool, shape, arrays); });
+}
+
+ffi::Error gru_backward_call(ffi::ThreadPool pool, Floats gates, Floats products, Floats hs,
+                             Floats kernel, Floats h0, Floats dhs, Floats dh, FloatsOut dinputs,
+                             FloatsOut dgates, FloatsOut dbias, FloatsOut dh0) {
+  GruShape shape{};
+  const bool fits = recurrent_shape(gates.dimensions(), kernel, shape);
+  const int64_t one = shape.entries(), all = shape.steps * one;
+  if (!fits || !has(all, products) || !has(all, hs) || !has(one, h0) || !has(all, dhs) ||
+      !has(one, dh) || !has(3 * all, *dinputs) || !has(3 * all, *dgates) ||
+      !has(4 * one, *dbias) || !has(one, *dh0)) {
+    return result(kBadStates);
+  }
+  const GruBackward arrays{gates.typed_data(),    products.typed_data(), hs.typed_data(),
+                           kernel.typed_data(),   h0.typed_data(),       dhs.typed_data(),
+                           dh.typed_data(),       dinputs->typed_data(), dgates->typed_data(),
+                           dbias->typed_data(),   dh0->typed_data()};
+  return run([&] { return gru_backward(pool, shape, arrays); });
 }
 
 }  // namespace
@@ -272,11 +309,37 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(priorityprop_lstm_backward, priorityprop::lstm_bac
                                   .Ret<priorityprop::Floats>()
                                   .Ret<priorityprop::Floats>());
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(priorityprop_gru_forward, priorityprop::gru_forward_call,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Ret<priorityprop::Floats>()
+                                  .Ret<priorityprop::Floats>()
+                                  .Ret<priorityprop::Floats>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(priorityprop_gru_backward, priorityprop::gru_backward_call,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Arg<priorityprop::Floats>()
+                                  .Ret<priorityprop::Floats>()
+                                  .Ret<priorityprop::Floats>()
+                                  .Ret<priorityprop::Floats>()
+                                  .Ret<priorityprop::Floats>());
+
 // What the loader asks before it registers anything.
 
 // The operands of the handlers above; goes up when they change. Kernels that were built in place
 // stay behind when the sources beside them are updated.
-extern "C" int priorityprop_interface() { return 3; }
+extern "C" int priorityprop_interface() { return 4; }
 
 // The interface that this library was built against, as major * 1000 + minor.
 extern "C" int priorityprop_ffi_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }

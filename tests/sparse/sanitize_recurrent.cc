@@ -1,5 +1,5 @@
-// Runs the recurrence of an LSTM on random shapes against one in double, on a pool of threads of its
-// own; test_sanitizers.py builds it with the sanitizers. Exits with 1 if a result is wrong.
+// Runs the recurrence of LSTM and GRU on random shapes against one in double, on a pool of threads
+// of its own; test_sanitizers.py builds it with the sanitizers. Exits with 1 if a result is wrong.
 #include <atomic>
 #include <cmath>
 #include <cstdio>
@@ -7,6 +7,7 @@
 #include <thread>
 #include <vector>
 
+#include "gru.h"
 #include "lstm.h"
 #include "sanitize_pool.h"
 
@@ -36,7 +37,7 @@ double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 using Doubles = std::vector<double>;
 using Floats = std::vector<float>;
 
-void check_one(Pool& pool, std::mt19937& random, int64_t steps, int64_t rows, int64_t width) {
+void check_lstm(Pool& pool, std::mt19937& random, int64_t steps, int64_t rows, int64_t width) {
   const int64_t wide = 4 * width, one = rows * width, every = steps * one;
   const Floats inputs = random_floats(random, 4 * every), bias = random_floats(random, wide);
   Floats kernel = random_floats(random, width * wide);
@@ -146,6 +147,113 @@ void check_one(Pool& pool, std::mt19937& random, int64_t steps, int64_t rows, in
     return error ? error : backward(pool, found);
   };
   expect(survives_without_memory(again) && found == alone, "without memory");
+}
+
+void check_gru(Pool& pool, std::mt19937& random, int64_t steps, int64_t rows, int64_t width) {
+  const int64_t wide = 3 * width, one = rows * width, every = steps * one;
+  const Floats inputs = random_floats(random, 3 * every), bias = random_floats(random, width);
+  Floats kernel = random_floats(random, width * wide);
+  for (float& weight : kernel) weight /= std::sqrt(float(width));
+  const Floats h0 = random_floats(random, one), dhs = random_floats(random, every);
+  const Floats dh_last = random_floats(random, one);
+
+  Doubles gates(3 * every), products(every), hs(every);
+  Doubles dinputs(3 * every), dgates(3 * every), dbias(4 * one);
+  auto before = [&](int64_t at) { return at < one ? double(h0[at]) : hs[at - one]; };
+  for (int64_t t = 0; t < steps; t++) {
+    for (int64_t r = 0; r < rows; r++) {
+      for (int64_t j = 0; j < width; j++) {
+        const int64_t at = t * one + r * width + j, to = (t * rows + r) * wide + j;
+        double y[3] = {0, 0, bias[j]};
+        for (int64_t g = 0; g < 3; g++) {
+          for (int64_t k = 0; k < width; k++) {
+            y[g] += before(t * one + r * width + k) * kernel[k * wide + g * width + j];
+          }
+        }
+        const double reset = sigmoid(inputs[to] + y[0]);
+        const double update = sigmoid(inputs[to + width] + y[1]);
+        const double fresh = std::tanh(inputs[to + 2 * width] + reset * y[2]);
+        gates[to] = reset, gates[to + width] = update, gates[to + 2 * width] = fresh;
+        products[at] = y[2], hs[at] = (1 - update) * fresh + update * before(at);
+      }
+    }
+  }
+  Doubles dh(dh_last.begin(), dh_last.end());
+  for (int64_t t = steps - 1; t >= 0; t--) {
+    Doubles new_dh(one);
+    for (int64_t r = 0; r < rows; r++) {
+      for (int64_t j = 0; j < width; j++) {
+        const int64_t here = r * width + j, at = t * one + here, to = (t * rows + r) * wide + j;
+        const double reset = gates[to], update = gates[to + width], fresh = gates[to + 2 * width];
+        const double h = dh[here] + dhs[at], of_new = h * (1 - update) * (1 - fresh * fresh);
+        const double d[4] = {of_new * products[at] * reset * (1 - reset),
+                             h * (before(at) - fresh) * update * (1 - update), of_new * reset,
+                             of_new};
+        new_dh[here] += h * update;
+        for (int64_t g = 0; g < 3; g++) {
+          dgates[to + g * width] = d[g], dinputs[to + g * width] = d[g == 2 ? 3 : g];
+          for (int64_t k = 0; k < width; k++) {
+            new_dh[r * width + k] += d[g] * kernel[k * wide + g * width + j];
+          }
+        }
+        for (int64_t b = 0; b < 4; b++) dbias[r * 4 * width + b * width + j] += d[b];
+      }
+    }
+    dh = new_dh;
+  }
+
+  struct Results {
+    Floats gates, products, hs, dgates, dbias, dh0;
+    bool operator==(const Results& other) const {
+      return gates == other.gates && products == other.products && hs == other.hs &&
+             dgates == other.dgates && dbias == other.dbias && dh0 == other.dh0;
+    }
+  };
+  const priorityprop::GruShape shape{steps, rows, width};
+  auto forward = [&](Pool& pool, Results& to, bool keep) {
+    to.products.assign(every, 9), to.hs.assign(every, 9);
+    const priorityprop::GruForward arrays{to.gates.data(),
+                                          kernel.data(),
+                                          bias.data(),
+                                          h0.data(),
+                                          keep ? to.gates.data() : nullptr,
+                                          keep ? to.products.data() : nullptr,
+                                          to.hs.data()};
+    return gru_forward(pool, shape, arrays);
+  };
+  auto backward = [&](Pool& pool, Results& to) {
+    to.dgates.assign(3 * every, 9), to.dbias.assign(4 * one, 9), to.dh0.assign(one, 9);
+    const priorityprop::GruBackward arrays{
+        to.gates.data(), to.products.data(), to.hs.data(),     kernel.data(),
+        h0.data(),       dhs.data(),         dh_last.data(),   to.gates.data(),
+        to.dgates.data(), to.dbias.data(),   to.dh0.data()};
+    return gru_backward(pool, shape, arrays);
+  };
+
+  Results values{inputs, {}, {}, {}, {}, {}}, found = values, alone = values;
+  expect(forward(pool, values, false) == nullptr && values.gates == inputs, "values alone, GRU");
+  expect(close(values.hs, hs), "hs, GRU");
+  // In place, as XLA has it.
+  expect(forward(pool, found, true) == nullptr && close(found.gates, gates), "gates, GRU");
+  expect(found.hs == values.hs && close(found.products, products), "the same values, GRU");
+  expect(backward(pool, found) == nullptr && close(found.gates, dinputs), "dinputs");
+  expect(close(found.dgates, dgates) && close(found.dbias, dbias), "dgates, GRU");
+  expect(close(found.dh0, dh), "the rest, GRU");
+  Pool nobody(0);
+  forward(nobody, alone, true), backward(nobody, alone);
+  expect(found == alone, "one thread, GRU");
+  if (steps > 2) return;
+  auto again = [&] {
+    found.gates = inputs;
+    const char* error = forward(pool, found, true);
+    return error ? error : backward(pool, found);
+  };
+  expect(survives_without_memory(again) && found == alone, "without memory, GRU");
+}
+
+void check_one(Pool& pool, std::mt19937& random, int64_t steps, int64_t rows, int64_t width) {
+  check_lstm(pool, random, steps, rows, width);
+  check_gru(pool, random, steps, rows, width);
 }
 
 void check_some(Pool& pool, int seed, int cases) {
