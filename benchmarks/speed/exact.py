@@ -104,7 +104,7 @@ _RESNET = {"width": 32, "depth": 2, "compile": True}
 _BERT = {"kind": "bert", "config": vars(MINILM), "compile": True}
 
 
-def _rnn(batch: int, steps: int, inputs: int, width: int, **more: Any) -> Any:
+def recurrent(batch: int, steps: int, inputs: int, width: int, **more: Any) -> Any:
     about = {"kind": "rnn", "shape": (batch, steps, inputs), "width": width}
     return about | {"both_ways": False, "cell": "lstm"} | more
 
@@ -115,13 +115,13 @@ CASES: dict[str, dict[str, Any]] = {
     "scan": {"kind": "scan", **_BLOCKS},
     "minilm": {"shape": (32, 24), **_BERT},
     "minilm-128": {"shape": (16, 128), **_BERT},
-    "tagger": _rnn(32, 40, 128, 128, both_ways=True),
-    "lstm": _rnn(4, 256, 128, 256),
-    "lstm-1": _rnn(1, 256, 128, 256),
-    "lstm-32": _rnn(32, 64, 128, 128),
-    "lstm-500": _rnn(32, 64, 500, 500),
-    "lstm-128": _rnn(128, 64, 500, 500),
-    "gru": _rnn(16, 128, 128, 128, cell="gru"),
+    "tagger": recurrent(32, 40, 128, 128, both_ways=True),
+    "lstm": recurrent(4, 256, 128, 256),
+    "lstm-1": recurrent(1, 256, 128, 256),
+    "lstm-32": recurrent(32, 64, 128, 128),
+    "lstm-500": recurrent(32, 64, 500, 500),
+    "lstm-128": recurrent(128, 64, 500, 500),
+    "gru": recurrent(16, 128, 128, 128, cell="gru"),
     "resnet": {"kind": "resnet", "shape": (32, 32, 32, 3), **_RESNET},
 }
 

@@ -40,9 +40,14 @@ def pure(model: nnx.Module) -> Any:
     return nnx.as_pure(nnx.state(model, nnx.Param))
 
 
-def characters(width: int, depth: int = DEPTH, tokens: int = TOKENS) -> Problem:
-    """A character transformer on windows of 64 characters, so many of them in a batch."""
-    text, _ = char.read_tokens(None)
+def characters(
+    width: int, depth: int = DEPTH, tokens: int = TOKENS, text: np.ndarray | None = None
+) -> Problem:
+    """A character transformer on windows of 64 characters, by default Shakespeare's.
+
+    A batch has so many of them.
+    """
+    text = char.read_tokens(None)[0] if text is None else text
     n = len(text) * 90 // 100
     train = jnp.asarray(text[:n])
     starts = np.linspace(n, len(text) - CONTEXT - 1, 2048).astype(int)

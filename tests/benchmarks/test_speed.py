@@ -73,7 +73,7 @@ def test_muon_runs_on_a_tiny_model(tmp_path, monkeypatch, capsys):
     (result,) = json.loads(path.read_text())["results"]
     assert [*result["arms"]] == ["nadam", "budget 1/4"]
     assert all(arm["ratio"] > 0 and len(arm["seconds"]) == 1 for arm in result["arms"].values())
-    assert "| width | nadam | budget 1/4 |" in capsys.readouterr().out
+    assert "| problem | nadam | budget 1/4 |" in capsys.readouterr().out
 
 
 def test_its_options_are_explained(monkeypatch, capsys):
@@ -157,7 +157,7 @@ def test_exact_runs_on_tiny_shapes_beside_another_interpreter(tmp_path, monkeypa
     monkeypatch.setattr(
         other, "torch", lambda python, _, n: other.Other(python, str(script), str(n))
     )
-    case = {"kind": "rnn", "shape": (2, 5, 3), "width": 4, "both_ways": True}
+    case = exact.recurrent(2, 5, 3, 4, both_ways=True)
     found = exact.measure(case, 2, sys.executable)
     ms = found["milliseconds"]
     assert list(ms) == ["as written", "applied", "rnn", "torch, compiled"]
@@ -170,7 +170,7 @@ def test_exact_beside_a_process_that_keeps_its_memory(monkeypatch):
     for name, value in other.KEEP_MEMORY.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(ROOT)
-    found = exact.measure({"kind": "rnn", "shape": (2, 5, 3), "width": 4, "both_ways": False}, 2)
+    found = exact.measure(exact.recurrent(2, 5, 3, 4, cell="gru"), 2)
     ms = found["milliseconds"]
     assert list(ms) == ["as written, memory kept", "applied, memory kept", "as written"]
     applied = ms["applied, memory kept"]
