@@ -18,7 +18,7 @@ Side = tuple[tuple[int | None, int], ...]
 
 
 class Kernel(NamedTuple):
-    """A kernel: ``(*operands) -> list of results``.
+    """A kernel: ``(*operands) -> list of results``; the last operand is ``[batch, hidden]``.
 
     Sides have an axis of the batch or None for each array, and its number of axes.
     """
@@ -26,15 +26,14 @@ class Kernel(NamedTuple):
     handler: str  # in csrc/ffi.cc
     operands: Side
     results: Side
-    state: int  # the operand that is ``[batch, hidden]``
-    shapes: Callable[[Any, Any], list[Any]]  # of the handler's results, of the first and that one
+    shapes: Callable[[Any, Any], list[Any]]  # of the handler's results, of the first and the last
     flops: Callable[[Sequence[Any], Any, Mapping[str, Any]], float]
     portable: Callable[..., list[Any]]
     dropped: int = 0  # results in front that are not asked for
 
     def __call__(self, *operands: jax.Array) -> list[jax.Array]:
         """Calls it; gates may be written over what enters them, and the reverse."""
-        shapes = self.shapes(operands[0].shape, operands[self.state].shape)
+        shapes = self.shapes(operands[0].shape, operands[-1].shape)
         shapes[: self.dropped] = [(0,)] * self.dropped
         in_place = None if self.dropped else {0: 0}
         found = native.call(self.handler, self.flops, shapes, *operands, in_place=in_place)
@@ -110,7 +109,7 @@ _LSTM_FORWARD = Kernel(
     "lstm_forward",  # of_x, kernel, bias, c, h -> gates, cs, hs
     (_STEPS, _MATRIX, _VECTOR, _STATE, _STATE),
     (_STEPS, _STEPS, _STEPS),
-    3, _everywhere, _flops, _lstm_forward,
+    _everywhere, _flops, _lstm_forward,
 )  # fmt: skip
 LSTM = Cell(
     _LSTM_FORWARD,
@@ -119,7 +118,7 @@ LSTM = Cell(
         "lstm_backward",  # gates, cs, kernel, c, dcs, dhs, dc, dh -> dgates, dbias, dc, dh
         (_STEPS, _STEPS, _MATRIX, _STATE, _STEPS, _STEPS, _STATE, _STATE),
         (_STEPS, _STATE, _STATE, _STATE),  # dbias [batch, 4 * hidden]
-        3, lambda gates, state: [gates, gates[1:], state, state], _flops_backward, _lstm_backward,
+        lambda gates, state: [gates, gates[1:], state, state], _flops_backward, _lstm_backward,
     ),
 )  # fmt: skip
 
@@ -163,7 +162,7 @@ _GRU_FORWARD = Kernel(
     "gru_forward",  # of_x, kernel, bias of the new gate, h -> gates, its products, hs
     (_STEPS, _MATRIX, _VECTOR, _STATE),
     (_STEPS, _STEPS, _STEPS),
-    3, _everywhere, _flops, _gru_forward,
+    _everywhere, _flops, _gru_forward,
 )  # fmt: skip
 GRU = Cell(
     _GRU_FORWARD,
@@ -172,7 +171,6 @@ GRU = Cell(
         "gru_backward",  # gates, products, hs, kernel, h, dhs, dh -> dinputs, dgates, dbias, dh
         (_STEPS, _STEPS, _STEPS, _MATRIX, _STATE, _STEPS, _STATE),
         (_STEPS, _STEPS, _STATE, _STATE),  # dbias [batch, 4 * hidden]: dgates, then dinputs of n
-        4,
         lambda gates, state: [gates, gates, (state[0], 4 * state[1]), state],
         _flops_backward, _gru_backward,
     ),

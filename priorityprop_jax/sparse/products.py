@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from priorityprop_jax.core.fragile import (
     custom_partitioning,
     custom_vmap,
+    here_or,
     no_mesh,
     vary_alike,
     varying,
@@ -175,17 +176,26 @@ def _partitioned(product: Product, wanted: _Wanted, *arguments: Any) -> list[Any
 
     Without one it would gather whole arrays on every device.
     """
-    kernel, geometry = KERNELS[product.backend], product.geometry
+    geometry = product.geometry
 
-    def function(values, pattern, *arrays):
+    def run(backend, values, pattern, *arrays):
+        kernel = KERNELS[backend]
         if not any(wanted):
             return [kernel.forward(values, pattern, *arrays, geometry)]
         gradients = kernel.backward(values, pattern, *arrays, geometry, **wanted._asdict())
         return [gradient for gradient in gradients if gradient is not None]
 
-    # Into kernels that are JAX the compiler sees; inside of `jax.shard_map` all is split already.
-    if product.backend != "native" or any(map(varying, jax.tree.leaves(arguments))):
+    function = functools.partial(run, product.backend)
+    if product.backend != "native":  # the compiler sees into it
         return function(*arguments)
+    leaves, treedef = jax.tree.flatten(arguments)
+
+    def here_or_by_jax(native):
+        flat = lambda function: lambda *leaves: function(*treedef.unflatten(leaves))  # noqa: E731
+        return here_or(flat(native), flat(functools.partial(run, "masked")))(*leaves)
+
+    if any(map(varying, leaves)):  # inside of `jax.shard_map` all is split already
+        return here_or_by_jax(function)
 
     def partition(mesh, shapes, _):
         spec = shapes[2].sharding.spec
@@ -210,7 +220,7 @@ def _partitioned(product: Product, wanted: _Wanted, *arguments: Any) -> list[Any
     call = custom_partitioning(function)
     rule = _sharding_rule(product, wanted, arguments)
     call.def_partition(partition=partition, infer_sharding_from_operands=None, **rule)
-    return call(*arguments)
+    return here_or_by_jax(call)
 
 
 def _sharding_rule(product: Product, wanted: _Wanted, arguments: Any) -> dict[str, Any]:

@@ -281,6 +281,21 @@ def test_a_symbolic_batch_is_exported_by_jax_alone(case):
         )
 
 
+@pytest.mark.parametrize("case", [NATIVE, NATIVE_CONV])
+def test_what_is_exported_has_no_kernels_of_this_machine(case):
+    weights, xs = data(case)
+    values = jnp.asarray(taken(case, weights[0]), jnp.float32)
+    step = jax.jit(jax.value_and_grad(loss(sparse(case)), (0, 1)))
+    exported = jax.export.export(step)(values, xs[0])
+    kernels = f"priorityprop_{'conv' if case.endswith('conv') else 'linear'}_"
+    assert kernels not in exported.mlir_module()
+    assert kernels in step.lower(values, xs[0]).as_text()
+    for found, want in zip(
+        *map(jax.tree.leaves, (exported.call(values, xs[0]), step(values, xs[0]))), strict=True
+    ):
+        np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", [NATIVE, "csr", "masked"])
 @pytest.mark.parametrize("shape", [(0, 8), (4, 0)])
 def test_weights_without_an_element(shape, backend):
