@@ -59,7 +59,7 @@ class Plan(NamedTuple):
 SHORT = (200, 250, 300, 400)
 CHARACTERS = Plan((3e-3, 6e-3, 1.2e-2), 600, 400, {"budget 1": SHORT, "budget 1/4": (*SHORT, 500)})
 MINILM = Plan(
-    (5e-5, 1e-4, 2e-4), 144, 144, {"budget 1": (72, 144, 216), "budget 1/4": (72, 144, 216)}
+    (5e-5, 1e-4, 2e-4), 144, 144, {"budget 1/4": (72, 144, 216), "budget 1": (72, 144, 216)}
 )
 PLANS = {name: MINILM if name.startswith("MiniLM") else CHARACTERS for name in PROBLEMS}
 

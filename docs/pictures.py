@@ -303,9 +303,10 @@ def found() -> Figure:
     figure = Figure(figsize=(9.5, 5.2), layout="constrained")
     axis = figure.subplots()
     known, y, ticks = found_over_adamw(), 0.0, {}
-    muon = json.loads((RESULTS / "muon" / "learning-cpu.json").read_text("utf-8"))["widths"][0]
-    arm = muon["arms"]["budget 1/4"]
-    cheaper = muon["arms"]["nadam"]["milliseconds"] / arm["milliseconds"]
+    record = json.loads((RESULTS / "muon" / "learning-cpu.json").read_text("utf-8"))
+    arms = record["problems"]["characters, width 128"]["arms"]
+    arm = arms["budget 1/4"]
+    cheaper = arms["nadam"]["milliseconds"] / arm["milliseconds"]
     over = arm["over nadam"]
     rows = [(g, text, *known[name]) for g, own in GROUPS.items() for name, text in own.items()]
     ratios = [over["interval"][0], over["mean"], over["interval"][1]]
@@ -386,11 +387,13 @@ def over_even() -> dict[str, dict[str, tuple[float, float, float]]]:
 
 def ablation() -> Figure:
     """Which factor of the priority earns anything, over handing the same updates out evenly."""
-    figure = Figure(figsize=(9.5, 3.9), layout="constrained")
+    figure = Figure(figsize=(9.5, 4.6), layout="constrained")
     axis, places = figure.subplots(), np.arange(len(ABLATED))
-    kinds = {"digits": (FORWARD, -0.14, "digits"), "mnist-mlp": (SPENT, 0.14, "MNIST")}
-    for task, arms in over_even().items():
-        color, beside, name = kinds[task]
+    kinds = {"digits": (FORWARD, "digits"), "mnist-mlp": (SPENT, "MNIST")}
+    kinds["char-transformer"] = ("#3d8361", "characters")
+    found = over_even()
+    for beside, (task, (color, name)) in zip((-0.25, 0, 0.25), kinds.items(), strict=True):
+        arms = found[task]
         means, low, high = np.array([arms[arm] for arm in ABLATED]).T
         axis.hlines(places + beside, low, high, color=color, lw=5, alpha=0.35)
         axis.plot(means, places + beside, "o", color=color, ms=6, label=name)
@@ -402,7 +405,7 @@ def ablation() -> Figure:
     axis.set_axisbelow(True)
     axis.spines[["top", "left", "right"]].set_visible(False)
     axis.set_xlabel("worse  \u2190  validation loss below that of even updates  \u2192  better")
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 

@@ -41,13 +41,14 @@ def test_figures_of_single_steps_are_those_of_their_records():
     read = lambda name: json.loads(  # noqa: E731
         (ROOT / f"benchmarks/results/speed/{name}-cpu.json").read_text(encoding="utf-8")
     )
-    models, widths = read("exact")["models"], read("muon")["results"]
+    models, problems = read("exact")["models"], read("muon")["results"]
     sooner = lambda name: models[name]["times_sooner_with_memory"]  # noqa: E731
     waits = [model["processes"][0]["apply_seconds"] for model in models.values()]
-    arms = next(result["arms"] for result in widths if result["width"] == 256)
+    wide = "characters, width 256"
+    arms = next(result["arms"] for result in problems if result["problem"] == wide)
     quarter, other = arms["budget 1/4"], arms["optax"]
     learning = json.loads((ROOT / "benchmarks/results/muon/learning-cpu.json").read_text("utf-8"))
-    sooner_than_nadam = learning["widths"][-1]["arms"]["budget 1/4"]["over nadam"]
+    sooner_than_nadam = learning["problems"][wide]["arms"]["budget 1/4"]["over nadam"]
     low, high = sooner_than_nadam["interval"]
     for figure in (
         f"tagger is {sooner('tagger'):.1f}x",
