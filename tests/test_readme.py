@@ -77,3 +77,17 @@ def test_figures_of_the_decoder_s_guide_are_those_of_its_record():
         if arm == "suffix:8":
             time, memory = found["of_full"], found["of_full_bytes"]
             assert f"{time:.2f} of the time and {memory:.2f} of the memory" in README
+
+
+def test_figures_of_rows_of_embeddings_are_those_of_their_record():
+    record = ROOT / "benchmarks/results/speed/embed_rows-cpu.json"
+    tables = json.loads(record.read_text(encoding="utf-8"))["tables"]
+    guide = " ".join((ROOT / "docs/guides/exact.md").read_text(encoding="utf-8").split())
+    arms = ("sgd rows", "adam rows")
+    found = {
+        n: [f"{table[arm]['times_sooner']:.2f}x" for arm in arms] for n, table in tables.items()
+    }
+    singles = [p["arms"][a]["times_sooner"] for p in tables["minilm"]["processes"] for a in arms]
+    assert "is {} sooner with SGD and {} with AdamW".format(*found["minilm"]) in guide
+    assert f"({min(singles):.2f}x to {max(singles):.2f}x in single processes)" in guide
+    assert "and {} and {} where it has 250,002".format(*found["multilingual"]) in guide
