@@ -11,6 +11,7 @@ from statistics import fmean
 
 import jax
 
+from benchmarks.rates import next_rates
 from benchmarks.records import RESULTS, about, write
 from priorityprop_jax.cli import compare
 from priorityprop_jax.cli.tasks import characters
@@ -22,14 +23,11 @@ def tune(arm: str, loss_fn: object, start: float = 8e-3) -> dict[float, float]:
     """The mean loss of every rate that was tried."""
     tasks = [characters(seed=seed) for seed in SEEDS]
     found: dict[float, float] = {}
-    rates = [start / 2, start, 2 * start]
-    while rates:
+    while rates := next_rates(found, (start / 2, start, 2 * start)):
         for rate in rates:
             program = compare.Arm(arm, tasks[0], loss_fn, rate)
             found[rate] = fmean(program.run(task)["loss"][-1] for task in tasks)
             print(f"{arm} {rate:g}: {found[rate]:.4f}", flush=True)
-        best = min(found, key=lambda rate: found[rate])
-        rates = {min(found): [best / 2], max(found): [2 * best]}.get(best, [])
     return found
 
 

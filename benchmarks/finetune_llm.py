@@ -35,6 +35,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.rates import best_rate, next_rates
 from benchmarks.records import RESULTS, about, add_line, read_lines, write
 
 FOLDER = RESULTS / "finetune_llm"
@@ -225,11 +226,8 @@ def tuned(arguments: argparse.Namespace, arm: str) -> tuple[float, list[float]]:
         if {**line["key"], "rate": 0.0} == want:
             found[line["key"]["rate"]] = lowest(line)
     first = first_rate(arguments.model, arm)
-    missing = [rate for rate in (first, 2 * first, first / 2) if rate not in found]
-    best = min(found, key=lambda rate: found[rate], default=first)
-    if not missing and best in (low := min(found), high := max(found)):
-        missing = [low / 2 if best == low else 2 * high]
-    return best, missing
+    missing = next_rates(found, (first, 2 * first, first / 2))
+    return best_rate(found) if found else first, missing
 
 
 def learn(arguments: argparse.Namespace) -> None:

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from benchmarks.rates import best_rate, next_rates
 from benchmarks.records import RESULTS, about, add_line, read_lines, write
 from benchmarks.speed.muon import arms
 from benchmarks.suite import statistics
@@ -104,11 +105,8 @@ def tuned(done: list[dict], name: str, arm: str) -> tuple[float, list[float]]:
         run["rate"]: run["loss"] for run in done
         if (run["problem"], run["arm"], run["seed"]) == (name, arm, 0)
     }  # fmt: skip
-    missing = [rate for rate in PLANS[name].rates if rate not in found]
-    best = min(found, key=lambda rate: found[rate], default=0.0)
-    if not missing and best in (low := min(found), high := max(found)):
-        missing = [low / 2 if best == low else 2 * high]
-    return best, missing
+    missing = next_rates(found, PLANS[name].rates)
+    return best_rate(found) if found else 0.0, missing
 
 
 def run(name: str, what: str) -> None:

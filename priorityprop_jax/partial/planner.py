@@ -108,8 +108,7 @@ class Planner:
                 f"model has {len(slots)} slots; measure them for these slots"
             )
         self._full = self._account.full_flops if costs.unit == "flops" else costs.full
-        # Wide, as an optimizer's own work is not in costs.
-        if not self._full / 10 <= costs.full <= 10 * self._full:
+        if not self._full / 10 <= costs.full <= 10 * self._full:  # no optimizer is in costs
             raise ValueError(
                 f"costs say that a step with all slots takes {costs.full:.3g} FLOPs, but this "
                 f"model's takes {self._full:.3g}: measure them for its loss and batches"

@@ -39,10 +39,10 @@ def options_of(rnn: Any, **given: bool | None) -> dict[str, Any]:
     return {name: getattr(rnn, name) if x is None else x for name, x in given.items()}
 
 
-def shape_of_step(inputs: jax.Array, time_major: bool) -> tuple[int, ...]:
-    """The shape of one step's inputs, ``[*batch, features]``."""
+def sizes_of(inputs: jax.Array, time_major: bool) -> tuple[int, tuple[int, ...]]:
+    """The number of steps, and the shape of one step's inputs, ``[*batch, features]``."""
     time_axis = 0 if time_major else inputs.ndim - 2
-    return inputs.shape[:time_axis] + inputs.shape[time_axis + 1 :]
+    return inputs.shape[time_axis], inputs.shape[:time_axis] + inputs.shape[time_axis + 1 :]
 
 
 def over_sequence(
@@ -154,8 +154,8 @@ class FusedRNN(nnx.RNN):
 
     own: tuple[str, ...] = ()  # attributes that `restore_rnn` takes away
 
-    def left_alone(self, rows, **more):
-        """Whether the module runs as it was where a step has so many rows; checks what is more."""
+    def left_alone(self, rows, steps, **more):
+        """Whether the module runs as it was, with so many rows a step; checks what is more."""
         if more:
             raise TypeError(f"{type(self).__name__} takes no argument {', '.join(more)}")
         return False
@@ -186,8 +186,8 @@ class FusedRNN(nnx.RNN):
             keep_order=keep_order,
         )
         options["seq_lengths"] = seq_lengths
-        shape = shape_of_step(inputs, options["time_major"])
-        if self.left_alone(math.prod(shape[:-1]), **more) or not _runs(self):
+        steps, shape = sizes_of(inputs, options["time_major"])
+        if self.left_alone(math.prod(shape[:-1]), steps, **more) or not _runs(self):
             return super().__call__(inputs, initial_carry=initial_carry, rngs=rngs, **options)
         cell: Any = self.cell
         if rngs is None:

@@ -121,7 +121,7 @@ def highway_rnn(
 
     With ``iterations=None`` the gradient is exact, found in one scan backward without any
     gradient of a kernel in it: these are products over all steps. On a CPU with AVX2 native kernels
-    run float32 over eight steps and more, where the installation has them.
+    run cells in float32 over eight steps and more, where the installation has them.
 
     A guard ends rounds that diverge as in `highway_scan`: one whose correction is larger than the
     last one's is taken back.

@@ -18,7 +18,7 @@ from priorityprop_jax.rnn.fused import (
     joined,
     options_of,
     over_sequence,
-    shape_of_step,
+    sizes_of,
     standard,
     swap,
 )
@@ -26,16 +26,18 @@ from priorityprop_jax.rnn.highway import check_probe, highway_rnn
 from priorityprop_jax.rnn.rounds import check_iterations
 
 # On a CPU with more rows than this in a step its product keeps the cores busy, and what the lean
-# backward pass stores for each step costs more time than it saves: see benchmarks/highway.py. Where
-# native kernels run it, they are sooner with any number of rows.
+# backward pass stores for each step costs more time than it saves: see benchmarks/speed/highway.py.
+# Where native kernels run it, they are sooner with any number of rows.
 _MOST_ROWS = 64
 
 
-def _too_many(cell: Any, rows: Any, iterations: int | None) -> bool:
+def _too_many(cell: Any, rows: Any, steps: Any, iterations: int | None) -> bool:
     known = isinstance(rows, int)  # and not of a symbolic shape, as `jax.export` has them
     if iterations is not None or not known or rows <= _MOST_ROWS or jax.default_backend() != "cpu":
         return False
-    return (cell.dtype or cell.param_dtype) != jnp.float32 or not native.are_here()
+    # A cell that was put in later may have neither.
+    dtype = getattr(cell, "dtype", None) or getattr(cell, "param_dtype", None)
+    return not (dtype == jnp.float32 and isinstance(steps, int) and native.are_here(steps))
 
 
 class LeanRNN(FusedRNN):
@@ -45,11 +47,11 @@ class LeanRNN(FusedRNN):
     lean_tol: float | None = None
     own = ("lean_iterations", "lean_tol")
 
-    def left_alone(self, rows, probe=None, **more):
+    def left_alone(self, rows, steps, probe=None, **more):
         """See `FusedRNN.left_alone`."""
         check_probe(probe)  # of its report there is nothing but zeros where autodiff runs
-        many = _too_many(self.cell, rows, self.lean_iterations)
-        return super().left_alone(rows, **more) or many
+        many = _too_many(self.cell, rows, steps, self.lean_iterations)
+        return super().left_alone(rows, steps, **more) or many
 
     def run(self, params, carry, xs, all_carries, per_gate, probe=None):
         """See `FusedRNN.run`."""
@@ -63,8 +65,8 @@ def lean_rnn(model: nnx.Module, *, iterations: int | None = None, tol: float | N
 
     By default gradients are exact to rounding: the automatic derivative of a scan adds to the
     gradients of the kernels at every step, this backward pass makes each of them by one product
-    over all steps. On a CPU with AVX2 native kernels run float32 over eight steps and more,
-    forward and backward, where the installation has them. What they do not run is left to
+    over all steps. On a CPU with AVX2 native kernels run cells in float32 over eight steps and
+    more, forward and backward, where the installation has them. What they do not run is left to
     autodiff there where a step has more than 64 rows, as that is no slower. With ``iterations`` the
     backward pass is that of `highway_rnn`, approximate, all steps at once.
 
@@ -181,8 +183,9 @@ class LinenLeanRNN(nn.RNN, kw_only=True):
             keep_order=keep_order,
         )
         options["seq_lengths"] = seq_lengths
-        shape = shape_of_step(inputs, options["time_major"])
-        if self.is_initializing() or _too_many(cell, math.prod(shape[:-1]), self.iterations):
+        steps, shape = sizes_of(inputs, options["time_major"])
+        many = _too_many(cell, math.prod(shape[:-1]), steps, self.iterations)
+        if self.is_initializing() or many:
             return super().__call__(
                 inputs, initial_carry=initial_carry, init_key=init_key, **options
             )

@@ -33,9 +33,10 @@ _LEAST_STEPS = 8
 _CELLS: dict[type, kernels.Cell] = {LSTMParams: kernels.LSTM, GRUParams: kernels.GRU}
 
 
-def are_here() -> bool:
-    """Whether there are kernels that are worth it, and arrays are where they run."""
-    return native.platform() == "cpu" and native.instruction_set() in _SOONER
+def are_here(steps: int = _LEAST_STEPS) -> bool:
+    """Whether there are kernels worth it for so many steps, and arrays are where they run."""
+    here = native.platform() == "cpu" and native.instruction_set() in _SOONER
+    return here and steps >= _LEAST_STEPS
 
 
 def knows(params: Any, carry: Any, xs: jax.Array) -> bool:
@@ -44,8 +45,7 @@ def knows(params: Any, carry: Any, xs: jax.Array) -> bool:
     return (
         all(x.dtype == jnp.float32 for x in arrays)
         and all(isinstance(size, int) and size > 0 for x in arrays for size in x.shape)
-        and len(xs) >= _LEAST_STEPS
-        and are_here()
+        and are_here(len(xs))
     )
 
 
@@ -61,11 +61,9 @@ def run(options: Any, params: Any, carry: Any, xs: jax.Array, probe: jax.Array) 
 def _states(options: Any, keep: bool, params: Any, carry: Any, xs: Any) -> Any:
     cell = _CELLS[type(params)]
     of_x = jnp.dot(xs, params.input_kernel.T)
-    if isinstance(params, LSTMParams):
-        bias = params.bias
-    else:
+    bias = params[-1]
+    if isinstance(params, GRUParams):
         of_x = of_x if params.input_bias is None else of_x + params.input_bias
-        bias = params.recurrent_bias
         bias = jnp.zeros_like(of_x, shape=carry[0].shape[1:]) if bias is None else bias
     operands = (of_x, params.recurrent_kernel.T, bias, *carry)
     *saved, hs = _mapped(cell.forward if keep else cell.values)(*operands)

@@ -215,7 +215,7 @@ def test_wrong_input():
 
 @pytest.mark.parametrize(("rows", "iterations", "own"), [(64, None, 1), (65, None, 0), (65, 2, 1)])
 def test_many_rows_are_left_to_autodiff(rows, iterations, own, monkeypatch):
-    monkeypatch.setattr(native, "are_here", lambda: False)
+    monkeypatch.setattr(native, "are_here", lambda *_: False)
     rnn, x = nnx.RNN(nnx.GRUCell(3, 4, rngs=nnx.Rngs(0)), rngs=False), jnp.ones((rows, 2, 3))
     lean_rnn(rnn, iterations=iterations)
     graph, state = nnx.split(rnn)
@@ -228,6 +228,37 @@ def test_many_rows_are_left_to_autodiff(rows, iterations, own, monkeypatch):
     for wrong in ({"lengths": 1}, {"probe": jnp.zeros(2)}):
         with pytest.raises((TypeError, ValueError), match=f"{next(iter(wrong))}"):
             rnn(x, initial_carry=jnp.zeros((rows, 4)), **wrong)
+
+
+@pytest.mark.parametrize("steps", [7, 8])
+def test_many_rows_of_few_steps_are_left_to_autodiff_too(steps):
+    rnn, x = nnx.RNN(nnx.GRUCell(3, 4, rngs=nnx.Rngs(0)), rngs=False), jnp.ones((65, steps, 3))
+    lean_rnn(rnn)
+    linen = LinenLeanRNN(nn.GRUCell(4))
+    variables = jax.eval_shape(linen.init, jax.random.key(0), x)
+    calls = [
+        jax.make_jaxpr(lambda x: nnx.clone(rnn)(x, initial_carry=jnp.zeros((65, 4))))(x),
+        jax.make_jaxpr(linen.apply)(variables, x),
+    ]
+    own = steps == 8 and native.are_here()
+    assert ["custom_vjp_call" in str(call) for call in calls] == [own, own]
+
+
+def test_a_cell_that_is_put_in_later_runs_as_ever():
+    class Sum(nnx.Module):
+        def __call__(self, carry, x):
+            return carry + x, carry
+
+        def initialize_carry(self, shape, rngs=None):
+            return jnp.zeros(shape)
+
+        num_feature_axes = 1
+
+    rnn, x = nnx.RNN(nnx.GRUCell(3, 4, rngs=nnx.Rngs(0)), rngs=False), jnp.ones((65, 9, 3))
+    lean_rnn(rnn)
+    rnn.cell = Sum()
+    expected = jnp.broadcast_to(jnp.arange(9.0)[:, None], x.shape)
+    np.testing.assert_array_equal(rnn(x, initial_carry=jnp.zeros((65, 3))), expected)
 
 
 @pytest.mark.parametrize("cell", NNX_CELLS)

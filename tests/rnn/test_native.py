@@ -463,6 +463,7 @@ def test_biases_that_a_gru_may_lack(without):
     assert_close((found, *rest), (expected._replace(**dict.fromkeys(without)), *others), 0)
 
 
+@needs_kernels
 @each_cell
 def test_what_runs_elsewhere_is_the_same(cell):
     """In exported programs: values and gradients by JAX alone, of the kernels' operands."""
@@ -470,7 +471,7 @@ def test_what_runs_elsewhere_is_the_same(cell):
     both = {"lstm": kernels.LSTM, "gru": kernels.GRU}[cell]
     wide = 4 * 9 if cell == "lstm" else 3 * 9
     sizes = {3: (4, 3, 9), 2: (3, 9)}
-    for kernel in both if AVAILABLE else ():
+    for kernel in both:
         operands = []
         for place, (row, axes) in enumerate(kernel.operands):
             shape = sizes[axes] if row is not None else {2: (9, wide), 1: (wide,)}[axes]

@@ -15,19 +15,6 @@
 
 namespace {
 
-std::atomic<int> wrong{0};
-
-void expect(bool good, const char* what) {
-  if (!good && wrong++ < 5) std::fprintf(stderr, "wrong: %s\n", what);
-}
-
-// Exactly as long as asked for, so that a sanitizer sees what lies one past the end.
-std::vector<float> random_floats(std::mt19937& random, int64_t count) {
-  std::vector<float> floats(count);
-  for (float& f : floats) f = std::uniform_real_distribution<float>(-1, 1)(random);
-  return floats;
-}
-
 void check_one(Pool& pool, std::mt19937& random, int outs, int ins, int batch, double density) {
   using priorityprop::Lines;
   std::vector<int32_t> row_starts{0}, columns, column_starts{0}, rows, order;

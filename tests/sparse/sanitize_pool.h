@@ -4,11 +4,13 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <deque>
 #include <functional>
 #include <mutex>
 #include <new>
+#include <random>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -30,6 +32,19 @@ void operator delete(void* memory) noexcept { std::free(memory); }
 void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
 void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
+
+inline std::atomic<int> wrong{0};
+
+inline void expect(bool good, const char* what) {
+  if (!good && wrong++ < 5) std::fprintf(stderr, "wrong: %s\n", what);
+}
+
+// Exactly as long as asked for, so that a sanitizer sees what lies one past the end.
+inline std::vector<float> random_floats(std::mt19937& random, int64_t count) {
+  std::vector<float> floats(count);
+  for (float& f : floats) f = std::uniform_real_distribution<float>(-1, 1)(random);
+  return floats;
+}
 
 // Calls a kernel, which returns what is wrong, with ever more memory; tells whether no memory was an
 // error each time, at least once, and with enough of it all is well again.

@@ -13,19 +13,6 @@
 
 namespace {
 
-std::atomic<int> wrong{0};
-
-void expect(bool good, const char* what) {
-  if (!good && wrong++ < 5) std::fprintf(stderr, "wrong: %s\n", what);
-}
-
-// Exactly as long as asked for, so that a sanitizer sees what lies one past the end.
-std::vector<float> random_floats(std::mt19937& random, int64_t count) {
-  std::vector<float> floats(count);
-  for (float& f : floats) f = std::uniform_real_distribution<float>(-1, 1)(random);
-  return floats;
-}
-
 bool close(const std::vector<float>& a, const std::vector<double>& b) {
   bool good = a.size() == b.size();
   for (size_t i = 0; i < a.size(); i++) good &= std::abs(a[i] - b[i]) < 1e-4 * (1 + std::abs(b[i]));
