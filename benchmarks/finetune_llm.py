@@ -12,7 +12,9 @@ all in the first third of its steps. `--model` says which.
   them, as the compiler has it.
 - `python -m benchmarks.finetune_llm learn`: the dev loss over steps, one process an arm and rate;
   rates go on by factors of two until the best on seed 1 is inside, and `--seeds` runs the best on
-  more. What is finished is not run again. Training may be done on a busy machine, as its time is
+  more. `--trial-epochs 1` tries rates in so many epochs, whose schedule ends there, and runs the
+  best alone for all of them; then arms that differ in how many blocks are trained share a rate.
+  What is finished is not run again. Training may be done on a busy machine, as its time is
   steps times those of `steps`, and a forward pass over all rows where blocks are frozen.
 - `python -m benchmarks.finetune_llm report`: a table, with the time to the lowest loss that `full`
   reaches, and to 2 % and 5 % above it.
@@ -54,6 +56,11 @@ RATES = {
     "smollm2-135m": {"full": 3e-5, "lora": 5e-4, "suffix": 1e-4},
     "minilm": {"full": 1e-4, "suffix": 2e-4},
 }
+# Whose rate an arm takes where rates are tried in shorter runs.
+TUNED_AS = {
+    "smollm2-135m": {"suffix": "suffix:8", "badam": "lisa:2", "priority": "lisa:2"},
+    "minilm": {"suffix": "suffix:2", "badam": "lisa:2", "priority": "lisa:2"},
+}
 BLOCKS = {"smollm2-135m": 30, "minilm": 6}
 ROWS = {"smollm2-135m": 16, "minilm": 32}  # in a batch
 LENGTH = 40
@@ -74,7 +81,8 @@ def config_of(arguments: argparse.Namespace, policy: str, rate: float = 1e-4) ->
     given = {
         "model": arguments.model, "policy": policy, "batch_size": ROWS[arguments.model],
         "learning_rate": rate, "recalc_every": arguments.cycle, "data": arguments.data,
-        "state": "reset" if policy.startswith("badam") else "keep", "max_length": longest,
+        "max_length": longest,
+        "state": "reset" if policy.startswith(("badam", "lisa")) else "keep",
         "seed": arguments.seed, "epochs": arguments.epochs,
         "budget": 0.4 if policy == "priority" else None,
         "cache": encoder and policy.startswith("suffix"),
@@ -171,11 +179,11 @@ def learn_one(arguments: argparse.Namespace) -> None:
         made, task = decoder, task_of(arguments, config)
         per_epoch = len(task.train["x"]) // config.batch_size
     steps = config.epochs * per_epoch
-    every, curve, done = max(1, steps // arguments.points), [], 0
+    every, curve, done = -(-steps // arguments.points), [], 0
     parts = phases(arguments.arm, steps)
     for policy, count in parts:
         last = policy == parts[-1][0]
-        rate = arguments.rate if last else first_rate(arguments.model, policy)
+        rate = arguments.rate if last else tuned(arguments, policy)[0]
         with made(config_of(arguments, policy, rate), task, count if last else steps) as given:
             trainer, loader, dev = given
             trainer._progress = False
@@ -184,7 +192,7 @@ def learn_one(arguments: argparse.Namespace) -> None:
                 loader.set_epoch(epoch)
                 order += list(loader)
             order = order[done : done + count]
-            if not curve:
+            if not curve and arguments.points > 1:
                 curve.append({"step": 0, **trainer.evaluate(dev)})
             for start in range(0, len(order), every):
                 trainer.train(order[start : start + every], 1)
@@ -206,7 +214,8 @@ def key_of(arguments: argparse.Namespace, arm: str, rate: float, seed: int) -> d
 def again(arguments: argparse.Namespace, stage: str, arm: str, *more: str) -> str:
     """Runs this file in a fresh process for one arm; what it prints last."""
     same = ("model", "data", "rows", "dev", "epochs", "points", "cycle", "length", "repeats")
-    options = [f"--{name}={getattr(arguments, name)}" for name in same]
+    same = (*same, "trial-epochs")
+    options = [f"--{name}={getattr(arguments, name.replace('-', '_'))}" for name in same]
     command = [sys.executable, "-m", "benchmarks.finetune_llm", stage, f"--arm={arm}"]
     done = subprocess.run([*command, *options, *more], text=True, stdout=subprocess.PIPE)
     if done.returncode:
@@ -219,32 +228,43 @@ def lowest(line: dict) -> float:
     return min(point["loss"] for point in line["curve"])
 
 
+def tuned_as(arguments: argparse.Namespace, arm: str) -> str:
+    """The arm whose rate this one takes: its own, unless rates are tried in shorter runs."""
+    policy = arm.rpartition(" ")[2]
+    short = arguments.trial_epochs < arguments.epochs
+    return TUNED_AS[arguments.model].get(policy.partition(":")[0], policy) if short else arm
+
+
 def tuned(arguments: argparse.Namespace, arm: str) -> tuple[float, list[float]]:
     """The rate of the lowest dev loss on seed 1, and the rates to try next."""
-    want, found = key_of(arguments, arm, 0.0, 1), {}
+    first = first_rate(arguments.model, arm)
+    want = key_of(arguments, tuned_as(arguments, arm), 0.0, 1)
+    want, found = want | {"epochs": arguments.trial_epochs}, {}
     for line in read_lines(FOLDER / "runs.jsonl"):
         if {**line["key"], "rate": 0.0} == want:
             found[line["key"]["rate"]] = lowest(line)
-    first = first_rate(arguments.model, arm)
-    missing = next_rates(found, (first, 2 * first, first / 2))
-    return best_rate(found) if found else first, missing
+    return best_rate(found) if found else first, next_rates(found, (first, 2 * first, first / 2))
 
 
 def learn(arguments: argparse.Namespace) -> None:
-    """Every arm at its rates on seed 1, and at the best of them on the others."""
+    """Every arm at its rates on seed 1, and at the best of them on all."""
 
-    def run(arm: str, rate: float, seed: int) -> None:
+    def run(arm: str, rate: float, seed: int, epochs: int) -> None:
         finished = [line["key"] for line in read_lines(FOLDER / "runs.jsonl")]
-        if key_of(arguments, arm, rate, seed) not in finished:
-            print(again(arguments, "learn", arm, f"--rate={rate}", f"--seed={seed}"), flush=True)
+        if key_of(arguments, arm, rate, seed) | {"epochs": epochs} not in finished:
+            more = [f"--rate={rate}", f"--seed={seed}", f"--epochs={epochs}"]
+            if epochs < arguments.epochs:  # only its end is looked at
+                more += [f"--trial-epochs={epochs}", "--points=1"]
+            print(again(arguments, "learn", arm, *more), flush=True)
 
     for arm in arguments.arms:
+        arm = tuned_as(arguments, arm)
         while rates := tuned(arguments, arm)[1]:
             for rate in rates:
-                run(arm, rate, 1)
-    for seed in range(2, arguments.seeds + 1):
+                run(arm, rate, 1, arguments.trial_epochs)
+    for seed in range(1, arguments.seeds + 1):
         for arm in arguments.arms:
-            run(arm, tuned(arguments, arm)[0], seed)
+            run(arm, tuned(arguments, arm)[0], seed, arguments.epochs)
 
 
 def fixed_task(arguments: argparse.Namespace) -> Any:
@@ -265,7 +285,7 @@ def fixed_task(arguments: argparse.Namespace) -> Any:
         "x": [rng.integers(0, 49152, length).astype(np.int32) for _ in rows],
         "y": [np.array([-1] * (length - 1) + [answers[0]], np.int32) for _ in rows],
     }
-    model, loss_fn = load_decoder(path), answer_loss(answers)
+    model, loss_fn = load_decoder(path, remat="products"), answer_loss(answers)  # the default
     return decoders.Task(model, language, "label", labels, loss_fn, part, dict(part), length)
 
 
@@ -300,7 +320,9 @@ def step_one(arguments: argparse.Namespace) -> None:
             return compiled[-1]
 
         jax.stages.Lowered.compile = remember
-        trainer.train([batch] * (2 * arguments.cycle if arguments.model == "minilm" else 2))
+        # What is drawn anew is timed over a whole cycle with one draw, and drawn once before.
+        cyclic = arguments.arm.partition(":")[0] in ("lisa", "badam", "priority")
+        trainer.train([batch] * (arguments.cycle + 2 if cyclic else 2))
         if not compiled:  # a plain step compiles as it is called
             params, rest = trainer._current()
             step: Any = trainer.step
@@ -313,7 +335,7 @@ def step_one(arguments: argparse.Namespace) -> None:
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(trainer._current()))
         held += sum(leaf.nbytes for leaf in jax.tree.leaves(trainer.optimizer_state))
         done = len(trainer.history.seconds)
-        trainer.train([batch] * arguments.repeats)
+        trainer.train([batch] * (arguments.cycle if cyclic else arguments.repeats))
         seconds = trainer.history.seconds[done:]
         ms = 1e3 * sum(seconds) / len(seconds)
     print(json.dumps({"ms": ms, "peak_bytes": held + beside, "held_bytes": held}))
@@ -451,6 +473,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", help="(default: all of the model)")
     parser.add_argument("--data", choices=("sst2", "shakespeare"), default="sst2")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--trial-epochs", type=int, help="(default: all epochs)")
     for name, default in {
         "rows": 2000, "dev": 872, "epochs": 3, "seeds": 1, "points": 40, "cycle": 10, "rounds": 3,
         "repeats": 6, "length": LENGTH,
@@ -461,6 +484,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.arms = arguments.arms or list(ARMS[arguments.model])
+    arguments.trial_epochs = arguments.trial_epochs or arguments.epochs
     one = {"learn": learn_one, "steps": step_one}
     every = {"learn": learn, "steps": steps, "report": report}
     (one if arguments.arm else every)[arguments.stage](arguments)

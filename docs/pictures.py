@@ -1,8 +1,9 @@
-"""Draws the pictures of the pages: `python docs/pictures.py` writes docs/img/*.svg."""
+"""Draws the pictures of the pages: `python -m docs.pictures` writes docs/img/*.svg."""
 
 import ast
 import json
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,6 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
+from benchmarks.records import RESULTS, read_lines
+from benchmarks.suite.ablations import last_losses
+from benchmarks.suite.statistics import Estimate, difference
 from priorityprop_jax import allocate
 from priorityprop_jax.priority import repeats
 
@@ -262,7 +266,6 @@ GROUPS = {
                  "sparse 90%": "nine in ten weights left out"},
     "examples": {"adamw, half the steps": "half of them, drawn at random"},
 }  # fmt: skip
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
 def found_over_adamw(task: str = "mnist-mlp") -> dict[str, tuple[float, list[float], int]]:
@@ -355,7 +358,6 @@ ABLATED = {
     "adamw": "AdamW, all of the updates",
     "magnitude gain": 'magnitude="gain"',
     "magnitude norm": 'magnitude="norm"',
-    "uniform, b1 0.8": "evenly, AdamW of b1 = 0.8",
     "uniform, nadam inside": "evenly, NAdam",
     "random": "at random",
     "default": "PriorityProp's mean |gradient|",
@@ -364,39 +366,33 @@ ABLATED = {
 }
 
 
-def over_even() -> dict[str, dict[str, tuple[float, float, float]]]:
-    """By task and arm: how much lower the last validation loss is than with even updates.
+TASKS = {
+    "digits": (FORWARD, "digits"),
+    "mnist-mlp": (SPENT, "MNIST"),
+    "char-transformer": ("#3d8361", "characters, transformer"),
+    "char-gru": ("#c98b2b", "characters, GRU"),
+}
 
-    The mean of paired differences over seeds, and its 95 % bootstrap interval.
-    """
-    path = RESULTS / "evidence" / "ablation-cpu" / "runs.jsonl"
-    losses: dict[str, dict[str, dict[int, float]]] = {}
-    for run in map(json.loads, path.read_text("utf-8").splitlines()):
-        if run["track"] == "seeds":
-            own = losses.setdefault(run["workload"], {}).setdefault(run["arm"], {})
-            own[run["seed"]] = run["evals"][-1]["loss"]
-    found: dict[str, dict[str, tuple[float, float, float]]] = {}
-    for task, arms in sorted(losses.items()):
-        for arm in ABLATED:
-            gains = np.array([even - arms[arm][seed] for seed, even in arms["uniform"].items()])
-            draws = np.random.default_rng(0).integers(len(gains), size=(10_000, len(gains)))
-            low, high = np.percentile(gains[draws].mean(1), [2.5, 97.5])
-            found.setdefault(task, {})[arm] = float(gains.mean()), float(low), float(high)
+
+def over(base: str, arms: Iterable[str]) -> dict[str, dict[str, Estimate]]:
+    """By task and arm: how much lower the last validation loss is than that of another arm."""
+    runs, found = read_lines(RESULTS / "evidence/ablation-cpu/runs.jsonl"), {}
+    for task in dict.fromkeys(run["workload"] for run in runs):
+        last = last_losses([run for run in runs if run["workload"] == task])
+        found[task] = {arm: difference(last[base], last[arm]) for arm in arms if arm in last}
     return found
 
 
 def ablation() -> Figure:
     """Which factor of the priority earns anything, over handing the same updates out evenly."""
-    figure = Figure(figsize=(9.5, 4.6), layout="constrained")
+    figure = Figure(figsize=(9.5, 5), layout="constrained")
     axis, places = figure.subplots(), np.arange(len(ABLATED))
-    kinds = {"digits": (FORWARD, "digits"), "mnist-mlp": (SPENT, "MNIST")}
-    kinds["char-transformer"] = ("#3d8361", "characters")
-    found = over_even()
-    for beside, (task, (color, name)) in zip((-0.25, 0, 0.25), kinds.items(), strict=True):
-        arms = found[task]
-        means, low, high = np.array([arms[arm] for arm in ABLATED]).T
+    found = over("uniform", ABLATED)
+    for beside, (task, (color, name)) in zip((-0.3, -0.1, 0.1, 0.3), TASKS.items(), strict=True):
+        rows = [found[task][arm] for arm in ABLATED]
+        low, high = np.array([row.interval for row in rows]).T
         axis.hlines(places + beside, low, high, color=color, lw=5, alpha=0.35)
-        axis.plot(means, places + beside, "o", color=color, ms=6, label=name)
+        axis.plot([row.mean for row in rows], places + beside, "o", color=color, ms=6, label=name)
     axis.axvline(0, color=LINE, lw=1.2)
     axis.set_yticks(places, ABLATED.values())
     axis.invert_yaxis()
@@ -405,7 +401,7 @@ def ablation() -> Figure:
     axis.set_axisbelow(True)
     axis.spines[["top", "left", "right"]].set_visible(False)
     axis.set_xlabel("worse  \u2190  validation loss below that of even updates  \u2192  better")
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 

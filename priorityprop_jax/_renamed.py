@@ -10,7 +10,7 @@ from typing import Any
 _ROOMS = {
     "core": "RowSparse",
     "highway": "HighwayReport format_quality gradient_quality gradient_quality_table "
-    "highway_nnx highway_report highway_scan plot_quality",
+    "highway_nnx highway_report highway_scan",
     "meprop": "meprop_conv_general_dilated meprop_dot_general restore "
     "row_counts row_sparse row_sparse_adam",
     "partial": "PrefixCache Situation Stages StepCosts active_sets chain "
@@ -46,6 +46,7 @@ GONE: dict[str, str] = {
     "linen_stages": "priorityprop_jax.partial.function_stage takes the apply of a Linen module",
     "Variants": "partial.step keeps the programs of its active sets itself",
     "merge_upward": "an active set runs as it is: see max_variants of partial.step, and Stack",
+    "plot_quality": "rows of gradient_quality_table have what a plot needs",
     "prune_unused": "train the narrower model",
     "scanned_stages": "use partial.Stack, or partial.stack in the place of the scan",
     "stack_params": "layers of a partial.Stack stay stacked",

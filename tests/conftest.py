@@ -30,6 +30,16 @@ def quickly_compiled():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def memory_given_back():
+    """The examples of `keep_memory` are run here, where hundreds of models come and go."""
+    from priorityprop_jax.exact import memory
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "_SETTINGS", {})
+        yield
+
+
 _since = {"clearing": 0}  # tests
 
 

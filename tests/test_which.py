@@ -99,16 +99,44 @@ def pictures_of_docs():
 
 
 def test_what_the_faq_says_of_magnitudes_is_what_the_ablations_show():
-    tasks = pictures_of_docs().over_even()
-    assert tasks.keys() == {"digits", "mnist-mlp", "char-transformer"}
-    for task, arms in tasks.items():
-        mean, low, high = ({arm: own[i] for arm, own in arms.items()} for i in range(3))
+    pictures = pictures_of_docs()
+    tasks = pictures.over("uniform", pictures.ABLATED)
+    assert pictures.TASKS.keys() <= tasks.keys()
+    for task in pictures.TASKS:
+        mean = {arm: found.mean for arm, found in tasks[task].items()}
+        low, high = ({arm: x.interval[i] for arm, x in tasks[task].items()} for i in range(2))
         assert low["magnitude gain"] > 0 and low["magnitude norm"] > 0
+        characters = task.startswith("char")
         assert mean["default"] < mean["random"]
-        assert task == "char-transformer" or high["default"] < min(0, mean["random"])
+        assert characters or high["default"] < min(0, mean["random"])
         assert mean["no count discount"] < mean["default"]
-        assert (mean["default"] > mean["depth_base 1.0"]) == (task == "char-transformer")
+        assert (mean["default"] > mean["depth_base 1.0"]) == characters
         assert (mean["magnitude gain"] > mean["adamw"]) == (task != "digits")
+
+
+@pytest.mark.parametrize(
+    "base, arms, tasks, page",
+    [
+        (
+            "uniform", ("adamw", "magnitude gain", "random", "default"),
+            ("char-transformer", "char-transformer-long", "char-transformer-wide"), "faq.md",
+        ),
+        (
+            "muon", ("muon 1/4", "muon 1/4, random", "muon 1/4, priority", "muon 1/4, change"),
+            ("char-transformer", "char-transformer-wide"), "guides/muon.md",
+        ),
+    ],
+)  # fmt: skip
+def test_tables_of_ablations_are_those_of_the_records(base, arms, tasks, page):
+    found, text = pictures_of_docs().over(base, arms), (ROOT / "docs" / page).read_text("utf-8")
+    for arm in arms:
+        cells = [
+            "{:+.3f} ({:+.3f} to {:+.3f})".format(one.mean, *one.interval)
+            if (one := found[task].get(arm))
+            else "-"
+            for task in tasks
+        ]
+        assert f"| {' | '.join(cells)} |" in text
 
 
 def test_the_answer_to_200x_is_that_of_the_records():

@@ -5,8 +5,8 @@ three fresh processes a model; figures are medians over processes. `exact.apply`
 in the same process, and the record has its table. With ``--torch PYTHON`` the same models, batches
 and optimizer in PyTorch take their turns too, in a process of their own with as many threads, as
 one runs them and, where there is no recurrent layer, with `torch.compile`. With ``--keep-memory``
-both arms run where the C library keeps the memory that a step frees, and the model as written in a
-process of its own too, where it does not; `times_sooner_with_memory` is what both bring together,
+both arms run after `exact.keep_memory`, and the model as written in a process of its own too,
+without it; `times_sooner_with_memory` is what both bring together,
 and what the documentation shows.
 
 - `list`: 12 pre-norm blocks of width 256 in an `nnx.List`, 8 x 64 tokens.
@@ -46,7 +46,7 @@ from flax import nnx
 
 from benchmarks.records import RESULTS, about, write
 from benchmarks.speed import other
-from benchmarks.speed.other import KEEP_MEMORY, Other
+from benchmarks.speed.other import Other
 from benchmarks.speed.partial_steps import BLOCKS, MINILM, WIDTH, Block
 from benchmarks.tasks.cifar import SmallResNet
 from priorityprop_jax import exact
@@ -196,8 +196,10 @@ def stepper(model: nnx.Module, batch: Any) -> tuple[Any, Any, int, dict[str, Any
     return run, grads, 0 if memory is None else memory.temp_size_in_bytes, parts
 
 
-def measure(case: dict[str, Any], repeats: int, torch: str | None = None) -> dict[str, Any]:
-    """One process: all arms."""
+def measure(
+    case: dict[str, Any], repeats: int, torch: str | None = None, memory: bool = False
+) -> dict[str, Any]:
+    """One process: all arms; `memory` says that it keeps its own."""
     model, batch = setting(case)
     plain, expected, plain_bytes, plain_parts = stepper(model, batch)
     start = time.perf_counter()
@@ -207,7 +209,7 @@ def measure(case: dict[str, Any], repeats: int, torch: str | None = None) -> dic
     sooner, grads, sooner_bytes, sooner_parts = stepper(model, batch)
     arms = {"as written": _timed(plain), "applied": _timed(sooner)}
     others: dict[str, Other] = {}
-    if all(os.environ.get(key) == value for key, value in KEEP_MEMORY.items()):
+    if memory:
         arms = {f"{arm}, memory kept": run for arm, run in arms.items()}
         others["jax"] = Other(sys.executable, "-m", "benchmarks.speed.exact", "--answer")
     if torch:
@@ -281,8 +283,8 @@ def fresh(name: str, options: argparse.Namespace) -> dict[str, Any]:
     module = [sys.executable, "-m", "benchmarks.speed.exact"]
     command = [*module, "--worker", name, "--repeats", str(options.repeats)]
     command += ["--torch", options.torch] if options.torch else []
-    env = os.environ | (KEEP_MEMORY if options.keep_memory else {})
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
+    command += ["--keep-memory"] if options.keep_memory else []
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -301,7 +303,9 @@ def main() -> None:
         answer()
         return
     if options.worker:
-        print(json.dumps(measure(CASES[options.worker], options.repeats, options.torch)))
+        memory = options.keep_memory and exact.keep_memory()
+        found = measure(CASES[options.worker], options.repeats, options.torch, memory)
+        print(json.dumps(found))
         return
     load, models = os.getloadavg(), {}
     for name in options.models:

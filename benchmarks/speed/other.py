@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# One heap for all threads, which keeps what is freed: how glibc starts a process that finds these.
-KEEP_MEMORY = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(10**12),
-}
-
 
 class Other:
-    """The other process, and what it can run; its memory is as the system has it."""
+    """The other process, and what it can run."""
 
     def __init__(self, *command: str) -> None:
         self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={name: x for name, x in os.environ.items() if name not in KEEP_MEMORY},
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def ask(self, **asked: Any) -> dict[str, Any]:

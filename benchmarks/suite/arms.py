@@ -143,6 +143,18 @@ ABLATIONS: dict[str, Arm] = {
     "uniform, budget 0.25": ablated(
         "uniform with a quarter of the updates", "baseline", score="uniform", total_budget=0.25
     ),
+    # Who has a turn where an update is dear; "muon 1/4" is in turn.
+    "muon 1/4, random": Arm(
+        "a quarter of the matrices, drawn", "random", "muon", options(budget=0.25, score="random")
+    ),
+    "muon 1/4, priority": Arm(
+        "by mean |momentum| x (1 / count)", "ours", "muon",
+        options(budget=0.25, score="priorityprop"),
+    ),
+    "muon 1/4, change": Arm(
+        "by how much it changed since its turn", "ours", "muon",
+        options(budget=0.25, score="change"),
+    ),
 }  # fmt: skip
 
 

@@ -56,7 +56,8 @@ def load(config: Config, path: Path) -> Task:
     with told(ValueError):
         language = load_language(path)
         labels = runs.labels(train, dev) if kind == "label" else []
-        about = {"dtype": jnp.dtype(config.dtype), "remat": config.remat, "seed": config.seed}
+        remat = config.remat or "products"
+        about = {"dtype": jnp.dtype(config.dtype), "remat": remat, "seed": config.seed}
         with meshes.on_host(config.mesh):
             model = load_decoder(path, classes=len(labels) if config.head else None, **about)
         if model.config.classes and not config.head:
@@ -195,11 +196,15 @@ def _flops(task: Task, config: Config, policy: str) -> float:
     return program_flops(grad(params, rest, {"x": x, "y": y}))
 
 
-def with_lora(model: Any, rank: int, alpha: float | None = None) -> Any:
+def with_lora(model: Any, rank: int, alpha: float | None = None, remat: str | None = None) -> Any:
     """The model, with matrices of `add_lora` in it."""
+    from priorityprop_jax.models import Decoder
     from priorityprop_jax.models.lora import add_lora
 
     add_lora(model, rank=rank, alpha=alpha or 2.0 * rank)
+    if isinstance(model, Decoder):
+        # A product with frozen weights has no use for its result: to keep them all costs more.
+        model.blocks.block.remat = remat or "none"
     return model
 
 
@@ -289,7 +294,7 @@ def trainer_of(directory: Path, config: Config, task: Task, steps: int) -> Any:
         del task.model  # what is below is not in memory
     elif name == "lora":
         with meshes.on_host(config.mesh):
-            with_lora(model, number, config.alpha)
+            with_lora(model, number, config.alpha, config.remat)
     elif name != "full":
         step = tuning.make_step(config)
         tx = tuning.optimizer(config.learning_rate, steps, active=True)

@@ -65,7 +65,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "state": {
         "choices": ("keep", "reset", "offload"),
         "help": "the optimizer state of layers that do not train: kept on the device, dropped, or "
-        "moved to host memory (default: reset for badam, keep for the others)",
+        "moved to host memory (default: reset for lisa and badam, else keep)",
     },
     "cache": {
         "action": "store_true",
@@ -96,9 +96,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "what a decoder computes in; its weights are float32",
     },
     "remat": {
-        "choices": ("none", "products", "all"), "default": "products",
+        "choices": ("none", "products", "all"),
         "help": "what a decoder's backward pass computes again, to save memory: nothing, all but "
-        "matrix products, or all of a block",
+        "matrix products, or all of a block (default: none for lora, else products)",
     },
     "numbers": {
         "action": "store_true",
@@ -139,7 +139,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if config.budget is None and config.policy in ("priority", "random"):
         config.budget = 0.4
     if config.state is None:
-        config.state = "reset" if (config.policy or "").startswith("badam") else "keep"
+        few = (config.policy or "").startswith(("lisa", "badam"))  # as their papers have it
+        config.state = "reset" if few else "keep"
     if decoder:
         return _decoder(arguments, config, path)
     make_step(config)  # what is wrong with a policy shows before the data are read

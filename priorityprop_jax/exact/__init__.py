@@ -6,6 +6,7 @@ from priorityprop_jax.exact.answers import cross_entropy
 from priorityprop_jax.exact.choose import Saving, apply, restore
 from priorityprop_jax.exact.convolutions import conv_general_dilated
 from priorityprop_jax.exact.embeddings import embed_rows, take
+from priorityprop_jax.exact.memory import keep_memory
 from priorityprop_jax.exact.products import dot_general
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "cross_entropy",
     "dot_general",
     "embed_rows",
+    "keep_memory",
     "restore",
     "row_adam",
     "take",

@@ -4,7 +4,6 @@ from priorityprop_jax.highway.quality import (
     format_quality,
     gradient_quality,
     gradient_quality_table,
-    plot_quality,
 )
 from priorityprop_jax.highway.scan import highway_nnx, highway_report, highway_scan
 from priorityprop_jax.rnn.rounds import HighwayReport
@@ -17,5 +16,4 @@ __all__ = [
     "highway_nnx",
     "highway_report",
     "highway_scan",
-    "plot_quality",
 ]

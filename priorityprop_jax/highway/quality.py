@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -141,55 +140,18 @@ def gradient_quality_table(
 
 def format_quality(rows: Sequence[GradientQuality]) -> str:
     """Rows as a table of text: a line for each layer, two columns for each setting."""
-    columns = _by_setting(rows)
-    layers = next(iter(columns.values()))
+    if not rows:
+        raise ValueError("there are no rows")
+    columns: dict[int | None, dict[str, GradientQuality]] = {}
+    for row in rows:
+        columns.setdefault(row.iterations, {})[row.layer] = row
+    layers = columns[rows[0].iterations]
     table = [["layer", *layers]]
     for name, field in (("cosine", "cosine"), ("norm ratio", "norm_ratio")):
         for k, of in columns.items():
             title = name if k is None else f"{name}, k = {k}"
             table.append([title, *(f"{getattr(of[layer], field):.4f}" for layer in layers)])
     return "\n".join(aligned([*zip(*table, strict=True)]))
-
-
-def plot_quality(rows: Sequence[GradientQuality], path: str | Path) -> Path:
-    """Draws cosine and norm ratio over the layers, a line for each setting.
-
-    Needs matplotlib (the extra ``demo``).
-
-    Args:
-      rows: of `gradient_quality` or `gradient_quality_table`, at least one.
-      path: where the picture goes, and is returned; the ending chooses the format.
-    """
-    from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = _by_setting(rows)
-    layers = [layer for layer in next(iter(columns.values())) if layer != ALL]
-    stacked = all(layer.startswith("layer ") for layer in layers)
-    shown = range(0, len(layers), -(-len(layers) // 12))
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2)
-    colors = colormaps["viridis"](np.linspace(0.05, 0.85, len(columns)))
-    for (k, of), color in zip(columns.items(), colors, strict=True):
-        label = f"k = {k}" if k is not None else "approximate"
-        for ax, field in zip(axes, ("cosine", "norm_ratio"), strict=True):
-            values = [getattr(of[layer], field) for layer in layers]
-            whole = getattr(of[ALL], field)
-            ax.plot(values, "o-", color=color, markersize=4, label=f"{label} (all: {whole:.3f})")
-    titles = "cosine to the exact gradient", "norm over the exact norm"
-    for ax, title in zip(axes, titles, strict=True):
-        ax.axhline(1, color="black", linewidth=0.7, linestyle=(0, (2, 3)), zorder=0)
-        labels = [layers[i].removeprefix("layer ") if stacked else layers[i] for i in shown]
-        ax.set_xticks(shown, labels, **({} if stacked else {"rotation": 45, "ha": "right"}))
-        if stacked:
-            ax.set_xlabel("layer, from the input")
-        ax.set_title(title, fontsize=11)
-        ax.legend(fontsize=8)
-    path = Path(path)
-    figure.savefig(path, dpi=130)
-    return path
 
 
 def _products(g: Any, other: Any, axis: int | None) -> np.ndarray:
@@ -215,12 +177,3 @@ def _row(iterations: int | None, layer: str, both: float, exact: float, near: fl
     with np.errstate(divide="ignore", invalid="ignore"):
         cosine = np.clip(both / np.sqrt(exact) / np.sqrt(near), -1, 1)
         return GradientQuality(iterations, layer, float(cosine), float(np.sqrt(near / exact)))
-
-
-def _by_setting(rows: Sequence[GradientQuality]) -> dict[int | None, dict[str, GradientQuality]]:
-    if not rows:
-        raise ValueError("there are no rows")
-    columns: dict[int | None, dict[str, GradientQuality]] = {}
-    for row in rows:
-        columns.setdefault(row.iterations, {})[row.layer] = row
-    return columns

@@ -200,7 +200,7 @@ def test_every_kind_of_policy(place, capsys, policy, name, sets):
     if policy != "full":
         assert report["compute"]["share"] < 1
     config = json.loads((directory / "config.json").read_text())
-    assert config["state"] == ("reset" if policy == "badam:1" else "keep")
+    assert config["state"] == ("reset" if policy in ("badam:1", "lisa:2") else "keep")
     states = {row["layer"]: row["state_bytes"] for row in report["compute"]["layers"]}
     assert states["head"] > 0 and (states["block_0"] > 0) == (policy != "badam:1")
     for shown in (*LAYERS, "forward, rest", "FLOPs saved", "dev accuracy", "epoch 2"):
