@@ -53,7 +53,7 @@ ARMS = {
 }  # fmt: skip
 # Rates to begin with, by policy; the others as full.
 RATES = {
-    "smollm2-135m": {"full": 3e-5, "lora": 5e-4, "suffix": 1e-4},
+    "smollm2-135m": {"full": 6e-5, "lora": 5e-4, "suffix": 2e-4},
     "minilm": {"full": 1e-4, "suffix": 2e-4},
 }
 # Whose rate an arm takes where rates are tried in shorter runs.
@@ -368,29 +368,31 @@ def steps(arguments: argparse.Namespace) -> None:
     write(FOLDER / f"steps-{arguments.model}-{arguments.device}.json", record)
 
 
+def seconds_at(step: float, line: dict, record: dict) -> float:
+    """When a run is so far, by the milliseconds of its steps."""
+    model, key = record["model"], line["key"]
+    ms, begun = 0.0, 0
+    for policy, count in phases(key["arm"], line["steps"]):
+        if (own := min(step - begun, count)) > 0:
+            name, _, number = policy.partition(":")
+            if name == "suffix":  # what is frozen ran once
+                below = 1 - int(number) / BLOCKS[model]
+                ms += below * record["forward_ms"] * key["rows"] / ROWS[model]
+            ms += own * record["arms"][policy]["ms"]
+        begun += count
+    return ms / 1e3
+
+
 def seconds_to(target: float, line: dict, record: dict) -> float | None:
     """When a run's dev loss is first at a target, by straight lines between evaluations."""
-    model, key = record["model"], line["key"]
-    parts, curve = phases(key["arm"], line["steps"]), line["curve"]
-
-    def at(step: float) -> float:
-        ms, begun = 0.0, 0
-        for policy, count in parts:
-            if (own := min(step - begun, count)) > 0:
-                name, _, number = policy.partition(":")
-                if name == "suffix":  # what is frozen ran once
-                    below = 1 - int(number) / BLOCKS[model]
-                    ms += below * record["forward_ms"] * key["rows"] / ROWS[model]
-                ms += own * record["arms"][policy]["ms"]
-            begun += count
-        return ms / 1e3
-
+    curve = line["curve"]
     for before, point in zip([None, *curve], curve, strict=False):
         if point["loss"] <= target:
             if before is None:
                 return 0.0
             share = (before["loss"] - target) / (before["loss"] - point["loss"])
-            return at(before["step"] + share * (point["step"] - before["step"]))
+            step = before["step"] + share * (point["step"] - before["step"])
+            return seconds_at(step, line, record)
     return None
 
 
@@ -406,6 +408,7 @@ def summary(arguments: argparse.Namespace) -> dict[str, Any]:
             key = line["key"]
             if key == key_of(arguments, arm, rate, key["seed"]):
                 lines.setdefault(arm, {})[key["seed"]] = line
+    whole = lambda line: seconds_at(line["steps"], line, record)  # noqa: E731
     found: dict[str, Any] = {}
     for arm, own in lines.items():
         points = [min(line["curve"], key=lambda point: point["loss"]) for line in own.values()]
@@ -413,6 +416,7 @@ def summary(arguments: argparse.Namespace) -> dict[str, Any]:
             "rate": tuned(arguments, arm)[0], "seeds": len(own),
             "loss": statistics.fmean(point["loss"] for point in points),
             "accuracy": statistics.fmean(point.get("accuracy", math.nan) for point in points),
+            "of_full_time": whole(next(iter(own.values()))) / whole(lines["full"][1]),
         }  # fmt: skip
         for slack in (0, 2, 5):
             ratios: list[float] = []

@@ -79,6 +79,15 @@ def test_figures_of_the_decoder_s_guide_are_those_of_its_record():
             assert f"{time:.2f} of the time and {memory:.2f} of the memory" in README
 
 
+def test_what_training_a_decoder_reaches_is_that_of_its_record():
+    record = ROOT / "benchmarks/results/finetune_llm/learning-smollm2-135m-sst2-cpu.json"
+    guide = (ROOT / "docs/guides/my-decoder.md").read_text(encoding="utf-8")
+    for arm, found in json.loads(record.read_text(encoding="utf-8"))["arms"].items():
+        soon = found["within 5 %"]["of_full_time"]
+        reached = f"{found['loss']:.3f} | {found['accuracy']:.3f} | {found['of_full_time']:.2f}"
+        assert f"| `{arm}` | {reached} | {f'{soon:.2f}' if soon else 'never'} |" in guide, arm
+
+
 def test_figures_of_rows_of_embeddings_are_those_of_their_record():
     record = ROOT / "benchmarks/results/speed/embed_rows-cpu.json"
     tables = json.loads(record.read_text(encoding="utf-8"))["tables"]

@@ -106,12 +106,14 @@ def test_what_the_faq_says_of_magnitudes_is_what_the_ablations_show():
         mean = {arm: found.mean for arm, found in tasks[task].items()}
         low, high = ({arm: x.interval[i] for arm, x in tasks[task].items()} for i in range(2))
         assert low["magnitude gain"] > 0 and low["magnitude norm"] > 0
-        characters = task.startswith("char")
-        assert mean["default"] < mean["random"]
-        assert characters or high["default"] < min(0, mean["random"])
+        gru = task == "char-gru"
+        assert (mean["default"] > mean["random"]) == gru
+        assert task.startswith("char") or high["default"] < min(0, mean["random"])
         assert mean["no count discount"] < mean["default"]
-        assert (mean["default"] > mean["depth_base 1.0"]) == characters
-        assert (mean["magnitude gain"] > mean["adamw"]) == (task != "digits")
+        assert (low["default"] > mean["depth_base 1.0"]) == (task == "char-transformer")
+        assert (mean["magnitude gain"] > mean["adamw"]) == (
+            task in ("mnist-mlp", "char-transformer")
+        )
 
 
 @pytest.mark.parametrize(

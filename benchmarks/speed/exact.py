@@ -13,6 +13,8 @@ and what the documentation shows.
 - `scan`: the same blocks stacked by `nnx.vmap` and run by `nnx.scan`; in PyTorch a list.
 - `minilm`: a BERT of MiniLM's shape (6 blocks of width 384), 32 x 24 tokens; `minilm-128` of 16 x
   128.
+- `smollm2`: a decoder of SmolLM2-135M's shape, 16 x 40 tokens, a class behind the last; its blocks
+  are in the library's stack.
 - `tagger`: a bidirectional LSTM of 128 over 32 sentences of 40 words.
 - `lstm`: an LSTM of 256 over 4 x 256 steps; `lstm-1` over 1 x 256; `lstm-32` of 128 over 32 x 64;
   `lstm-500` of 500 over 32 x 64, and `lstm-128` over 128 x 64.
@@ -26,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import io
 import json
@@ -51,6 +54,7 @@ from benchmarks.speed.partial_steps import BLOCKS, MINILM, WIDTH, Block
 from benchmarks.tasks.cifar import SmallResNet
 from priorityprop_jax import exact
 from priorityprop_jax.models.bert import BertClassifier, BertConfig
+from priorityprop_jax.models.decoder import Decoder, DecoderConfig
 
 
 class List(nnx.Module):
@@ -102,6 +106,11 @@ class Recurrent(nnx.Module):
 _BLOCKS = {"shape": (8, 64, WIDTH), "blocks": BLOCKS, "compile": True}
 _RESNET = {"width": 32, "depth": 2, "compile": True}
 _BERT = {"kind": "bert", "config": vars(MINILM), "compile": True}
+_SMOLLM2 = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 2048,
+    "rope_theta": 1e5, "rms_norm_eps": 1e-5,
+}  # fmt: skip
 
 
 def recurrent(batch: int, steps: int, inputs: int, width: int, **more: Any) -> Any:
@@ -115,6 +124,7 @@ CASES: dict[str, dict[str, Any]] = {
     "scan": {"kind": "scan", **_BLOCKS},
     "minilm": {"shape": (32, 24), **_BERT},
     "minilm-128": {"shape": (16, 128), **_BERT},
+    "smollm2": {"kind": "decoder", "shape": (16, 40), "config": _SMOLLM2, "compile": True},
     "tagger": recurrent(32, 40, 128, 128, both_ways=True),
     "lstm": recurrent(4, 256, 128, 256),
     "lstm-1": recurrent(1, 256, 128, 256),
@@ -133,10 +143,13 @@ def setting(case: dict[str, Any]) -> tuple[nnx.Module, Any]:
         "list": lambda: List(rngs),
         "scan": lambda: Scan(rngs),
         "bert": lambda: BertClassifier(BertConfig(**case["config"]), rngs=rngs),
+        "decoder": lambda: Decoder(
+            dataclasses.replace(DecoderConfig.from_dict(case["config"]), classes=2), rngs=rngs
+        ),
         "rnn": lambda: Recurrent(shape[-1], case["width"], case["both_ways"], case["cell"], rngs),
         "resnet": lambda: SmallResNet(width=case["width"], depth=case["depth"], rngs=rngs),
     }[case["kind"]]()
-    if case["kind"] == "bert":
+    if case["kind"] in ("bert", "decoder"):
         x = random.integers(1, case["config"]["vocab_size"], shape).astype(np.int32)
     else:
         x = random.normal(size=shape).astype(np.float32)
@@ -148,6 +161,7 @@ RATIOS = ("times_sooner", "times_sooner_with_memory", "torch_over_applied")
 
 def loss_fn(model: Any, batch: Any) -> jax.Array:
     logits = model(batch["x"])
+    logits = logits[:, -1] if logits.ndim == 3 else logits
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
 
 

@@ -87,6 +87,61 @@ class Bert(nn.Module):
         return self.head((x * weights).sum(1) / weights.sum(1).clamp(min=1))
 
 
+def rotated(x, cos, sin):
+    one, other = x.chunk(2, -1)
+    return torch.cat([one * cos - other * sin, other * cos + one * sin], -1)
+
+
+class Llama(nn.Module):
+    """A block with rotary positions, fewer keys and values than queries, and a gated MLP."""
+
+    def __init__(self, c):
+        super().__init__()
+        width, inner, eps = c["hidden_size"], c["intermediate_size"], c["rms_norm_eps"]
+        self.size = width // c["num_attention_heads"]
+        shared = c["num_key_value_heads"] * self.size
+        linear = lambda *sizes: nn.Linear(*sizes, bias=False)  # noqa: E731
+        self.norms = nn.ModuleList([nn.RMSNorm(width, eps=eps) for _ in range(2)])
+        self.query, self.out = linear(width, width), linear(width, width)
+        self.key, self.value = linear(width, shared), linear(width, shared)
+        self.gate, self.up, self.down = (
+            linear(width, inner), linear(width, inner), linear(inner, width)
+        )  # fmt: skip
+
+    def forward(self, x, cos, sin):
+        h = self.norms[0](x)
+        split = (*x.shape[:2], -1, self.size)
+        q, k, v = (f(h).view(split).transpose(1, 2) for f in (self.query, self.key, self.value))
+        q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + self.out(y.transpose(1, 2).reshape(x.shape))
+        h = self.norms[1](x)
+        return x + self.down(functional.silu(self.gate(h)) * self.up(h))
+
+
+class Decoder(nn.Module):
+    """A class behind the last token."""
+
+    def __init__(self, case):
+        super().__init__()
+        c = case["config"]
+        width, size = c["hidden_size"], c["hidden_size"] // c["num_attention_heads"]
+        self.embed = nn.Embedding(c["vocab_size"], width)
+        self.blocks = nn.ModuleList([Llama(c) for _ in range(c["num_hidden_layers"])])
+        self.norm = nn.RMSNorm(width, eps=c["rms_norm_eps"])
+        self.head = nn.Linear(width, 2, bias=False)
+        frequency = c["rope_theta"] ** -(torch.arange(0, size, 2) / size)
+        angles = torch.arange(case["shape"][1])[:, None] * frequency
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x, self.cos, self.sin)
+        return self.head(self.norm(x))[:, -1]
+
+
 class Recurrent(nn.Module):
     def __init__(self, case):
         super().__init__()
@@ -134,7 +189,10 @@ class ResNet(nn.Module):
         return self.head(functional.relu(self.norm(x)).mean((2, 3)))
 
 
-KINDS = {"list": Blocks, "scan": Blocks, "bert": Bert, "rnn": Recurrent, "resnet": ResNet}
+KINDS = {
+    "list": Blocks, "scan": Blocks, "bert": Bert, "decoder": Decoder, "rnn": Recurrent,
+    "resnet": ResNet,
+}  # fmt: skip
 
 
 def stepper(case, *, channels_last=False, compiled=False):
@@ -142,7 +200,7 @@ def stepper(case, *, channels_last=False, compiled=False):
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = KINDS[case["kind"]](case)
     shape = case["shape"]
-    if case["kind"] == "bert":
+    if case["kind"] in ("bert", "decoder"):
         x = torch.randint(1, case["config"]["vocab_size"], shape)
     elif case["kind"] == "resnet":
         x = torch.randn(shape).permute(0, 3, 1, 2).contiguous(memory_format=layout)
