@@ -125,7 +125,7 @@ def test_what_the_faq_says_of_magnitudes_is_what_the_ablations_show():
         ),
         (
             "muon", ("muon 1/4", "muon 1/4, random", "muon 1/4, priority", "muon 1/4, change"),
-            ("char-transformer", "char-transformer-wide"), "guides/muon.md",
+            ("char-transformer",), "guides/muon.md",
         ),
     ],
 )  # fmt: skip
