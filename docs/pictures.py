@@ -379,7 +379,8 @@ def over(base: str, arms: Iterable[str]) -> dict[str, dict[str, Estimate]]:
     runs, found = read_lines(RESULTS / "evidence/ablation-cpu/runs.jsonl"), {}
     for task in dict.fromkeys(run["workload"] for run in runs):
         last = last_losses([run for run in runs if run["workload"] == task])
-        found[task] = {arm: difference(last[base], last[arm]) for arm in arms if arm in last}
+        known = last.keys() & set(arms) if base in last else ()
+        found[task] = {arm: difference(last[base], last[arm]) for arm in arms if arm in known}
     return found
 
 
