@@ -116,6 +116,20 @@ def test_what_the_faq_says_of_magnitudes_is_what_the_ablations_show():
         )
 
 
+def test_what_the_faq_says_of_elements_is_what_the_ablations_show():
+    tasks = pictures_of_docs().over("nadam", ["cautious"])
+    mnist, characters, digits = (
+        tasks[task]["cautious"] for task in ("mnist-mlp", "char-transformer", "digits")
+    )
+    assert max(mnist.interval[1], characters.interval[1]) < 0
+    assert digits.interval[0] < 0 < digits.interval[1]
+    answer = " ".join((ROOT / "docs/faq.md").read_text("utf-8").split())
+    said = (
+        f"end {-mnist.mean:.3f} above a tuned NAdam on MNIST, {-characters.mean:.3f} on characters"
+    )
+    assert said in answer
+
+
 @pytest.mark.parametrize(
     "base, arms, tasks, page",
     [
