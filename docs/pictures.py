@@ -406,35 +406,10 @@ def ablation() -> Figure:
     return figure
 
 
-def fine_tuning() -> Figure:
-    """What training the last blocks of a language model costs, and what it reaches."""
-    path = RESULTS / "finetune_llm/learning-smollm2-135m-sst2-cpu.json"
-    arms = json.loads(path.read_text("utf-8"))["arms"]
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axis = figure.subplots()
-    places = {arm: (found["of_full_time"], found["loss"]) for arm, found in arms.items()}
-    last = sorted((arm for arm in places if arm.startswith("suffix")), key=lambda x: places[x])
-    axis.plot(*zip(*(places[arm] for arm in [*last, "full"]), strict=True), color=SPENT, lw=1.5)
-    for arm, place in places.items():
-        name, _, number = arm.partition(":")
-        mine = name == "suffix" or arm == "full"
-        axis.plot(*place, "o", color=SPENT if mine else FORWARD, ms=7)
-        label = f"last {number} of 30 blocks" if name == "suffix" else arm
-        label = "all blocks" if arm == "full" else label
-        axis.annotate(label, place, (6, 5), textcoords="offset points")
-    axis.axhline(places["full"][1], color=LINE, lw=0.8, ls=":")
-    axis.set_xlim(0, 1.2)
-    axis.set_ylim(top=1.03 * axis.get_ylim()[1])
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.set_xlabel("time of the training, of what training all blocks takes")
-    axis.set_ylabel("lowest loss on held-out sentences")
-    return figure
-
-
 def write(folder: Path) -> None:
     """Writes all pictures into a folder."""
     with matplotlib.rc_context(STYLE):
-        for draw in (cycle, backward, meprop, highway, house, found, ablation, fine_tuning):
+        for draw in (cycle, backward, meprop, highway, house, found, ablation):
             draw().savefig(folder / f"{draw.__name__}.svg", **SAVE)
 
 
