@@ -29,6 +29,9 @@ def exact():
         one = models[name]
         sooner = said.get(name, "{}x").format(f"{one['times_sooner_with_memory']:.2f}")
         yield f"| {sooner} | measuring for {one['processes'][0]['apply_seconds']:.0f} seconds"
+    lengths = record("speed/sentences-cpu.json")["lengths"]
+    padded, short = (f"{lengths[n]['times_sooner']:.2f}x" for n in ("64", "24"))
+    yield f"| sentences padded to 64 tokens | {padded}, cut at 24 {short} |"
     torch = {name: f"{one['torch_over_applied']:.2f}" for name, one in models.items()}
     yield f"LSTM {torch['lstm']}, GRU {torch['gru']},"
     yield f"tagger {torch['tagger']}, scan {torch['scan']}, list {torch['list']}, "
