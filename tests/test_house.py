@@ -31,7 +31,7 @@ BELOW["cli"] = {"", *ROOMS}
 EXCEPTIONS: dict[str, set[str]] = {}
 
 # It may shrink: towards 15,000.
-MOST_LINES = 25059
+MOST_LINES = 25058
 
 
 def module_name(path: pathlib.Path) -> str:

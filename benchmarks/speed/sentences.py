@@ -31,6 +31,7 @@ import optax
 from flax import nnx
 
 from benchmarks.records import RESULTS, about, write
+from benchmarks.suite.workloads import shortened
 from priorityprop_jax import exact
 from priorityprop_jax.cli.main import keep_programs
 from priorityprop_jax.cli.tasks import sst2
@@ -38,15 +39,6 @@ from priorityprop_jax.training import ArrayLoader, buckets
 
 ROWS, TABLE, RATE = 32, "embed/word/embedding", 1e-5
 LENGTHS = (64, 24)
-
-
-def cut(x: np.ndarray, length: int) -> np.ndarray:
-    """Rows `[rows, time]` of that many tokens, the last of a longer one kept at the end."""
-    x = np.pad(x, [(0, 0), (0, max(0, length - x.shape[1]))])
-    ends = x[np.arange(len(x)), (x != 0).sum(1) - 1]
-    found = x[:, :length].copy()
-    found[:, -1] = np.where(x[:, length:].any(1), ends, found[:, -1])
-    return found
 
 
 def loss_fn(model: Any, batch: Any) -> jax.Array:
@@ -66,7 +58,9 @@ def measure(length: int, savings: bool, rows: int, task: Any = None) -> dict[str
     """Milliseconds of a pass over so many sentences, after one step of each shape."""
     task = sst2() if task is None else task
     x, y = (task.train_data.arrays[name][:rows] for name in ("x", "y"))
-    batches = [{k: batch[k] for k in ("x", "y")} for batch in loader_of(cut(x, length), y, savings)]
+    x = np.pad(x, [(0, 0), (0, max(0, length - x.shape[1]))])
+    loader = loader_of(shortened(x, length), y, savings)
+    batches = [{name: batch[name] for name in ("x", "y")} for batch in loader]
     model, tx = task.model, optax.adamw(RATE)
     if savings:
         median = sorted(batches, key=lambda batch: batch["x"].shape[1])[len(batches) // 2]

@@ -158,7 +158,7 @@ def plan(config: Config, task: Task) -> tuple[str, float | None]:
     found = {"full": 1.0, **{other: shares(other) for other in reversed(order)}}
     rows = [("", "FLOPs of a gradient", "trained weights")]
     for other, share in found.items():
-        state = nnx.state(_trained(task.model, other), trainable)
+        state = nnx.state(_trained(task.model, config, other), trainable)
         weights = short(sum(leaf.size for leaf in jax.tree.leaves(state)))
         rows.append((f"{other}{' <' if other == policy else ''}", f"{share:.0%}", weights))
     print("\n".join(map(str.rstrip, aligned(rows))))
@@ -170,12 +170,13 @@ def _few(count: int) -> list[int]:
     return sorted({k for k in (count // 8, count // 4, count // 2) if k})
 
 
-def _trained(model: Any, policy: str) -> Any:
+def _trained(model: Any, config: Config, policy: str) -> Any:
     """The model that a policy trains all of, as shapes."""
     from flax import nnx
 
     name, number = parts_of(policy)
-    make = {"suffix": lambda m: m.top(number), "lora": lambda m: with_lora(m, number)}
+    lora = functools.partial(with_lora, rank=number, remat=config.remat)
+    make = {"suffix": lambda m: m.top(number), "lora": lora}
     return nnx.eval_shape(make.get(name, lambda m: m), model)
 
 
@@ -191,7 +192,7 @@ def _flops(task: Task, config: Config, policy: str) -> float:
     x = y = jax.ShapeDtypeStruct(shape, jnp.int32)
     if parts_of(policy)[0] == "suffix":
         x = jax.ShapeDtypeStruct((*shape, task.model.config.hidden_size), jnp.dtype(config.dtype))
-    loss, params, rest = pure_loss(_trained(task.model, policy), task.loss_fn)
+    loss, params, rest = pure_loss(_trained(task.model, config, policy), task.loss_fn)
     grad = jax.make_jaxpr(jax.value_and_grad(loss, has_aux=True))
     return program_flops(grad(params, rest, {"x": x, "y": y}))
 
@@ -208,7 +209,7 @@ def with_lora(model: Any, rank: int, alpha: float | None = None, remat: str | No
     return model
 
 
-def others(model: Any, batch: Any) -> dict[str, tuple[Any, Any]]:
+def others(model: Any, batch: Any, remat: str | None) -> dict[str, tuple[Any, Any]]:
     """What `partial.plan` compares with: last blocks behind ones that ran once, and LoRA."""
     import jax.numpy as jnp
     from flax import nnx
@@ -217,7 +218,7 @@ def others(model: Any, batch: Any) -> dict[str, tuple[Any, Any]]:
     example = {**batch, "x": jnp.zeros((*batch["x"].shape, model.config.hidden_size))}
     for k in _few(model.config.num_hidden_layers):
         found[f"suffix({k}), below run once"] = model.top(k), example
-    found["lora(8)"] = with_lora(nnx.clone(model), 8), batch
+    found["lora(8)"] = with_lora(nnx.clone(model), 8, remat=remat), batch
     return found
 
 
