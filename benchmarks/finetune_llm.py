@@ -82,13 +82,13 @@ def config_of(arguments: argparse.Namespace, policy: str, rate: float = 1e-4) ->
         "model": arguments.model, "policy": policy, "batch_size": ROWS[arguments.model],
         "learning_rate": rate, "recalc_every": arguments.cycle, "data": arguments.data,
         "max_length": longest,
-        "state": "reset" if policy.startswith(("badam", "lisa")) else "keep",
         "seed": arguments.seed, "epochs": arguments.epochs,
-        "budget": 0.4 if policy == "priority" else None,
         "cache": encoder and policy.startswith("suffix"),
         "limit": arguments.rows if encoder else None,
     }  # fmt: skip
-    return finetune.defaults(**given)
+    config = finetune.defaults(**given)
+    finetune.settle(config, decoder=not encoder)
+    return config
 
 
 def phases(arm: str, steps: int) -> list[tuple[str, int]]:
@@ -285,7 +285,7 @@ def fixed_task(arguments: argparse.Namespace) -> Any:
         "x": [rng.integers(0, 49152, length).astype(np.int32) for _ in rows],
         "y": [np.array([-1] * (length - 1) + [answers[0]], np.int32) for _ in rows],
     }
-    model, loss_fn = load_decoder(path, remat="products"), answer_loss(answers)  # the default
+    model, loss_fn = load_decoder(path, remat=decoders.REMAT), answer_loss(answers)
     return decoders.Task(model, language, "label", labels, loss_fn, part, dict(part), length)
 
 

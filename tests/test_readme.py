@@ -88,6 +88,19 @@ def test_what_training_a_decoder_reaches_is_that_of_its_record():
         assert f"| `{arm}` | {reached} | {f'{soon:.2f}' if soon else 'never'} |" in guide, arm
 
 
+def test_parts_of_a_step_are_those_of_their_record():
+    record = json.loads((ROOT / "benchmarks/results/speed/exact-cpu.json").read_text("utf-8"))
+    guide = (ROOT / "docs/guides/exact.md").read_text(encoding="utf-8")
+    shown = lambda ms: f"{ms:,.0f}" if ms > 99 else f"{ms:.1f}"  # noqa: E731
+    for name, model in record["models"].items():
+        [process] = model["processes"]
+        written, applied = process["split_milliseconds"].values()
+        parts = [f"{shown(written[part])} → {shown(applied[part])}" for part in written]
+        whole = " → ".join(shown(sum(arm.values())) for arm in (written, applied))
+        row = " | ".join((*parts, whole, shown(process["products_milliseconds"])))
+        assert f" | {row} |" in guide, (name, row)
+
+
 def test_figures_of_rows_of_embeddings_are_those_of_their_record():
     record = ROOT / "benchmarks/results/speed/embed_rows-cpu.json"
     tables = json.loads(record.read_text(encoding="utf-8"))["tables"]

@@ -53,6 +53,8 @@ from benchmarks.speed.other import Other
 from benchmarks.speed.partial_steps import BLOCKS, MINILM, WIDTH, Block
 from benchmarks.tasks.cifar import SmallResNet
 from priorityprop_jax import exact
+from priorityprop_jax.core.modules import pure_loss
+from priorityprop_jax.core.program import product_flops
 from priorityprop_jax.models.bert import BertClassifier, BertConfig
 from priorityprop_jax.models.decoder import Decoder, DecoderConfig
 
@@ -168,7 +170,8 @@ def loss_fn(model: Any, batch: Any) -> jax.Array:
 def stepper(model: nnx.Module, batch: Any) -> tuple[Any, Any, int, dict[str, Any]]:
     """What runs a step, its gradients, the bytes that it needs beside its arrays, and its parts.
 
-    These are the forward pass, and it with the backward pass.
+    These are the forward pass, it with the backward pass and an update of SGD, and the step again:
+    gradients alone would be written to memory where a step uses them up as they come.
     """
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     tx = optax.adamw(1e-4)
@@ -187,25 +190,25 @@ def stepper(model: nnx.Module, batch: Any) -> tuple[Any, Any, int, dict[str, Any
     compiled = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*carry, batch).compile()
     grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, rest, batch)[1]
 
-    @functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
-    def gradient(before, params, rest, batch):
-        del before  # the new ones take its place, as in a step nothing is fetched for them
-        return jax.value_and_grad(loss, has_aux=True)(params, rest, batch)[::-1]
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def descend(params, rest, batch):
+        (_, rest), grads = jax.value_and_grad(loss, has_aux=True)(params, rest, batch)
+        return jax.tree.map(lambda param, grad: param - 1e-6 * grad, params, grads), rest
 
-    forward, held = jax.jit(loss), [jax.tree.map(jnp.copy, grads)]
+    forward, own = jax.jit(loss), [*jax.tree.map(jnp.copy, (params, rest))]
 
-    def run_gradient() -> None:
-        held[0], _ = jax.block_until_ready(gradient(held[0], params, rest, batch))
-
-    parts = {
-        "forward": lambda: jax.block_until_ready(forward(params, rest, batch)),
-        "gradient": run_gradient,
-    }
+    def run_descend() -> None:
+        own[:] = jax.block_until_ready(descend(*own, batch))
 
     def run() -> None:
         *carry[:], _ = compiled(*carry, batch)
         jax.block_until_ready(carry)
 
+    parts = {
+        "forward": lambda: jax.block_until_ready(forward(params, rest, batch)),
+        "gradient": run_descend,
+        "step": run,
+    }
     memory = compiled.memory_analysis()
     return run, grads, 0 if memory is None else memory.temp_size_in_bytes, parts
 
@@ -215,6 +218,7 @@ def measure(
 ) -> dict[str, Any]:
     """One process: all arms; `memory` says that it keeps its own."""
     model, batch = setting(case)
+    products = gradient_flops(model, batch) / 1e6 / machine_rate()
     plain, expected, plain_bytes, plain_parts = stepper(model, batch)
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
@@ -252,9 +256,9 @@ def measure(
         "milliseconds": ms,
         "times_sooner": before / best,
         "split_milliseconds": {
-            arm: {part: statistics.median(samples) for part, samples in runs.items()}
-            for arm, runs in split.items()
+            arm: parts_of(*map(statistics.median, runs.values())) for arm, runs in split.items()
         },
+        "products_milliseconds": products,
         "temporary_bytes": {"as written": plain_bytes, "applied": sooner_bytes},
         "gradients_off_by": off,
         "apply_seconds": applying,
@@ -269,6 +273,25 @@ def measure(
     for process in others.values():
         process.close()
     return found
+
+
+def parts_of(forward: float, gradient: float, step: float) -> dict[str, float]:
+    """The milliseconds of a step's parts, which add up to all of it."""
+    return {"forward": forward, "backward": gradient - forward, "optimizer": step - gradient}
+
+
+def machine_rate() -> float:
+    """The FLOPs a nanosecond of large products on this machine."""
+    ones = jnp.ones((2048, 2048))
+    product = jax.jit(jnp.dot)
+    run = _timed(lambda: jax.block_until_ready(product(ones, ones)))
+    return 2 * 2048**3 / 1e9 / statistics.median([run() for _ in range(12)][2:])
+
+
+def gradient_flops(model: nnx.Module, batch: Any) -> float:
+    """The FLOPs of the products of a gradient."""
+    loss, params, rest = pure_loss(model, loss_fn)
+    return product_flops(jax.make_jaxpr(jax.grad(loss, has_aux=True))(params, rest, batch))
 
 
 def answer() -> None:

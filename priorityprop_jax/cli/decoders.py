@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Config = argparse.Namespace
 RATES = {"full": 3e-5, "suffix": 1e-4, "lora": 3e-4}  # by policy; the others as full
+REMAT = "products"  # where nothing else is asked for; lora has a default of its own
 
 
 @dataclasses.dataclass
@@ -56,8 +57,8 @@ def load(config: Config, path: Path) -> Task:
     with told(ValueError):
         language = load_language(path)
         labels = runs.labels(train, dev) if kind == "label" else []
-        remat = config.remat or "products"
-        about = {"dtype": jnp.dtype(config.dtype), "remat": remat, "seed": config.seed}
+        about = {"dtype": jnp.dtype(config.dtype), "seed": config.seed}
+        about["remat"] = config.remat or REMAT
         with meshes.on_host(config.mesh):
             model = load_decoder(path, classes=len(labels) if config.head else None, **about)
         if model.config.classes and not config.head:

@@ -134,13 +134,7 @@ def _run(arguments: argparse.Namespace) -> int:
     decoder = is_decoder(path)
     if arguments.resume is None:
         _check_options(config, decoder)
-    if config.policy is None and not decoder:
-        config.policy = "priority"
-    if config.budget is None and config.policy in ("priority", "random"):
-        config.budget = 0.4
-    if config.state is None:
-        few = (config.policy or "").startswith(("lisa", "badam"))  # as their papers have it
-        config.state = "reset" if few else "keep"
+    settle(config, decoder)
     if decoder:
         return _decoder(arguments, config, path)
     make_step(config)  # what is wrong with a policy shows before the data are read
@@ -157,6 +151,17 @@ def _run(arguments: argparse.Namespace) -> int:
     with runs.running(arguments, "finetune", _name(config), config) as directory:
         _train(directory, config, task)
     return 0
+
+
+def settle(config: Config, decoder: bool) -> None:
+    """Fills in what follows from the model and the policy where nothing is given."""
+    if config.policy is None and not decoder:
+        config.policy = "priority"
+    if config.budget is None and config.policy in ("priority", "random"):
+        config.budget = 0.4
+    if config.state is None:
+        few = (config.policy or "").startswith(("lisa", "badam"))  # as their papers have it
+        config.state = "reset" if few else "keep"
 
 
 def _check_options(config: Config, decoder: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 
-def medians(
+def in_turns(
     runs: Sequence[Callable[..., Any]],
     seconds: float,
     *,
@@ -18,12 +18,12 @@ def medians(
     warm: int = 2,
     least: int = 3,
     most: int = 100,
-) -> list[float]:
-    """Median seconds of each, in turns, so that a drift is shared, by ``least`` to ``most`` rounds.
+) -> list[list[float]]:
+    """Seconds of each in every round, in turns, so that a drift is shared.
 
-    Rounds fill ``seconds``, but for ``warm`` ones before these: the first compiles, or the last
-    counts where there is no other. Each run waits for its results, and has arguments from
-    ``given``, which are not timed.
+    From ``least`` to ``most`` rounds fill ``seconds``, but for ``warm`` ones before these: the
+    first compiles, or the last counts where there is no other. Each run waits for its results, and
+    has arguments from ``given``, which are not timed.
     """
     spent: list[list[float]] = [[] for _ in runs]
 
@@ -39,4 +39,9 @@ def medians(
     one = [turn() for _ in range(warm)][-1]
     for _ in range(int(np.clip(seconds / one, least, most))):
         turn()
-    return [statistics.median(times[warm:] or times[-1:]) for times in spent]
+    return [times[warm:] or times[-1:] for times in spent]
+
+
+def medians(runs: Sequence[Callable[..., Any]], seconds: float, **options: Any) -> list[float]:
+    """Median seconds of each; see `in_turns`."""
+    return [statistics.median(times) for times in in_turns(runs, seconds, **options)]

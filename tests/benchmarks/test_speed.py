@@ -162,6 +162,9 @@ def test_exact_runs_on_tiny_shapes_beside_another_interpreter(tmp_path, monkeypa
     ms = found["milliseconds"]
     assert list(ms) == ["as written", "applied", "rnn", "torch, compiled"]
     assert ms["rnn"] == 500 and found["gradients_off_by"] < 1e-5
+    parts = found["split_milliseconds"]["applied"]
+    assert sum(parts.values()) > 0 and found["products_milliseconds"] > 0
+    assert exact.parts_of(1.0, 3.0, 3.5) == {"forward": 1.0, "backward": 2.0, "optimizer": 0.5}
     assert found["torch_over_applied"] == 500 / ms["applied"] and int(found["torch_version"]) > 0
     assert set(exact.measure(case, 1)["milliseconds"]) == {"as written", "applied"}
 
