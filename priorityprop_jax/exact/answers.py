@@ -21,6 +21,7 @@ def cross_entropy(
     *,
     bias: jax.Array | None = None,
     chunk: int = 1024,
+    transposed: bool = False,
 ) -> jax.Array:
     r"""Mean cross-entropy of the classes that a linear output layer gives, some rows at a time.
 
@@ -34,11 +35,13 @@ def cross_entropy(
 
     Args:
       hidden: ``[..., width]``, what the output layer is given.
-      kernel: ``[width, classes]``; of an embedding that is tied, its transpose.
+      kernel: ``[width, classes]``.
       labels: int ``[...]``, from 0 to classes - 1 where they count.
       where: bool ``[...]``, which positions are labelled; by default all.
       bias: ``[classes]``.
       chunk: rows at a time, at least 1; a few hundred keep the cores busy.
+      transposed: whether the kernel is ``[classes, width]``, as a tied embedding is: of ``table.T``
+        XLA makes an array.
 
     Returns:
       The mean in nats, ``float32[]``, or float64 as the arguments are; 0 if no position is
@@ -61,14 +64,15 @@ def cross_entropy(
       Gradients along with the value, chunk by chunk: Hsu et al., *Liger Kernel*, 2024, arXiv
       2410.10989.
     """
-    width, classes = kernel.shape
+    width, classes = kernel.shape[::-1] if transposed else kernel.shape
     where = jnp.ones(labels.shape, bool) if where is None else where
     fits = hidden.shape == (*labels.shape, width) and where.shape == labels.shape
     if not fits or (bias is not None and bias.shape != (classes,)):
         raise ValueError(
             f"hidden {hidden.shape}, kernel {kernel.shape}, labels {labels.shape}, where "
             f"{where.shape} and bias {None if bias is None else bias.shape} do not fit: they are "
-            "[..., width], [width, classes], [...], [...] and [classes]"
+            f"[..., width], {'[classes, width]' if transposed else '[width, classes]'}, [...], "
+            "[...] and [classes]"
         )
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 row, got {chunk}")
@@ -80,13 +84,19 @@ def cross_entropy(
     # Whole chunks; what pads them counts as not labelled.
     order = jnp.pad(order, (0, -len(order) % min(chunk, len(order))))
     labels = labels.reshape(-1)[order]
-    return _mean(min(chunk, len(rows)), rows[order], kernel, bias, labels, count)
+    chunk = min(chunk, len(rows))
+    return _mean((chunk, int(transposed)), rows[order], kernel, bias, labels, count)
 
 
-def _of_chunk(x: jax.Array, kernel: Any, bias: Any, y: jax.Array, on: jax.Array, ct: Any) -> Any:
-    """The sum of a chunk's losses, and what makes its gradients; those need ``ct``."""
-    wide = wide_type(x, kernel, bias)
-    logits = jnp.dot(x, kernel, preferred_element_type=wide)  # [chunk, classes]
+def _product(a: jax.Array, b: jax.Array, of_a: int, of_b: int, dtype: Any = None) -> jax.Array:
+    """Of two matrices, over an axis of each."""
+    over = (((of_a,), (of_b,)), ((), ()))
+    return lax.dot_general(a, b, over, preferred_element_type=dtype)
+
+
+def _of_chunk(logits: jax.Array, bias: Any, y: jax.Array, on: jax.Array, ct: Any) -> Any:
+    """The sum of a chunk's losses, and gradients of its logits; those need ``ct``."""
+    wide = logits.dtype
     logits = logits if bias is None else logits + bias.astype(wide)[None]
     largest = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     e = jnp.exp(logits - largest)
@@ -97,17 +107,17 @@ def _of_chunk(x: jax.Array, kernel: Any, bias: Any, y: jax.Array, on: jax.Array,
         return loss, None
     is_right = lax.broadcasted_iota(y.dtype, e.shape, 1) == y[:, None]
     d = jnp.where(on[:, None], (e / total - is_right.astype(wide)) * ct, 0.0)  # [chunk, classes]
-    return loss, d.astype(x.dtype)
+    return loss, d
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mean(chunk, rows, kernel, bias, labels, count):
-    return _run(chunk, (rows, kernel, bias), labels, count, (False,) * 3)[0]
+def _mean(options, rows, kernel, bias, labels, count):
+    return _run(options, (rows, kernel, bias), labels, count, (False,) * 3)[0]
 
 
-def _run(chunk, arrays, labels, count, wanted):
+def _run(options, arrays, labels, count, wanted):
     """The mean, and the gradients of it that are wanted."""
-    rows, kernel, bias = arrays
+    (chunk, of_width), (rows, kernel, bias) = options, arrays  # the kernel's axis of the width
     wide = wide_type(*arrays)
     share = 1.0 / jnp.maximum(count, 1).astype(wide)
     ct = share if any(wanted) else None
@@ -120,14 +130,16 @@ def _run(chunk, arrays, labels, count, wanted):
         at = i * chunk
         on = at + jnp.arange(chunk, dtype=at.dtype) < count
         x, y = (lax.dynamic_slice_in_dim(a, at, chunk) for a in (rows, labels))
-        loss, d = _of_chunk(x, kernel, bias, y, on, ct)
+        loss, d = _of_chunk(_product(x, kernel, 1, of_width, wide), bias, y, on, ct)
+        if d is not None:
+            d = d.astype(rows.dtype)
         if d_rows is not None:
-            d_x = jnp.dot(d, kernel.T).astype(rows.dtype)
+            d_x = _product(d, kernel, 1, 1 - of_width).astype(rows.dtype)
             d_rows = lax.dynamic_update_slice_in_dim(d_rows, d_x, at, 0)
         if d_kernel is not None:
             # What is not labelled may hold anything, also NaN.
             x = jnp.where(on[:, None], x, 0)
-            d_kernel += jnp.dot(x.T, d, preferred_element_type=wide)
+            d_kernel += _product(*((d, x) if of_width else (x, d)), 0, 0, wide)
         if d_bias is not None:
             d_bias += d.sum(0, dtype=wide)
         return total + loss, d_rows, d_kernel, d_bias
@@ -136,17 +148,17 @@ def _run(chunk, arrays, labels, count, wanted):
     return total * share, tuple(grads)
 
 
-def _forward(chunk, *primals):
+def _forward(options, *primals):
     rows, kernel, bias, labels, count = jax.tree.map(
         lambda p: p.value, primals, is_leaf=lambda p: isinstance(p, CustomVJPPrimal)
     )
     wanted = tuple(p is not None and p.perturbed for p in primals[:3])
-    value, grads = _run(chunk, (rows, kernel, bias), labels, count, wanted)
+    value, grads = _run(options, (rows, kernel, bias), labels, count, wanted)
     dtypes = [jnp.zeros((), a.dtype) if a is not None else None for a in (rows, kernel, bias)]
     return value, (grads, dtypes)
 
 
-def _backward(chunk, kept, ct):
+def _backward(_, kept, ct):
     grads, dtypes = kept
     scaled = [
         None if g is None else (g.astype(ct.dtype) * ct).astype(like.dtype)

@@ -185,10 +185,14 @@ def _scaling(rope: Mapping[str, Any]) -> tuple[float, ...] | None:
 
 
 class DecoderOutput(NamedTuple):
-    """What makes logits, ``hidden @ kernel``; `exact.cross_entropy` takes the two as they are."""
+    """What makes logits; for a loss `exact.cross_entropy` takes the two, ``transposed=True``."""
 
     hidden: jax.Array  # [batch, time, width]
-    kernel: jax.Array  # [width, vocabulary]
+    weight: jax.Array  # [vocabulary, width], of the output layer
+
+    def logits(self) -> jax.Array:
+        """All of them, `[batch, time, vocabulary]`."""
+        return self.hidden @ self.weight.T
 
 
 class DecoderBlock(nnx.Module):
@@ -260,8 +264,8 @@ class DecoderHead(nnx.Module):
         self.norm = nnx.RMSNorm(c.hidden_size, epsilon=c.rms_norm_eps, dtype=dtype, rngs=rngs)
         if not c.tied:
             init = nnx.initializers.normal(c.initializer_range)
-            shape = c.hidden_size, c.classes or c.vocab_size
-            self.kernel = nnx.Param(init(rngs.params(), shape))
+            shape = c.classes or c.vocab_size, c.hidden_size
+            self.weight = nnx.Param(init(rngs.params(), shape))
 
 
 class DecoderTop(nnx.Module):
@@ -271,17 +275,17 @@ class DecoderTop(nnx.Module):
     the embedding that it is.
     """
 
-    def __init__(self, config: DecoderConfig, blocks: Stack, head: DecoderHead, kernel: Any):
+    def __init__(self, config: DecoderConfig, blocks: Stack, head: DecoderHead, weight: Any):
         self.config, self.blocks, self.head = config, blocks, head
-        if kernel is not None:
-            self.kernel = kernel  # a variable that is not trained
+        if weight is not None:
+            self.weight = weight  # a variable that is not trained
 
     def outputs(self, hidden: jax.Array, segments: jax.Array | None = None) -> DecoderOutput:
         """Maps hidden `[batch, time, width]` of a lower block to what makes logits."""
         angles, mask = places(self.config, hidden, segments)
         hidden = self.head.norm(self.blocks(hidden, angles, mask))
-        kernel = self.head.kernel if hasattr(self.head, "kernel") else self.kernel
-        return DecoderOutput(hidden, kernel[...].astype(hidden.dtype))
+        weight = self.weight if self.config.tied else self.head.weight
+        return DecoderOutput(hidden, weight[...].astype(hidden.dtype))
 
 
 class Decoder(nnx.Module):
@@ -334,14 +338,13 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens: jax.Array, segments: jax.Array | None = None) -> jax.Array:
         """Maps tokens, and segments if there are any, to logits `[batch, time, vocabulary]`."""
-        hidden, kernel = self.outputs(tokens, segments)
-        return hidden @ kernel
+        return self.outputs(tokens, segments).logits()
 
     def outputs(self, tokens: jax.Array, segments: jax.Array | None = None) -> DecoderOutput:
         """What makes the logits; the loss at some positions needs no others' logits."""
         angles, mask = places(self.config, tokens, segments)
         hidden = self.head.norm(self.blocks(self.embed(tokens), angles, mask))
-        return DecoderOutput(hidden, self._kernel().astype(hidden.dtype))
+        return DecoderOutput(hidden, self._weight().astype(hidden.dtype))
 
     def below(self, tokens: jax.Array, blocks: int, segments: jax.Array | None = None) -> jax.Array:
         """What the first `blocks` blocks make of the tokens: hidden `[batch, time, width]`."""
@@ -355,8 +358,8 @@ class Decoder(nnx.Module):
         if not 0 < blocks <= count:
             raise ValueError(f"blocks is {blocks}, from 1 to the decoder's {count} are needed")
         head = nnx.clone(self.head)
-        kernel = FrozenWeight(self._kernel()) if self.config.tied else None
-        return DecoderTop(self.config, self._part(count - blocks, count), head, kernel)
+        tied = FrozenWeight(jnp.copy(self._weight())) if self.config.tied else None
+        return DecoderTop(self.config, self._part(count - blocks, count), head, tied)
 
     def put_top(self, top: DecoderTop) -> None:
         """Puts the weights of `top` in the place of those it was made from."""
@@ -369,8 +372,8 @@ class Decoder(nnx.Module):
         graph, state = nnx.split(self.blocks)
         return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[start:stop], state))
 
-    def _kernel(self) -> jax.Array:
-        return self.embed.embedding[...].T if self.config.tied else self.head.kernel[...]
+    def _weight(self) -> jax.Array:
+        return (self.embed.embedding if self.config.tied else self.head.weight)[...]
 
     def empty_cache(self, batch: int, length: int) -> tuple[jax.Array, jax.Array]:
         """Keys and values of no token: two arrays `[blocks, batch, length, heads, head_dim]`."""
@@ -393,7 +396,7 @@ class Decoder(nnx.Module):
 
         hidden, cache = jax.lax.scan(one, self.embed(tokens), (params, rest, cache))
         hidden = self.head.norm(hidden)
-        return DecoderOutput(hidden, self._kernel().astype(hidden.dtype)), cache
+        return DecoderOutput(hidden, self._weight().astype(hidden.dtype)), cache
 
 
 def places(

@@ -62,12 +62,12 @@ def generate(
     cache = model.empty_cache(1, min(-(-(padded + tokens) // 32) * 32, context))
     row = np.zeros((1, padded), np.int32)
     row[0, : len(given)] = given
-    (hidden, kernel), cache = _STEP(model, jnp.asarray(row), cache, 0)
+    (hidden, weight), cache = _STEP(model, jnp.asarray(row), cache, 0)
     hidden, key = hidden[0, len(given) - 1], jax.random.key(seed)
     found: list[int] = []
     shown = ""
     for i in range(tokens):
-        logits = (hidden @ kernel).astype(jnp.float32)
+        logits = (weight @ hidden).astype(jnp.float32)
         if temperature:
             token = jax.random.categorical(jax.random.fold_in(key, i), logits / temperature)
         else:
@@ -81,5 +81,5 @@ def generate(
             yield text[len(shown) :]
             shown = text
         next_row = jnp.asarray([[found[-1]]], jnp.int32)
-        (hidden, kernel), cache = _STEP(model, next_row, cache, len(given) + i)
+        (hidden, weight), cache = _STEP(model, next_row, cache, len(given) + i)
         hidden = hidden[0, 0]

@@ -162,7 +162,7 @@ def _variables(model: Decoder) -> Iterator[tuple[str, Any, bool, bool]]:
                 yield f"model.layers.{{}}.{theirs}.{end}", variable, kind == "kernel", True
     yield "model.norm.weight", model.head.norm.scale, False, False
     if not model.config.tied:
-        yield _HEAD if model.config.classes else "lm_head.weight", model.head.kernel, True, False
+        yield _HEAD if model.config.classes else "lm_head.weight", model.head.weight, False, False
 
 
 def _tensor(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from priorityprop_jax.core.modules import FrozenWeight
+from priorityprop_jax.exact.products import dot_general
 
 
 class LoRALinear(nnx.Module):
@@ -25,7 +26,9 @@ class LoRALinear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[..., inputs]` to `[..., outputs]`."""
         a, b = (matrix[...].astype(x.dtype) for matrix in (self.a, self.b))
-        return self.base(x) + (x @ a) @ b * self.scale
+        last = (((x.ndim - 1,), (0,)), ((), ()))
+        # As `x @ a @ b`, but XLA's CPU backend would write what comes back to `b` transposed.
+        return self.base(x) + dot_general(dot_general(x, a, last), b, last) * self.scale
 
 
 def add_lora(model: Any, *, rank: int = 8, alpha: float = 16.0, seed: int = 0) -> None:

@@ -115,7 +115,7 @@ def label_logits(outputs: Any, places: jax.Array, tokens: Sequence[int]) -> jax.
     Others are not computed.
     """
     at = outputs.hidden[jnp.arange(len(places)), places]  # [batch, width]
-    return (at @ outputs.kernel[:, jnp.array(tokens)]).astype(jnp.float32)
+    return (at @ outputs.weight[jnp.array(tokens)].T).astype(jnp.float32)
 
 
 def answer_loss(tokens: Sequence[int] | None = None) -> Callable[[Any, Any], Any]:
@@ -128,9 +128,10 @@ def answer_loss(tokens: Sequence[int] | None = None) -> Callable[[Any, Any], Any
 
     def loss_fn(model: Any, batch: Any) -> Any:
         y, segments = batch["y"], batch.get("segments")
-        hidden, kernel = model.outputs(batch["x"], segments)
-        chunk = 256 if tokens is None else 64
-        loss = cross_entropy(hidden, kernel, jnp.maximum(y, 0), y >= 0, chunk=chunk)
+        hidden, weight = model.outputs(batch["x"], segments)
+        chunk = 256 if tokens is None else min(256, len(y))  # a label is a token or two
+        labels, where = jnp.maximum(y, 0), y >= 0
+        loss = cross_entropy(hidden, weight, labels, where, chunk=chunk, transposed=True)
         if tokens is None:
             return loss
         before = lambda a: jnp.pad(a[:, :-1], ((0, 0), (1, 0)), constant_values=-1)  # noqa: E731
@@ -138,7 +139,7 @@ def answer_loss(tokens: Sequence[int] | None = None) -> Callable[[Any, Any], Any
         if segments is not None:
             begins |= before(segments) != segments
         known = jnp.array(tokens)
-        right = known[(hidden @ kernel[:, known]).argmax(-1)] == y  # [batch, time]
+        right = known[(hidden @ weight[known].T).argmax(-1)] == y  # [batch, time]
         return loss, {"accuracy": jnp.average(right, weights=(y >= 0) & begins)}
 
     return loss_fn

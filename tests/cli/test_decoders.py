@@ -216,12 +216,12 @@ def test_a_head(place, tiny, capsys, policy):
     assert tune(tiny, "--head", "--policy", policy, "--epochs", "6") == 0
     directory = place / "runs" / f"reviews-{policy.replace(':', '')}-1"
     model = models.load_decoder(directory / "model")
-    assert model.config.classes == 2 and model.head.kernel.shape == (8, 2)
+    assert model.config.classes == 2 and model.head.weight.shape == (2, 8)
     config = json.loads((directory / "model" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"]
     assert config["id2label"] == {"0": "bad", "1": "good"} and config["pad_token_id"] == 1
     fresh = models.load_decoder(tiny, classes=2)
-    assert np.abs(model.head.kernel[...] - fresh.head.kernel[...]).max() > 0.02
+    assert np.abs(model.head.weight[...] - fresh.head.weight[...]).max() > 0.02
     np.testing.assert_array_equal(model.embed.embedding[...], fresh.embed.embedding[...])
     assert report_of(directory)["results"]["validation"] == 1.0
     (place / "new.csv").write_text("text,label\na film is good,good\na plot a plot is bad,bad\n")

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from priorityprop_jax import exact, models
+from priorityprop_jax.core.modules import pure_loss
 from priorityprop_jax.core.paths import path_name
 from priorityprop_jax.models.decoder import Decoder, DecoderConfig
 from priorityprop_jax.models.files import DataError
@@ -122,8 +123,8 @@ def reference(model, row):
         x = norm(h, block["mlp_norm"])
         gate = linear(x, block["gate"])
         h = h + linear(gate / (1 + np.exp(-gate)) * linear(x, block["up"]), block["down"])
-    kernel = embedding.T if c.tie_word_embeddings else state["head"]["kernel"]
-    return norm(h, state["head"]["norm"]) @ kernel
+    weight = embedding if c.tie_word_embeddings else state["head"]["weight"]
+    return norm(h, state["head"]["norm"]) @ weight.T
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -160,9 +161,9 @@ def test_a_head_tells_classes(tmp_path, kind):
     plain, x = small(kind), tokens(2, 5)
     models.save_decoder(plain, tmp_path / "plain")
     model = models.load_decoder(tmp_path / "plain", classes=3, seed=1)
-    kernel = model.head.kernel[...]
-    assert kernel.shape == (12, 3) and 0.01 < jnp.std(kernel) < 0.03
-    expected = plain.outputs(x).hidden @ kernel  # [batch, time, classes]
+    weight = model.head.weight[...]
+    assert weight.shape == (3, 12) and 0.01 < jnp.std(weight) < 0.03
+    expected = plain.outputs(x).hidden @ weight.T  # [batch, time, classes]
     np.testing.assert_allclose(model(x), expected, rtol=5e-6, atol=1e-6)
     labels = ["good", "bad", "so so"]
     models.save_decoder(model, tmp_path / "head", labels=labels)
@@ -174,13 +175,13 @@ def test_a_head_tells_classes(tmp_path, kind):
     chex_equal(nnx.state(model), nnx.state(again))
     chex_equal(nnx.state(model), nnx.state(models.load_decoder(tmp_path / "head", classes=3)))
     other = models.load_decoder(tmp_path / "head", classes=4)
-    assert other.head.kernel.shape == (12, 4)
+    assert other.head.weight.shape == (4, 12)
     chex_equal(nnx.state(other.blocks), nnx.state(model.blocks))
     top = model.top(1)
-    assert not hasattr(top, "kernel")  # the head is trained, and no embedding is kept for it
-    top.head.kernel[...] += 1
+    assert not hasattr(top, "weight")  # the head is trained, and no embedding is kept for it
+    top.head.weight[...] += 1
     model.put_top(top)
-    np.testing.assert_array_equal(model.head.kernel[...], kernel + 1)
+    np.testing.assert_array_equal(model.head.weight[...], weight + 1)
     for wrong, said in (({"classes": 0}, "classes is 0"), ({"classes": -2}, "classes is -2")):
         with pytest.raises(ValueError, match=said):
             models.load_decoder(tmp_path / "plain", **wrong)
@@ -195,7 +196,7 @@ def test_lora_trains_a_head():
     add_lora(model, rank=1)
     paths, _ = zip(*jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param)), strict=True)
     names = {path_name(path).rpartition("/")[2] for path in paths}
-    assert names == {"a", "b", "kernel"}
+    assert names == {"a", "b", "weight"}
 
 
 def reference_accuracy(rows):
@@ -243,8 +244,8 @@ def chex_equal(one, other):
 def test_the_top_on_what_is_below_is_the_whole(blocks):
     model, x = small("smollm"), tokens(2, 5)
     top = model.top(blocks)
-    hidden, kernel = top.outputs(model.below(x, 3 - blocks))
-    np.testing.assert_allclose(hidden @ kernel, model(x), rtol=1e-5, atol=1e-5)
+    logits = top.outputs(model.below(x, 3 - blocks)).logits()
+    np.testing.assert_allclose(logits, model(x), rtol=1e-5, atol=1e-5)
     # The output layer is the frozen embedding; the blocks and the last norm are trained.
     assert len(jax.tree.leaves(nnx.state(top, nnx.Param))) == 9 + 1
     top.head.norm.scale[...] *= 2
@@ -259,15 +260,33 @@ def test_the_top_on_what_is_below_is_the_whole(blocks):
     np.testing.assert_array_equal(model.head.norm.scale[...], top.head.norm.scale[...])
 
 
+@pytest.mark.parametrize("part", ["whole", "top", "predict"])
+def test_a_tied_embedding_is_not_transposed(part):
+    """As XLA does to one that is given as ``table.T``, or of whose transpose columns are picked."""
+    config = dataclasses.replace(small("smollm").config, vocab_size=1000)
+    model, x = Decoder(config, rngs=nnx.Rngs(0)), tokens(2, 5)
+    if part == "predict":
+        score = nnx.jit(lambda m, x: models.label_logits(m.outputs(x), jnp.array([4, 4]), [1, 2]))
+        text = score.lower(model, x).compile().as_text()
+    else:
+        given = model.top(1) if part == "top" else model
+        rows = model.below(x, 2) if part == "top" else x
+        loss, params, rest = pure_loss(given, models.answer_loss([1, 2]))
+        gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        batch = {"x": rows, "y": jnp.full(x.shape, -1).at[:, -1].set(1)}
+        text = gradient.lower(params, rest, batch).compile().as_text()
+    assert "f32[1000,12]" in text and "= f32[12,1000]" not in text
+
+
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_a_cache_changes_nothing(kind):
     model, x = small(kind), tokens(2, 8)
     cache = model.empty_cache(2, 8)
-    (hidden, kernel), cache = model.step(x[:, :5], cache, 0)
-    found = [hidden @ kernel]
+    outputs, cache = model.step(x[:, :5], cache, 0)
+    found = [outputs.logits()]
     for i in range(5, 8):
-        (hidden, kernel), cache = model.step(x[:, i : i + 1], cache, i)
-        found.append(hidden @ kernel)
+        outputs, cache = model.step(x[:, i : i + 1], cache, i)
+        found.append(outputs.logits())
     np.testing.assert_allclose(jnp.concatenate(found, 1), model(x), rtol=1e-4, atol=1e-4)
 
 
@@ -276,7 +295,7 @@ def test_remat_changes_no_gradient(remat):
     plain, saving, x = small("smollm"), small("smollm", remat=remat), tokens(2, 5)
 
     def loss(model):
-        return exact.cross_entropy(*model.outputs(x), x)
+        return exact.cross_entropy(*model.outputs(x), x, transposed=True)
 
     one, other = nnx.grad(loss)(plain), nnx.grad(loss)(saving)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):

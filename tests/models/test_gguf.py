@@ -121,7 +121,7 @@ def test_smollm2():
     language = models.load_language(path)
     assert language.encode(stored["text"]) == stored["tokens"]
     model = models.load_decoder(path)
-    hidden, kernel = nnx.jit(lambda model, x: model.outputs(x))(model, np.array([stored["tokens"]]))
-    logits = np.asarray(hidden[0, jax.numpy.array(stored["places"])] @ kernel)
+    hidden, weight = nnx.jit(lambda model, x: model.outputs(x))(model, np.array([stored["tokens"]]))
+    logits = np.asarray(hidden[0, jax.numpy.array(stored["places"])] @ weight.T)
     np.testing.assert_allclose(logits[:, stored["columns"]], stored["logits"], atol=2e-4)
     assert language.decode([int(logits[-1].argmax())]) == " Paris"
