@@ -13,7 +13,7 @@ _ROOMS = {
     "highway_nnx highway_report highway_scan",
     "meprop": "meprop_conv_general_dilated meprop_dot_general restore "
     "row_counts row_sparse row_sparse_adam",
-    "partial": "PrefixCache Situation Stages StepCosts active_sets chain "
+    "partial": "PrefixCache Situation Stages StepCosts chain "
     "choose_active function_stage make_policy measure_costs nnx_stages "
     "update_active",
     "priority": "TopKUpdatesState repeats top_k_updates",
@@ -39,6 +39,7 @@ GONE: dict[str, str] = {
     "DynamicSparsity": "use Trainer(step=priorityprop_jax.sparse.dynamic(end))",
     "TopKCompute": "use Trainer(step=priorityprop_jax.meprop.step(share))",
     "LinenMePropRNN": "use LinenLeanRNN for Linen, or meProp in an nnx.RNN",
+    "active_sets": "an active set is of the slots whose priority.repeats(...) is above 0",
     "apply_active_updates": "optax.apply_updates takes the updates of update_active",
     "apply_row_updates": "optax.apply_updates takes row-sparse updates",
     "communication": "read the text of the compiled program",

@@ -160,8 +160,7 @@ def settle(config: Config, decoder: bool) -> None:
     if config.budget is None and config.policy in ("priority", "random"):
         config.budget = 0.4
     if config.state is None:
-        few = (config.policy or "").startswith(("lisa", "badam"))  # as their papers have it
-        config.state = "reset" if few else "keep"
+        config.state = "reset" if str(config.policy).startswith(("lisa", "badam")) else "keep"
 
 
 def _check_options(config: Config, decoder: bool) -> None:

@@ -94,7 +94,7 @@ def _product(a: jax.Array, b: jax.Array, of_a: int, of_b: int, dtype: Any = None
     return lax.dot_general(a, b, over, preferred_element_type=dtype)
 
 
-def _of_chunk(logits: jax.Array, bias: Any, y: jax.Array, on: jax.Array, ct: Any) -> Any:
+def _of_chunk(logits: jax.Array, bias: Any, y: jax.Array, on: Any, ct: Any, dtype: Any) -> Any:
     """The sum of a chunk's losses, and gradients of its logits; those need ``ct``."""
     wide = logits.dtype
     logits = logits if bias is None else logits + bias.astype(wide)[None]
@@ -107,7 +107,7 @@ def _of_chunk(logits: jax.Array, bias: Any, y: jax.Array, on: jax.Array, ct: Any
         return loss, None
     is_right = lax.broadcasted_iota(y.dtype, e.shape, 1) == y[:, None]
     d = jnp.where(on[:, None], (e / total - is_right.astype(wide)) * ct, 0.0)  # [chunk, classes]
-    return loss, d
+    return loss, d.astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -130,9 +130,8 @@ def _run(options, arrays, labels, count, wanted):
         at = i * chunk
         on = at + jnp.arange(chunk, dtype=at.dtype) < count
         x, y = (lax.dynamic_slice_in_dim(a, at, chunk) for a in (rows, labels))
-        loss, d = _of_chunk(_product(x, kernel, 1, of_width, wide), bias, y, on, ct)
-        if d is not None:
-            d = d.astype(rows.dtype)
+        logits = _product(x, kernel, 1, of_width, wide)  # [chunk, classes]
+        loss, d = _of_chunk(logits, bias, y, on, ct, rows.dtype)
         if d_rows is not None:
             d_x = _product(d, kernel, 1, 1 - of_width).astype(rows.dtype)
             d_rows = lax.dynamic_update_slice_in_dim(d_rows, d_x, at, 0)

@@ -7,7 +7,7 @@ from priorityprop_jax.partial.freeze import freeze
 from priorityprop_jax.partial.grad import value_and_grad
 from priorityprop_jax.partial.offload import ActiveState
 from priorityprop_jax.partial.plan import Plan, plan
-from priorityprop_jax.partial.policies import Situation, active_sets, make_policy
+from priorityprop_jax.partial.policies import Situation, make_policy
 from priorityprop_jax.partial.prefix_cache import PrefixCache
 from priorityprop_jax.partial.stack import Stack, stack
 from priorityprop_jax.partial.stages import (
@@ -27,7 +27,6 @@ __all__ = [
     "Stack",
     "Stages",
     "StepCosts",
-    "active_sets",
     "chain",
     "choose_active",
     "freeze",

@@ -6,14 +6,12 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import numpy as np
 
 from priorityprop_jax.core.slots import Slots
 from priorityprop_jax.partial.choose import choose_active
 from priorityprop_jax.partial.costs import StepCosts
-from priorityprop_jax.priority.allocation import repeats
 from priorityprop_jax.priority.scores import priority
 
 
@@ -247,34 +245,3 @@ def written_as(policy: str) -> tuple[str, int | None]:
         return "", None
     number = match[2] or match[3]
     return match[1], None if number is None else int(number)
-
-
-def active_sets(
-    slots: Slots, allocation: Any, recalc_every: int, spread: str = "nested"
-) -> list[frozenset[str]]:
-    """The active set of every step of a cycle, from an allocation of `priorityprop`.
-
-    With ``spread="nested"`` the sets shrink from step to step, and are few.
-
-    Args:
-      slots: the slots.
-      allocation: ``int[slots]``, updates granted for the cycle, as in `PriorityPropState`.
-      recalc_every: steps in the cycle.
-      spread: see `repeats`.
-
-    Returns:
-      ``recalc_every`` sets of slot names.
-
-    Example:
-      >>> from priorityprop_jax import find_slots
-      >>> from priorityprop_jax.partial.policies import active_sets
-      >>> slots = find_slots({"a": 1.0, "b": 1.0})
-      >>> [sorted(names) for names in active_sets(slots, [3, 1], 3)]
-      [['a', 'b'], ['a'], ['a']]
-    """
-
-    def active(step: int) -> frozenset[str]:
-        counts = np.asarray(repeats(allocation, step, recalc_every, spread))
-        return frozenset(name for name, n in zip(slots.names, counts, strict=True) if n > 0)
-
-    return [active(step) for step in range(recalc_every)]

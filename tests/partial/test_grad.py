@@ -16,6 +16,7 @@ from priorityprop_jax import find_slots, partial, priorityprop
 from priorityprop_jax.core.program import program_flops
 from priorityprop_jax.core.rows import Frozen, is_row_sparse, put, take
 from priorityprop_jax.partial.grad import choose, find_active
+from priorityprop_jax.priority import repeats
 
 LAYERS, WIDTH = 4, 3
 TREE_NAMES = ("embed", "mix/0", "mix/1", "out/kernel", "stack/bias", "stack/kernel")
@@ -604,7 +605,12 @@ def run_cycles(front, only_active, cycles=3, every=2):
             active = plan[t] if only_active else frozenset(slots.names)
             new, new_state = step(params, state, active)
             if t == 0:
-                plan = partial.active_sets(slots, new_state[1].allocation, every)
+                granted = new_state[1].allocation
+                counts = [repeats(granted, at, every, spread="nested") for at in range(every)]
+                plan = [
+                    frozenset(n for n, on in zip(slots.names, row, strict=True) if on)
+                    for row in counts
+                ]
             adam, new_adam = state[1].inner_state[0], new_state[1].inner_state[0]
             for i, name in enumerate(slots.names):
                 if name in plan[t]:

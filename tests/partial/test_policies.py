@@ -5,7 +5,6 @@ import itertools
 import math
 from collections import Counter
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,8 +14,7 @@ from priorityprop_jax import find_slots
 from priorityprop_jax.partial import policies
 from priorityprop_jax.partial.choose import choose_active
 from priorityprop_jax.partial.costs import StepCosts
-from priorityprop_jax.partial.policies import Situation, active_sets, make_policy
-from priorityprop_jax.priority.allocation import repeats
+from priorityprop_jax.partial.policies import Situation, make_policy
 
 properties = settings(derandomize=True, deadline=None, max_examples=150)
 
@@ -434,25 +432,3 @@ def test_step_cost_counts_the_deepest_floor_once():
 def test_situations_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         situation().cycle = 3
-
-
-# Active sets of an allocation.
-
-
-@settings(derandomize=True, deadline=None, max_examples=25)
-@given(st.lists(st.integers(0, 6), min_size=len(SLOTS), max_size=len(SLOTS)))
-def test_nested_sets_shrink_and_are_few(allocation):
-    sets = active_sets(SLOTS, allocation, 6)
-    assert len(sets) == 6
-    assert all(after <= before for before, after in itertools.pairwise(sets))
-    for name, updates in zip(SLOTS.names, allocation, strict=True):
-        assert sum(name in active for active in sets) == updates
-
-
-@pytest.mark.parametrize("spread", ["even", "nested"])
-def test_sets_are_where_updates_are(spread):
-    allocation = jax.numpy.arange(len(SLOTS), dtype=jax.numpy.int32)
-    sets = active_sets(SLOTS, allocation, 4, spread)
-    for t, active in enumerate(sets):
-        counts = repeats(allocation, t, 4, spread)
-        assert active == {name for name, n in zip(SLOTS.names, counts, strict=True) if n}
