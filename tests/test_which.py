@@ -25,7 +25,7 @@ def exact():
     share = temporary["applied"] / temporary["as written"]
     memory = f"in {share:.2f} of the temporary memory"
     said = {"lstm": "a step is {}x sooner", "scan": f"{{}}x, {memory}"}
-    for name in ("lstm", "gru", "tagger", "scan", "list", "minilm", "minilm-128", "resnet"):
+    for name in models.keys() - {"lstm-1", "lstm-32", "lstm-500", "lstm-128"}:
         one = models[name]
         sooner = said.get(name, "{}x").format(f"{one['times_sooner_with_memory']:.2f}")
         yield f"| {sooner} | measuring for {one['processes'][0]['apply_seconds']:.0f} seconds"
@@ -35,7 +35,8 @@ def exact():
     torch = {name: f"{one['torch_over_applied']:.2f}" for name, one in models.items()}
     yield f"LSTM {torch['lstm']}, GRU {torch['gru']},"
     yield f"tagger {torch['tagger']}, scan {torch['scan']}, list {torch['list']}, "
-    yield f"BERT {torch['minilm']} and {torch['minilm-128']}, residual network {torch['resnet']}. "
+    yield f"BERT {torch['minilm']} and {torch['minilm-128']}, decoder {torch['smollm2']}, "
+    yield f"residual network {torch['resnet']}. "
 
 
 def fine_tuning():
