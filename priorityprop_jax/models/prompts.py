@@ -129,7 +129,8 @@ def answer_loss(tokens: Sequence[int] | None = None) -> Callable[[Any, Any], Any
     def loss_fn(model: Any, batch: Any) -> Any:
         y, segments = batch["y"], batch.get("segments")
         hidden, weight = model.outputs(batch["x"], segments)
-        chunk = 256 if tokens is None else min(256, len(y))  # a label is a token or two
+        # Of a label there is a token or two, and of several texts in a row several.
+        chunk = 256 if tokens is None else 64 if segments is not None else min(256, len(y))
         labels, where = jnp.maximum(y, 0), y >= 0
         loss = cross_entropy(hidden, weight, labels, where, chunk=chunk, transposed=True)
         if tokens is None:
