@@ -13,7 +13,8 @@ all in the first third of its steps. `--model` says which.
 - `python -m benchmarks.finetune_llm learn`: the dev loss over steps, one process an arm and rate;
   rates go on by factors of two until the best on seed 1 is inside, and `--seeds` runs the best on
   more. `--trial-epochs 1` tries rates in so many epochs, whose schedule ends there, and runs the
-  best alone for all of them; then arms that differ in how many blocks are trained share a rate.
+  best alone for all of them; SmolLM2's last blocks, however many, then share a rate, and so do
+  the ways that draw or choose blocks.
   What is finished is not run again. Training may be done on a busy machine, as its time is
   steps times those of `steps`, and a forward pass over all rows where blocks are frozen.
 - `python -m benchmarks.finetune_llm report`: a table, with the time to the lowest loss that `full`
@@ -56,10 +57,10 @@ RATES = {
     "smollm2-135m": {"full": 6e-5, "lora": 5e-4, "suffix": 2e-4},
     "minilm": {"full": 1e-4, "suffix": 2e-4},
 }
-# Whose rate an arm takes where rates are tried in shorter runs.
+# Whose rate an arm takes where rates are tried in shorter runs; by itself what is not here.
 TUNED_AS = {
     "smollm2-135m": {"suffix": "suffix:8", "badam": "lisa:2", "priority": "lisa:2"},
-    "minilm": {"suffix": "suffix:2", "badam": "lisa:2", "priority": "lisa:2"},
+    "minilm": {},  # whose runs take a minute
 }
 BLOCKS = {"smollm2-135m": 30, "minilm": 6}
 ROWS = {"smollm2-135m": 16, "minilm": 32}  # in a batch
@@ -230,9 +231,8 @@ def lowest(line: dict) -> float:
 
 def tuned_as(arguments: argparse.Namespace, arm: str) -> str:
     """The arm whose rate this one takes: its own, unless rates are tried in shorter runs."""
-    policy = arm.rpartition(" ")[2]
     short = arguments.trial_epochs < arguments.epochs
-    return TUNED_AS[arguments.model].get(policy.partition(":")[0], policy) if short else arm
+    return TUNED_AS[arguments.model].get(arm.partition(":")[0], arm) if short else arm
 
 
 def tuned(arguments: argparse.Namespace, arm: str) -> tuple[float, list[float]]:

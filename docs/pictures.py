@@ -406,36 +406,27 @@ def ablation() -> Figure:
     return figure
 
 
-# What is fine-tuned, and how many blocks it has.
-FINE_TUNED = {
-    "smollm2-135m": "SmolLM2-135M, a decoder of 30 blocks",
-    "minilm": "MiniLM, an encoder of 6 blocks",
-}
-
-
-def last_blocks() -> Figure:
-    """What it costs to fine-tune the last blocks alone and what it reaches, beside other ways."""
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    for axis, (model, title) in zip(figure.subplots(1, 2), FINE_TUNED.items(), strict=True):
-        path = RESULTS / "finetune_llm" / f"learning-{model}-sst2-cpu.json"
-        arms = json.loads(path.read_text("utf-8"))["arms"]
-        places = {arm: (100 * found["of_full_time"], found["loss"]) for arm, found in arms.items()}
-        names = {"full": "all blocks", "full, then suffix:8": "all, then last 8",
-                 "full, then suffix:2": "all, then last 2"}  # fmt: skip
-        last = sorted((arm for arm in places if arm.startswith("suffix")), key=places.__getitem__)
-        axis.axhline(places["full"][1], color=LINE, lw=1, ls=":")
-        axis.plot(*zip(*(places[arm] for arm in [*last, "full"]), strict=True), color=SPENT, lw=1.5)
-        for arm, (x, y) in places.items():
-            on = arm == "full" or arm in last
-            axis.plot(x, y, "o", color=SPENT if on else FORWARD, mfc=None if on else "white", ms=7)
-            label = names.get(arm, arm.replace("suffix:", "last "))
-            axis.annotate(label, (x, y), (6, 5), textcoords="offset points")
-        axis.set_title(title, loc="left")
-        axis.set(xlim=(0, 112), xlabel="time of the training, % of training all blocks")
-        axis.set_ylabel("lowest loss on held-out sentences")
-        axis.grid(color=IDLE)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
+def last_blocks(model: str = "smollm2-135m") -> Figure:
+    """What it costs to fine-tune the last blocks of a model alone, and what that reaches."""
+    path = RESULTS / "finetune_llm" / f"learning-{model}-sst2-cpu.json"
+    arms = json.loads(path.read_text("utf-8"))["arms"]
+    places = {arm: (100 * found["of_full_time"], found["loss"]) for arm, found in arms.items()}
+    last = sorted((arm for arm in places if arm.startswith("suffix")), key=places.__getitem__)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    axis.axhline(places["full"][1], color=LINE, lw=1, ls=":")
+    axis.plot(*zip(*(places[arm] for arm in [*last, "full"]), strict=True), color=SPENT, lw=1.5)
+    for arm, (x, y) in places.items():
+        on = arm == "full" or arm in last
+        axis.plot(x, y, "o", color=SPENT if on else FORWARD, mfc=None if on else "white", ms=7)
+        label = "all 30 blocks" if arm == "full" else arm.replace("suffix:", "last ")
+        axis.annotate(label, (x, y), (0, 8), textcoords="offset points", ha="center")
+    axis.set(xlim=(0, 112), xlabel="time of the training, % of that of all blocks")
+    axis.set_ylabel("lowest loss on held-out sentences")
+    axis.margins(y=0.15)
+    axis.grid(color=IDLE)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 

@@ -44,7 +44,10 @@ def test_a_loss_is_reached_between_evaluations():
 def test_rates_of_shorter_runs_serve_all_of_a_family(tmp_path, monkeypatch):
     monkeypatch.setattr(finetune_llm, "FOLDER", tmp_path)
     own = arguments()
-    assert tuned_as(own, "suffix:4") == tuned_as(own, "full, then suffix:8") == "suffix:8"
+    assert tuned_as(own, "suffix:4") == "suffix:8"
+    # After a first part in full the rate of the last blocks alone is far too high.
+    assert tuned_as(own, "full, then suffix:8") == "full, then suffix:8"
+    assert tuned_as(arguments(model="minilm"), "suffix:4") == "suffix:4"
     assert tuned_as(arguments(trial_epochs=3), "suffix:4") == "suffix:4"
     first = finetune_llm.first_rate("smollm2-135m", "suffix:4")
     assert tuned(own, "suffix:4") == (first, [first, 2 * first, first / 2])
