@@ -158,6 +158,9 @@ def setting(case: dict[str, Any]) -> tuple[nnx.Module, Any]:
     return model, {"x": x, "y": np.arange(len(x)) % 2}
 
 
+# Seconds: what takes less is run once more, and that counts. After another process threads have to
+# wake up and caches to be filled, which training does not meet at each step.
+AGAIN = 0.1
 RATIOS = ("times_sooner", "times_sooner_with_memory", "torch_over_applied")
 
 
@@ -238,6 +241,8 @@ def measure(
     for turn in range(repeats + 2):
         for arm, run in arms.items():
             seconds = run()
+            if seconds < AGAIN:
+                seconds = run()
             if turn > 1:
                 times[arm].append(1e3 * seconds)
     parts = {"as written": plain_parts, "applied": sooner_parts}
@@ -246,6 +251,8 @@ def measure(
         for arm, runs in parts.items():
             for part, run in runs.items():
                 seconds = _timed(run)()
+                if seconds < AGAIN:
+                    seconds = _timed(run)()
                 if turn > 1:
                     split[arm][part].append(1e3 * seconds)
     norm = lambda tree: float(optax.tree.norm(tree))  # noqa: E731
