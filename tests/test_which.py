@@ -36,7 +36,7 @@ def exact():
     yield f"LSTM {torch['lstm']}, GRU {torch['gru']},"
     yield f"tagger {torch['tagger']}, scan {torch['scan']}, list {torch['list']}, "
     yield f"BERT {torch['minilm']} and {torch['minilm-128']}, decoder {torch['smollm2']}, "
-    yield f"residual network {torch['resnet']}. "
+    yield f"residual network {torch['resnet']}."
 
 
 def fine_tuning():

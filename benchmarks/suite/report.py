@@ -52,6 +52,7 @@ EXACT = {
     "tagger": "a bidirectional LSTM tagger",
     "lstm": "an LSTM alone",
     "minilm-128": "a BERT at 128 tokens",
+    "smollm2": "a decoder of SmolLM2's shape",
     "scan": "a scanned transformer",
     "minilm": "a BERT at 24 tokens",
     "list": "a transformer of unlike blocks",
