@@ -406,9 +406,9 @@ def ablation() -> Figure:
     return figure
 
 
-def last_blocks(model: str = "smollm2-135m") -> Figure:
-    """What it costs to fine-tune the last blocks of a model alone, and what that reaches."""
-    path = RESULTS / "finetune_llm" / f"learning-{model}-sst2-cpu.json"
+def last_blocks() -> Figure:
+    """What it costs to fine-tune the last blocks of a decoder alone, and what that reaches."""
+    path = RESULTS / "finetune_llm/learning-smollm2-135m-sst2-cpu.json"
     arms = json.loads(path.read_text("utf-8"))["arms"]
     places = {arm: (100 * found["of_full_time"], found["loss"]) for arm, found in arms.items()}
     last = sorted((arm for arm in places if arm.startswith("suffix")), key=places.__getitem__)

@@ -91,6 +91,16 @@ def test_figures_are_those_of_the_records(source):
     assert [text for text in SAID[source] if text not in PAGE] == []
 
 
+def test_how_far_processes_differ():
+    models = record("speed/exact-cpu.json")["models"]
+    assert "which differ by up to a quarter, those of steps under 30 milliseconds by 60 %" in PAGE
+    for name in models.keys() - {"lstm-1", "lstm-32", "lstm-500", "lstm-128"}:
+        small = name in ("tagger", "lstm", "gru")
+        for ratio in ("times_sooner_with_memory", "torch_over_applied"):
+            found = [process[ratio] for process in models[name]["processes"]]
+            assert len(found) == 3 and max(found) / min(found) < (1.605 if small else 1.25), name
+
+
 def test_no_figure_stands_alone():
     left = PAGE
     for text in sorted((text for own in SAID.values() for text in own), key=len, reverse=True):

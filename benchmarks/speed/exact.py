@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import functools
 import io
 import json
 import os
@@ -53,6 +52,7 @@ from benchmarks.speed.other import Other
 from benchmarks.speed.partial_steps import BLOCKS, MINILM, WIDTH, Block
 from benchmarks.tasks.cifar import SmallResNet
 from priorityprop_jax import exact
+from priorityprop_jax.core import timing
 from priorityprop_jax.core.modules import pure_loss
 from priorityprop_jax.core.program import product_flops
 from priorityprop_jax.models.bert import BertClassifier, BertConfig
@@ -158,9 +158,10 @@ def setting(case: dict[str, Any]) -> tuple[nnx.Module, Any]:
     return model, {"x": x, "y": np.arange(len(x)) % 2}
 
 
-# Seconds: what takes less is run once more, and that counts. After another process threads have to
-# wake up and caches to be filled, which training does not meet at each step.
-AGAIN = 0.1
+# Seconds. Threads of PyTorch look for work for some milliseconds after theirs is done, on the cores
+# that the next arm needs, so that each arm waits. What takes less than that is run once more, which
+# counts: its threads have to wake up and its caches to be filled first, as in no training.
+PAUSE = 0.1
 RATIOS = ("times_sooner", "times_sooner_with_memory", "torch_over_applied")
 
 
@@ -177,39 +178,34 @@ def stepper(model: nnx.Module, batch: Any) -> tuple[Any, Any, int, dict[str, Any
     gradients alone would be written to memory where a step uses them up as they come.
     """
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    tx = optax.adamw(1e-4)
+    batch = jax.tree.map(jnp.asarray, batch)
 
     def loss(params, rest, batch):
         model = nnx.merge(graph, params, jax.tree.map(lambda x: x, rest))
         return loss_fn(model, batch), nnx.state(model, nnx.Not(nnx.Param))
 
-    def step(params, rest, state, batch):
-        (value, rest), grads = jax.value_and_grad(loss, has_aux=True)(params, rest, batch)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), rest, state, value
+    def runner(tx):
+        def step(params, rest, state, batch):
+            (value, rest), grads = jax.value_and_grad(loss, has_aux=True)(params, rest, batch)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), rest, state, value
 
-    carry = [*jax.tree.map(jnp.copy, (params, rest)), tx.init(params)]
-    batch = jax.tree.map(jnp.asarray, batch)
-    compiled = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*carry, batch).compile()
+        carry = [*jax.tree.map(jnp.copy, (params, rest)), tx.init(params)]
+        compiled = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*carry, batch).compile()
+
+        def run() -> None:
+            *carry[:], _ = compiled(*carry, batch)
+            jax.block_until_ready(carry)
+
+        return run, compiled
+
+    run, compiled = runner(optax.adamw(1e-4))
+    descend, _ = runner(optax.sgd(1e-6))
     grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, rest, batch)[1]
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def descend(params, rest, batch):
-        (_, rest), grads = jax.value_and_grad(loss, has_aux=True)(params, rest, batch)
-        return jax.tree.map(lambda param, grad: param - 1e-6 * grad, params, grads), rest
-
-    forward, own = jax.jit(loss), [*jax.tree.map(jnp.copy, (params, rest))]
-
-    def run_descend() -> None:
-        own[:] = jax.block_until_ready(descend(*own, batch))
-
-    def run() -> None:
-        *carry[:], _ = compiled(*carry, batch)
-        jax.block_until_ready(carry)
-
+    forward = jax.jit(loss)
     parts = {
         "forward": lambda: jax.block_until_ready(forward(params, rest, batch)),
-        "gradient": run_descend,
+        "gradient": descend,
         "step": run,
     }
     memory = compiled.memory_analysis()
@@ -237,33 +233,19 @@ def measure(
         others["torch"] = other.torch(torch, "torch_models.py", len(os.sched_getaffinity(0)))
     for process in others.values():
         arms |= process.runners(case)
-    times: dict[str, list[float]] = {arm: [] for arm in arms}
-    for turn in range(repeats + 2):
-        for arm, run in arms.items():
-            seconds = run()
-            if seconds < AGAIN:
-                seconds = run()
-            if turn > 1:
-                times[arm].append(1e3 * seconds)
-    parts = {"as written": plain_parts, "applied": sooner_parts}
-    split = {arm: {part: [] for part in runs} for arm, runs in parts.items()}
-    for turn in range(repeats + 2):
-        for arm, runs in parts.items():
-            for part, run in runs.items():
-                seconds = _timed(run)()
-                if seconds < AGAIN:
-                    seconds = _timed(run)()
-                if turn > 1:
-                    split[arm][part].append(1e3 * seconds)
+    ms = medians(arms, repeats)
+    both = {"as written": plain_parts, "applied": sooner_parts}
+    split = medians(
+        {(arm, part): _timed(own[part]) for arm, own in both.items() for part in own}, repeats
+    )
     norm = lambda tree: float(optax.tree.norm(tree))  # noqa: E731
     off = norm(jax.tree.map(jnp.subtract, grads, expected)) / norm(expected)
-    ms = {arm: statistics.median(samples) for arm, samples in times.items()}
     before, best = list(ms.values())[:2]  # in this process
     found = {
         "milliseconds": ms,
         "times_sooner": before / best,
         "split_milliseconds": {
-            arm: parts_of(*map(statistics.median, runs.values())) for arm, runs in split.items()
+            arm: parts_of(*(split[arm, part] for part in own)) for arm, own in both.items()
         },
         "products_milliseconds": products,
         "temporary_bytes": {"as written": plain_bytes, "applied": sooner_bytes},
@@ -282,6 +264,17 @@ def measure(
     return found
 
 
+def medians(runs: dict[Any, Callable[[], float]], repeats: int) -> dict[Any, float]:
+    """Median milliseconds of runs that return their seconds, in turns behind two of them."""
+    times: dict[Any, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats + 2):
+        for name, run in runs.items():
+            time.sleep(PAUSE)
+            seconds = run()
+            times[name].append(1e3 * (run() if seconds < PAUSE else seconds))
+    return {name: statistics.median(samples[2:]) for name, samples in times.items()}
+
+
 def parts_of(forward: float, gradient: float, step: float) -> dict[str, float]:
     """The milliseconds of a step's parts, which add up to all of it."""
     return {"forward": forward, "backward": gradient - forward, "optimizer": step - gradient}
@@ -289,10 +282,9 @@ def parts_of(forward: float, gradient: float, step: float) -> dict[str, float]:
 
 def machine_rate() -> float:
     """The FLOPs a nanosecond of large products on this machine."""
-    ones = jnp.ones((2048, 2048))
-    product = jax.jit(jnp.dot)
-    run = _timed(lambda: jax.block_until_ready(product(ones, ones)))
-    return 2 * 2048**3 / 1e9 / statistics.median([run() for _ in range(12)][2:])
+    ones, product = jnp.ones((2048, 2048)), jax.jit(jnp.dot)
+    [seconds] = timing.medians([lambda: jax.block_until_ready(product(ones, ones))], 0.0, least=10)
+    return 2 * 2048**3 / 1e9 / seconds
 
 
 def gradient_flops(model: nnx.Module, batch: Any) -> float:

@@ -57,8 +57,8 @@ def load(config: Config, path: Path) -> Task:
     with told(ValueError):
         language = load_language(path)
         labels = runs.labels(train, dev) if kind == "label" else []
-        about = {"dtype": jnp.dtype(config.dtype), "seed": config.seed}
-        about["remat"] = config.remat or REMAT
+        remat = config.remat or REMAT
+        about = {"dtype": jnp.dtype(config.dtype), "remat": remat, "seed": config.seed}
         with meshes.on_host(config.mesh):
             model = load_decoder(path, classes=len(labels) if config.head else None, **about)
         if model.config.classes and not config.head:

@@ -82,9 +82,9 @@ def cross_entropy(
     order = jnp.argsort(~where.reshape(-1), stable=True)  # labelled rows come first
     count = jnp.sum(where, dtype=jnp.int32)
     # Whole chunks; what pads them counts as not labelled.
-    order = jnp.pad(order, (0, -len(order) % min(chunk, len(order))))
-    labels = labels.reshape(-1)[order]
     chunk = min(chunk, len(rows))
+    order = jnp.pad(order, (0, -len(order) % chunk))
+    labels = labels.reshape(-1)[order]
     return _mean((chunk, int(transposed)), rows[order], kernel, bias, labels, count)
 
 
