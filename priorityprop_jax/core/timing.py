@@ -42,6 +42,17 @@ def in_turns(
     return [times[warm:] or times[-1:] for times in spent]
 
 
+def compared(runs: Sequence[Callable[..., Any]], seconds: float) -> np.ndarray:
+    """Median and fastest seconds of each, `[runs, 2]`; of three rounds, noise decided."""
+    times = in_turns(runs, seconds, least=5)
+    return np.array([[statistics.median(own), min(own)] for own in times])
+
+
+def sooner(before: np.ndarray, after: np.ndarray) -> bool:
+    """Whether a choice pays: at least 3 % by both figures of `compared`."""
+    return bool(np.all(after < 0.97 * before))
+
+
 def medians(runs: Sequence[Callable[..., Any]], seconds: float, **options: Any) -> list[float]:
     """Median seconds of each; see `in_turns`."""
     return [statistics.median(times) for times in in_turns(runs, seconds, **options)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from jax import lax
 
 from priorityprop_jax.core.modules import check_module, pure_loss, walk
 from priorityprop_jax.core.tables import aligned
-from priorityprop_jax.core.timing import in_turns
+from priorityprop_jax.core.timing import compared, sooner
 from priorityprop_jax.exact.blocks import blocks, restore_block, save_products
 from priorityprop_jax.exact.convolutions import conv_general_dilated
 from priorityprop_jax.exact.embeddings import restore_embedding
@@ -23,8 +22,6 @@ from priorityprop_jax.rnn.fused import restore_rnn, swap
 from priorityprop_jax.rnn.lean import LeanRNN
 
 SECONDS = 3.0  # for timing one saving, compiling left out
-_WORTH = 0.97  # of the time without it, at most
-_ROUNDS = 5  # at least: of large models three were seen to take noise for a saving
 
 
 class Saving(NamedTuple):
@@ -94,10 +91,9 @@ def apply(model: nnx.Module, loss_fn: Callable[..., Any], batch: Any) -> list[Sa
             rows.append(Saving(name, 0, None, None, False))
             continue
         run, new = run or _gradient(twin, loss_fn, batch), _gradient(tried, loss_fn, batch)
-        times = in_turns([run, new], SECONDS, least=_ROUNDS)
-        before, after = map(statistics.median, times)
-        faster = all(pick(times[1]) < _WORTH * pick(times[0]) for pick in (statistics.median, min))
-        rows.append(Saving(name, parts, 1e3 * before, 1e3 * after, faster))
+        before, after = compared([run, new], SECONDS)
+        faster = sooner(before, after)
+        rows.append(Saving(name, parts, 1e3 * before[0], 1e3 * after[0], faster))
         if faster:
             twin, run = tried, new
             kept.append(change)

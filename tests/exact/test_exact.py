@@ -12,6 +12,7 @@ from flax import nnx
 from jax import lax
 
 from priorityprop_jax import exact, partial, rnn
+from priorityprop_jax.core import timing
 from priorityprop_jax.core.program import product_flops
 from priorityprop_jax.exact import choose as applying
 from priorityprop_jax.exact.blocks import blocks, restore_block, save_products
@@ -92,7 +93,7 @@ def assert_same(got, expected):
 def patch_times(monkeypatch, seconds):
     """Each gradient takes so long in all rounds."""
     rounds = lambda runs, _, least: [[each] * least for each in seconds(runs)]  # noqa: E731
-    monkeypatch.setattr(applying, "in_turns", rounds)
+    monkeypatch.setattr(timing, "in_turns", rounds)
 
 
 @pytest.fixture
@@ -130,7 +131,7 @@ def test_what_is_not_faster_is_not_kept(monkeypatch):
 def test_a_median_that_is_lower_by_chance_alone_is_not_kept(monkeypatch):
     # As a decoder of 135 million weights was seen to take three rounds: its best is no better.
     rounds = [[3.0, 2.7, 3.1, 3.0, 2.8], [2.7, 2.7, 2.9, 2.7, 2.7]]
-    monkeypatch.setattr(applying, "in_turns", lambda runs, seconds, least: rounds)
+    monkeypatch.setattr(timing, "in_turns", lambda runs, seconds, least: rounds)
     rows = exact.apply(Tower(nnx.Rngs(0)), loss_fn, BATCH)
     assert not any(row.kept for row in rows)
     assert any(row.after_ms == 2700 and row.before_ms == 3000 for row in rows)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from priorityprop_jax.core import timing
 from priorityprop_jax.sparse import (
     SparseConv,
     SparseLinear,
@@ -50,9 +51,18 @@ def timed(dense, sparse, seen):
 
     def milliseconds(layer, other, inputs):
         seen[type(other).__name__] = [(x.shape, x.dtype) for x in inputs]
-        return (dense, sparse) if isinstance(layer, nnx.Linear) else (sparse, dense)
+        times = (dense, sparse) if isinstance(layer, nnx.Linear) else (sparse, dense)
+        return np.array([[each, each] for each in times])  # median and fastest
 
     return milliseconds
+
+
+def test_a_median_that_is_lower_by_chance_alone_is_not_swapped(monkeypatch):
+    rounds = [[3.0, 2.7, 3.1, 3.0, 2.8], [2.7, 2.7, 2.9, 2.7, 2.7]]
+    monkeypatch.setattr(timing, "in_turns", lambda runs, seconds, least: rounds)
+    rows = [row for row in sparsify(pruned(), SAMPLE) if row.dense_ms is not None]
+    assert rows and {row.choice for row in rows} == {"dense"}
+    assert all(row.sparse_ms / row.dense_ms == pytest.approx(0.9) for row in rows)
 
 
 def test_what_is_faster_is_swapped(monkeypatch, capsys):
@@ -120,9 +130,8 @@ def test_times_are_measured_and_large_sparse_layers_are_faster(monkeypatch):
 def test_convolutions_are_measured_too(monkeypatch):
     monkeypatch.setattr(module, "SECONDS", 0.01)
     model = pruned()
-    monkeypatch.setattr(
-        module, "medians", lambda runs, _: [run() and i for i, run in enumerate(runs, 1)]
-    )
+    times = lambda runs, _: np.array([[run() and i, i] for i, run in enumerate(runs, 1)])  # noqa: E731
+    monkeypatch.setattr(module, "compared", times)
     rows = sparsify(model, SAMPLE)
     assert [row.dense_ms for row in rows][:2] == [1000.0, 2000.0]  # one call, and two
     assert isinstance(model.conv, nnx.Conv) and not isinstance(model.conv, SparseConv)
