@@ -11,10 +11,10 @@ and what the documentation shows.
 
 - `list`: 12 pre-norm blocks of width 256 in an `nnx.List`, 8 x 64 tokens.
 - `scan`: the same blocks stacked by `nnx.vmap` and run by `nnx.scan`; in PyTorch a list.
-- `minilm`: a BERT of MiniLM's shape (6 blocks of width 384), 32 x 24 tokens; `minilm-128` of 16 x
-  128.
+- `minilm`: a BERT of MiniLM's shape (6 blocks of width 384), 32 x 24 tokens; `minilm-48` of 32
+  x 48; `minilm-128` of 16 x 128.
 - `smollm2`: a decoder of SmolLM2-135M's shape, 16 x 40 tokens, a class behind the last; its blocks
-  are in the library's stack.
+  are in the library's stack; `smollm2-512` of 1 x 512.
 - `tagger`: a bidirectional LSTM of 128 over 32 sentences of 40 words.
 - `lstm`: an LSTM of 256 over 4 x 256 steps; `lstm-1` over 1 x 256; `lstm-32` of 128 over 32 x 64;
   `lstm-500` of 500 over 32 x 64, and `lstm-128` over 128 x 64.
@@ -125,8 +125,10 @@ CASES: dict[str, dict[str, Any]] = {
     "list": {"kind": "list", **_BLOCKS},
     "scan": {"kind": "scan", **_BLOCKS},
     "minilm": {"shape": (32, 24), **_BERT},
+    "minilm-48": {"shape": (32, 48), **_BERT},
     "minilm-128": {"shape": (16, 128), **_BERT},
     "smollm2": {"kind": "decoder", "shape": (16, 40), "config": _SMOLLM2, "compile": True},
+    "smollm2-512": {"kind": "decoder", "shape": (1, 512), "config": _SMOLLM2, "compile": True},
     "tagger": recurrent(32, 40, 128, 128, both_ways=True),
     "lstm": recurrent(4, 256, 128, 256),
     "lstm-1": recurrent(1, 256, 128, 256),
