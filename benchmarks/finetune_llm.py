@@ -389,7 +389,7 @@ def seconds_to(target: float, line: dict, record: dict) -> float | None:
     for before, point in zip([None, *curve], curve, strict=False):
         if point["loss"] <= target:
             if before is None:
-                return 0.0
+                return seconds_at(point["step"], line, record)
             share = (before["loss"] - target) / (before["loss"] - point["loss"])
             step = before["step"] + share * (point["step"] - before["step"])
             return seconds_at(step, line, record)
@@ -464,8 +464,8 @@ def report(arguments: argparse.Namespace) -> None:
     about_it |= key_of(arguments, "", 0.0, 0)
     for unused in ("arm", "rate", "seed"):
         del about_it[unused]
-    out = FOLDER / f"learning-{arguments.model}-{arguments.data}-{arguments.device}.json"
-    write(out, about_it | {"arms": found})
+    run = f"{arguments.model}-{arguments.data}-{arguments.epochs}-epochs"
+    write(FOLDER / f"learning-{run}-{arguments.device}.json", about_it | {"arms": found})
     print("\n".join(markdown(rows)))
 
 

@@ -406,27 +406,39 @@ def ablation() -> Figure:
     return figure
 
 
+# Titles, records and blocks of what was fine-tuned, and names of ways that are not last blocks.
+TUNED = (
+    ("SmolLM2, once over 2,000 sentences", "smollm2-135m-sst2-1-epochs", 30),
+    ("MiniLM, the same", "minilm-sst2-1-epochs", 6),
+)
+WAYS = {
+    "full": "all {}", "lora:8": "LoRA", "lisa:2": "LISA", "badam:1": "BAdam",
+    "priority": "by priority",
+}  # fmt: skip
+
+
 def last_blocks() -> Figure:
-    """What it costs to fine-tune the last blocks of a decoder alone, and what that reaches."""
-    path = RESULTS / "finetune_llm/learning-smollm2-135m-sst2-cpu.json"
-    arms = json.loads(path.read_text("utf-8"))["arms"]
-    places = {arm: (100 * found["of_full_time"], found["loss"]) for arm, found in arms.items()}
-    last = sorted((arm for arm in places if arm.startswith("suffix")), key=places.__getitem__)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axis = figure.subplots()
-    axis.axhline(places["full"][1], color=LINE, lw=1, ls=":")
-    axis.plot(*zip(*(places[arm] for arm in [*last, "full"]), strict=True), color=SPENT, lw=1.5)
-    for arm, (x, y) in places.items():
-        on = arm == "full" or arm in last
-        axis.plot(x, y, "o", color=SPENT if on else FORWARD, mfc=None if on else "white", ms=7)
-        label = "all 30 blocks" if arm == "full" else arm.replace("suffix:", "last ")
-        axis.annotate(label, (x, y), (0, 8), textcoords="offset points", ha="center")
-    axis.set(xlim=(0, 112), xlabel="time of the training, % of that of all blocks")
-    axis.set_ylabel("lowest loss on held-out sentences")
-    axis.margins(y=0.15)
-    axis.grid(color=IDLE)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
+    """What it costs to fine-tune the last blocks, or in another way, and what that reaches."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    for axis, (title, name, blocks) in zip(figure.subplots(1, 2), TUNED, strict=True):
+        path = RESULTS / f"finetune_llm/learning-{name}-cpu.json"
+        arms = json.loads(path.read_text("utf-8"))["arms"]
+        places = {arm: (100 * found["of_full_time"], found["loss"]) for arm, found in arms.items()}
+        last = sorted((arm for arm in places if arm.startswith("suffix")), key=places.__getitem__)
+        axis.axhline(places["full"][1], color=LINE, lw=1, ls=":")
+        axis.plot(*zip(*(places[arm] for arm in [*last, "full"]), strict=True), color=SPENT, lw=1.5)
+        for arm, (x, y) in places.items():
+            on = arm == "full" or arm in last
+            axis.plot(x, y, "o", color=SPENT if on else FORWARD, mfc=None if on else "white", ms=7)
+            label = WAYS.get(arm, arm.replace("full", "all").replace("suffix:", "last "))
+            place, side = ((4, 6), "left") if on else ((0, -16), "center")
+            axis.annotate(label.format(blocks), (x, y), place, textcoords="offset points", ha=side)
+        axis.set(xlim=(0, 120), xlabel="time of the training, % of that of all blocks", title=title)
+        axis.margins(y=0.15)
+        axis.grid(color=IDLE)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("loss on held-out sentences")
     return figure
 
 

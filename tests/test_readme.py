@@ -81,13 +81,29 @@ def test_figures_of_the_decoder_s_guide_are_those_of_its_record():
             assert f"{time:.2f} of the time and {memory:.2f} of the memory" in README
 
 
-def test_what_training_a_decoder_reaches_is_that_of_its_record():
-    record = ROOT / "benchmarks/results/finetune_llm/learning-smollm2-135m-sst2-cpu.json"
-    guide = (ROOT / "docs/guides/my-decoder.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("model", "guide"), [("smollm2-135m", "decoder"), ("minilm", "bert")])
+def test_what_training_a_part_reaches_is_that_of_its_record(model, guide):
+    record = ROOT / f"benchmarks/results/finetune_llm/learning-{model}-sst2-1-epochs-cpu.json"
+    text = (ROOT / f"docs/guides/my-{guide}.md").read_text(encoding="utf-8")
     for arm, found in json.loads(record.read_text(encoding="utf-8"))["arms"].items():
-        soon = found["within 5 %"]["of_full_time"]
         reached = f"{found['loss']:.3f} | {found['accuracy']:.3f} | {found['of_full_time']:.2f}"
-        assert f"| `{arm}` | {reached} | {f'{soon:.2f}' if soon else 'never'} |" in guide, arm
+        assert f"| `{arm}` | {reached} |" in text, arm
+
+
+def test_what_three_epochs_reach_is_that_of_their_record():
+    folder = ROOT / "benchmarks/results/finetune_llm"
+    record = folder / "learning-smollm2-135m-sst2-3-epochs-cpu.json"
+    text = (ROOT / "docs/guides/my-decoder.md").read_text(encoding="utf-8")
+    arms = json.loads(record.read_text(encoding="utf-8"))["arms"]
+    losses = [f"{arms[arm]['loss']:.3f}" for arm in ("full", "suffix:15", "suffix:8", "suffix:4")]
+    soon = f"{arms['suffix:15']['within 5 %']['of_full_time']:.2f}"
+    said = "{} of all blocks, {}, {} and {} of the last 15, 8 and 4".format(*losses)
+    words = " ".join(text.split())
+    assert f"{said}; the last 15 are within 5 % of all blocks' in {soon} of the time" in words
+    for line in (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines():
+        curve, key = json.loads(line)["curve"], json.loads(line)["key"]
+        if key["model"] == "smollm2-135m" and key["epochs"] == 3 and key["arm"] in arms:
+            assert min(curve, key=lambda point: point["loss"])["step"] == 126
 
 
 def test_parts_of_a_step_are_those_of_their_record():

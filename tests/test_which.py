@@ -47,7 +47,7 @@ def fine_tuning():
     yield f"{time:.2f} of full training's time and {memory:.2f} of its memory"
     yield f"| {badam['of_full']:.2f} of the time, {badam['of_full_bytes']:.2f} of the memory |"
     yield f"first row: {lora['of_full']:.2f} of the time, {lora['of_full_bytes']:.2f} of the memory"
-    losses = record("finetune_llm/learning-smollm2-135m-sst2-cpu.json")["arms"]
+    losses = record("finetune_llm/learning-smollm2-135m-sst2-1-epochs-cpu.json")["arms"]
     losses = losses["suffix:8"]["loss"], losses["full"]["loss"]
     yield "on SST-2 a loss of {:.3f}, in place of {:.3f} |".format(*losses)
     steps = record("speed/partial_steps-cpu.json")["minilm"]["milliseconds"]

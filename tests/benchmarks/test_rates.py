@@ -27,3 +27,6 @@ def test_seconds_to_a_target_count_what_is_frozen_once():
     assert seconds(3.0) == pytest.approx(1.5 * 0.03)  # halfway between two evaluations
     # Two batches through four of six blocks, once.
     assert seconds(1.5) == pytest.approx(3 * 0.03 + 2 * 0.012 * 4 / 6 + 3 * 0.01)
+    # A run that is looked at when it ends alone is there when it ends.
+    del line["curve"][:2]
+    assert seconds(1.5) == pytest.approx(3 * 0.03 + 2 * 0.012 * 4 / 6 + 6 * 0.01)
