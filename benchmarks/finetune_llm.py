@@ -408,6 +408,9 @@ def summary(arguments: argparse.Namespace) -> dict[str, Any]:
             key = line["key"]
             if key == key_of(arguments, arm, rate, key["seed"]):
                 lines.setdefault(arm, {})[key["seed"]] = line
+    if any(len(line["curve"]) == 1 for own in lines.values() for line in own.values()):
+        for own in lines.values():  # what is looked at more often would seem sooner
+            own.update({seed: line | {"curve": line["curve"][-1:]} for seed, line in own.items()})
     whole = lambda line: seconds_at(line["steps"], line, record)  # noqa: E731
     found: dict[str, Any] = {}
     for arm, own in lines.items():

@@ -1,6 +1,7 @@
 """Fine-tuning on the clock: steps become seconds, and arms find their rates."""
 
 import argparse
+import json
 
 import pytest
 
@@ -56,3 +57,19 @@ def test_rates_of_shorter_runs_serve_all_of_a_family(tmp_path, monkeypatch):
         finetune_llm.add_line(tmp_path / "runs.jsonl", {"key": key, "curve": [{"loss": loss}]})
     assert tuned(own, "suffix:4") == (2 * first, [4 * first])
     assert tuned(own, "full")[1]  # which has a rate of its own
+
+
+def test_runs_are_compared_at_their_ends_where_one_is_looked_at_there_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune_llm, "FOLDER", tmp_path)
+    own = arguments(epochs=1, arms=["full", "lisa:2"], device="cpu")
+    steps = {"model": own.model, "forward_ms": 1.0}
+    steps["arms"] = {"full": {"ms": 10.0}, "lisa:2": {"ms": 5.0}}
+    (tmp_path / "steps-smollm2-135m-cpu.json").write_text(json.dumps(steps))
+    early = [{"step": 4, "loss": 0.1}]
+    for arm, before in (("full", []), ("lisa:2", early)):
+        curve = [*before, {"step": 8, "loss": 0.2}]
+        key = finetune_llm.key_of(own, arm, 1e-4, 1)
+        line = {"key": key, "steps": 8, "curve": curve}
+        finetune_llm.add_line(tmp_path / "runs.jsonl", line)
+    found = finetune_llm.summary(own)["lisa:2"]
+    assert found["loss"] == 0.2 and found["within 5 %"]["of_full_time"] == pytest.approx(0.5)
