@@ -432,6 +432,8 @@ def last_blocks() -> Figure:
             axis.plot(x, y, "o", color=SPENT if on else FORWARD, mfc=None if on else "white", ms=7)
             label = WAYS.get(arm, arm.replace("full", "all").replace("suffix:", "last "))
             place, side = ((4, 6), "left") if on else ((0, -16), "center")
+            if arm == "priority":  # beside BAdam
+                place, side = (-7, -4), "right"
             axis.annotate(label.format(blocks), (x, y), place, textcoords="offset points", ha=side)
         axis.set(xlim=(0, 120), xlabel="time of the training, % of that of all blocks", title=title)
         axis.margins(y=0.15)
