@@ -13,12 +13,11 @@ all in the first third of its steps. `--model` says which.
 - `python -m benchmarks.finetune_llm learn`: the dev loss over steps, one process an arm and rate;
   rates go on by factors of two until the best on seed 1 is inside, and `--seeds` runs the best on
   more. `--trial-epochs 1` tries rates in so many epochs, whose schedule ends there, and runs the
-  best alone for all of them; SmolLM2's last blocks, however many, then share a rate, and priority
-  takes that of LISA.
+  best alone for all of them; SmolLM2's last blocks, however many, then share a rate.
   What is finished is not run again. Training may be done on a busy machine, as its time is
   steps times those of `steps`, and a forward pass over all rows where blocks are frozen.
 - `python -m benchmarks.finetune_llm report`: a table, with the time to the lowest loss that `full`
-  reaches, and to 2 % and 5 % above it.
+  reaches, and to 2 % and 5 % above it; ends alone count where a run was looked at only there.
 
 Writes `benchmarks/results/finetune_llm/`.
 """
@@ -59,7 +58,7 @@ RATES = {
 }
 # Whose rate an arm takes where rates are tried in shorter runs; by itself what is not here.
 TUNED_AS = {
-    "smollm2-135m": {"suffix": "suffix:8", "priority": "lisa:2"},
+    "smollm2-135m": {"suffix": "suffix:8"},
     "minilm": {},  # whose runs take a minute
 }
 BLOCKS = {"smollm2-135m": 30, "minilm": 6}

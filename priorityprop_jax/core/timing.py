@@ -43,8 +43,8 @@ def in_turns(
 
 
 def compared(runs: Sequence[Callable[..., Any]], seconds: float) -> np.ndarray:
-    """Median and fastest seconds of each, `[runs, 2]`; of three rounds, noise decided."""
-    times = in_turns(runs, seconds, least=5)
+    """Median and fastest seconds of each, `[runs, 2]`, of five rounds or more."""
+    times = in_turns(runs, seconds, least=5)  # of three, noise was seen to decide
     return np.array([[statistics.median(own), min(own)] for own in times])
 
 

@@ -156,8 +156,8 @@ def _backend(layer: SparseLayer, x: jax.ShapeDtypeStruct) -> str:
 
 def _milliseconds(dense: Any, sparse: Any, inputs: list[jax.ShapeDtypeStruct]) -> np.ndarray:
     """Of both passes of two layers, over all calls of a step: medians and fastest, `[2, 2]`."""
-    runs = {shape: [_both_passes(layer, shape) for layer in (dense, sparse)] for shape in inputs}
-    times = [inputs.count(shape) * compared(runs[shape], SECONDS) for shape in runs]
+    both = lambda shape: [_both_passes(layer, shape) for layer in (dense, sparse)]  # noqa: E731
+    times = [inputs.count(shape) * compared(both(shape), SECONDS) for shape in set(inputs)]
     return 1e3 * np.sum(times, axis=0)
 
 
