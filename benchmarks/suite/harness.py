@@ -321,9 +321,9 @@ class Training:
 
     def base(self) -> dict[int, Setting]:
         """AdamW's best setting at each batch, as every arm is compared with it at its own."""
-        # More trials in all than any other arm has.
-        trials = (self.workload.trials + 1) // 2
-        found = {batch: self.tuned(BASE, (batch,), trials) for batch in self.workload.batches}
+        # At each batch as many trials as any other arm has in all: rates as fine as theirs.
+        trials, batches = self.workload.trials, self.workload.batches
+        found = {batch: self.tuned(BASE, (batch,), trials) for batch in batches}
         kept = {batch: own for batch, own in found.items() if own is not None}
         ordered = sorted(kept, key=lambda batch: kept[batch][1])  # the best batch first
         return {batch: kept[batch][0] for batch in ordered}
@@ -432,8 +432,7 @@ def estimate(workload: Workload, times: Mapping[str, Any]) -> tuple[int, float]:
     budget, look = budget_of(workload, times), times["evaluation"]
     arms = [name for name in workload.all_arms if name not in (BASE, SHORTER)]
     seeded = len(workload.arms) - 1 + bool(workload.recipes)
-    base_trials = len(workload.batches) * ((workload.trials + 1) // 2 + 1)
-    tuning = base_trials + len(arms) * workload.trials
+    tuning = (len(workload.batches) + len(arms)) * workload.trials
     length = 8 * (len(arms) + 1)
     seeds = workload.seeds * (2 + len(workload.batches) + seeded + 2)
     training = tuning + length / 2 + seeds

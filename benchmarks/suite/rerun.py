@@ -21,21 +21,21 @@ FIRST_SEED = 100  # none of the seeds that are reported, nor of those that were 
 
 def agrees(before: Estimate, after: Estimate) -> bool:
     """The same side of 1x, and intervals that overlap."""
-    if before.mean is None or after.mean is None:
-        return before.mean is None and after.mean is None
-    if not before.interval or not after.interval:
+    if not before.mean or not after.mean or not before.interval or not after.interval:
         return False
     (a, b), (c, d) = before.interval, after.interval
     return (before.mean > 1) == (after.mean > 1) and a <= d and c <= b
 
 
 def cells(done: Sequence[Standing], n: int, draw: int) -> list[tuple[Standing, str]]:
-    """Arms of workloads, drawn among all that have a ratio."""
+    """Arms of workloads, drawn among all that have a ratio with an interval."""
     every = [
         (standing, name)
         for standing in done
         for name in standing.own
-        if name not in (BASE, SHORTER) and standing.same_batch(name, standing.workload.within)
+        if name not in (BASE, SHORTER)
+        and (over := standing.same_batch(name, standing.workload.within)) is not None
+        and over.interval is not None
     ]
     order = np.random.default_rng(draw).permutation(len(every))
     return [every[i] for i in order[:n]]

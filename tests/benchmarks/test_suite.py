@@ -118,8 +118,8 @@ def test_training_tunes_freezes_shortens_and_resumes(tmp_path, monkeypatch):
     # Every rate is found, also that beyond the first three; batch 16 is the best for all.
     assert {own.batch for some in settings.values() for own in some} == {16}
     assert settings["sparse 90%"][0].rate == 3.162e-2 and settings["nadam"][0].rate == 1.778e-3
-    # Four times as fast: its share of the budget is a quarter, and one rung more.
-    assert settings["sparse 90%"][0].share == pytest.approx(2**-1.75, abs=2e-4)
+    # Four times as fast: a quarter of the budget, a rung for the luck of seeds, and one more.
+    assert settings["sparse 90%"][0].share == pytest.approx(2**-1.5, abs=1e-4)
     assert settings["muon"][0].share == 1 and "lean" not in settings  # the slower recipe
     assert "cautious" not in settings  # it diverges throughout
     [target] = read_lines(path / "targets.jsonl")
