@@ -185,8 +185,9 @@ def _run(arguments: argparse.Namespace) -> int:
             add_line(path / "times.jsonl", record)
             if record["void"]:
                 print(
-                    f"{workload.name}: other processes used {record['foreign_cores']:.2f} cores "
-                    "meanwhile, so these seconds are void, and no report is made from them: "
+                    f"{workload.name}: other processes used {record['foreign_cores'] or 0:.2f} "
+                    f"cores meanwhile, and AdamW's rounds took {record['spread']:.2f} of the "
+                    "fastest, so these seconds are void, and no report is made from them: "
                     "`--stage time` takes them again on an idle machine", file=sys.stderr,
                 )  # fmt: skip
         for workload in chosen if arguments.stage in ("train", "all") else ():

@@ -43,6 +43,7 @@ from benchmarks.suite.workloads import Stream, Workload, load
 EVIDENCE = RESULTS / "evidence"
 BLOCK = 0.5  # seconds that an arm is timed for in a round, about
 MOST_FOREIGN = 0.1  # cores that other processes may use while the clock counts
+MOST_SPREAD = 1.25  # of AdamW's rounds, the median over the fastest: other machines disturb as well
 TUNING_EVALUATIONS = 4  # of a run on a tuning seed
 
 
@@ -153,10 +154,13 @@ def take_times(
         runner.evaluate(getattr(rows, part))
         looks[part] = time.perf_counter() - started
     foreign = busy.cores()
+    rounds_of_base = [own["train"] for own in seconds.get(BASE, {}).values()]
+    spread = max((statistics.median(own) / min(own) for own in rounds_of_base), default=1.0)
     return {
         "suite": workload.suite, "workload": workload.name, "seconds": seconds, "split": split,
         "evaluation": looks, "compile_seconds": compiling,
-        "peak_bytes": memory, "foreign_cores": foreign, "void": (foreign or 0.0) > MOST_FOREIGN,
+        "peak_bytes": memory, "foreign_cores": foreign, "spread": spread,
+        "void": (foreign or 0.0) > MOST_FOREIGN or spread > MOST_SPREAD,
         **provenance(before),
     }  # fmt: skip
 

@@ -224,7 +224,8 @@ def test_the_smoke_suite_is_killed_and_resumed(tmp_path):
         assert len(times["seconds"][arm]["32"]["train"]) == 2
         assert times["peak_bytes"][arm]["32"]["train"] > 0
     assert all(min(times["split"][part]) > 0 for part in ("forward", "gradient", "step"))
-    assert times["foreign_cores"] is None or times["void"] == (times["foreign_cores"] > 0.1)
+    busy, uneven = (times["foreign_cores"] or 0) > 0.1, times["spread"] > 1.25
+    assert times["void"] == (busy or uneven)
     [target] = read_lines(path.with_name("targets.jsonl"))
     assert target["seeds"] == 2 and target["value"] > 0
     listed, _ = command("list", "--results", str(tmp_path))
