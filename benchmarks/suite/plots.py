@@ -128,8 +128,9 @@ def plot_curves(standing: Standing, path: Path) -> None:
         axes.plot(at, curve, label=f"{name}, batch {own.batch}", color=colour, lw=width)
     aim = level * standing.target
     axes.axhline(aim, color="0.6", lw=1, ls="--", zorder=0)
-    axes.annotate("where tuned AdamW ends" + ", and 2 %" * (level > 1), (0.01, aim), fontsize=8,
-                  xycoords=("axes fraction", "data"), color="0.4", va="top")  # fmt: skip
+    axes.annotate("where tuned AdamW ends" + ", and 2 %" * (level > 1), (0.01, aim), (0, -3),
+                  xycoords=("axes fraction", "data"), textcoords="offset points", color="0.4",
+                  fontsize=8, va="top")  # fmt: skip
     values.sort()
     top = values[int(0.8 * (len(values) - 1))] if values else aim
     low = min([aim, *values[:1]])

@@ -188,8 +188,9 @@ def page(standing: Standing, picture: str) -> list[str]:
         best = "-" if own == baseline else ratio(standing.over(baseline, own, level))
         price = "-" if name == BASE else gap(standing.price(name))
         cells = [name, arm_of(name).text, over, best, of(n - missed, n), price]
-        rows.append(" | ".join([*cells, number(standing.memory(name), ".2f")]))
-    header = "method | what it does | " + HEADER.split(" | ", 2)[2]
+        of_base = (standing.memory(name), standing.cost(name))
+        rows.append(" | ".join([*cells, *(number(share, ".2f") for share in of_base)]))
+    header = f"method | what it does | {HEADER.split(' | ', 2)[2]} | a step of AdamW's"
     return [
         f"## {workload.name}",
         head,

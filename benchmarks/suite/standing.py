@@ -127,6 +127,12 @@ class Standing:
             return None
         return statistics.clock(runs[0], seconds)[-1] / runs[0]["evals"][-1]["step"]
 
+    def cost(self, name: str) -> float | None:
+        """Seconds of a step as a share of AdamW's at the same batch."""
+        own = self.own[name]
+        mine, base = self.step(own), self.step(self.beside(own))
+        return mine / base if mine and base else None
+
     def bytes(self, own: Setting) -> float | None:
         """The compiler's peak of a step."""
         found = self.times["peak_bytes"].get(own.name, {}).get(str(own.batch), {}).values()
