@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.suite.ablations import ablation_blocks
 from benchmarks.suite.arms import BASE, arm_of
-from benchmarks.suite.harness import Setting, best
+from benchmarks.suite.harness import Setting, best, budget_of
 from benchmarks.suite.plots import plot_curves, plot_overview
 from benchmarks.suite.standing import LEVELS, Standing, standing_of
 from benchmarks.suite.statistics import Estimate, claim
@@ -168,9 +168,10 @@ def page(standing: Standing, picture: str) -> list[str]:
     baseline = standing.best_baseline(level)
     shares = {part: split[part] / split["step"] for part in ("forward", "backward", "update")}
     head = (
-        f"{workload.title}. Tuned AdamW has a batch of {base.batch} and a rate of {base.rate:g}, "
-        f"and ends at a loss of {standing.target:.4g}, the median of {len(standing.runs(base))} "
-        "seeds. "
+        f"{workload.title}. The budget is {workload.steps} steps of AdamW at a batch of "
+        f"{workload.batch}, {budget_of(workload, standing.times):.1f} seconds. Tuned AdamW has a "
+        f"batch of {base.batch} and a rate of {base.rate:g}, and ends at a loss of "
+        f"{standing.target:.4g}, the median of {len(standing.runs(base))} seeds. "
         f"The best baseline is `{baseline.name}`, batch {baseline.batch}."
     )
     limits = (
