@@ -4,12 +4,12 @@ The numbers of a workload are in `workloads/SUITE/NAME.json`. Its budget is the 
 takes for `steps` steps of the middle batch on the machine that runs the suite: every run of every
 arm gets that many seconds or a fixed share of them, whatever a step of it costs.
 
-`small` is cut so that it takes some twelve hours on two slow cores. The budget is 9 to 24 seconds
-from scratch (100 to 1,000 steps, on the long transformer twice those of the short one). Validation
-is on 128 rows of characters (8,192 or more of them to predict) and 300 sentences to tag. CIFAR-10
-is 10,000 images and a network of width 8. Fine-tuning is on 512 sentences, with two batch sizes,
-four trials an arm and twelve evaluations, as one pass over 2,000 validation sentences costs as much
-as a dozen steps. The long transformer has three arms.
+`small` is cut so that it takes some five hours on two cores. The budget is 3 to 20 seconds (48 to
+1,000 steps, on the long transformer twice those of the short one). Validation is on 128 rows of
+characters (8,192 or more of them to predict) and 300 sentences to tag. CIFAR-10 is 10,000 images
+and a network of width 8. Fine-tuning is on 512 sentences, with two batch sizes, four trials an arm
+and twelve evaluations, as one pass over 2,000 validation sentences costs as much as a dozen steps.
+The long transformer has three arms.
 """
 
 from __future__ import annotations
