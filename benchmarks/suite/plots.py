@@ -40,7 +40,8 @@ def plot_overview(done: Sequence[Standing], path: Path) -> None:
         def key(name: str, standing: Standing = standing, level: float = level) -> tuple:
             over = standing.same_batch(name, level)
             mean = over.mean if over is not None else None
-            return standing.missed(name, level) > 0, -(mean or 0.0)
+            runs = len(standing.runs(standing.own[name]))
+            return standing.missed(name, level) / max(1, runs), -(mean or 0.0)
 
         rows += [(standing, n) for n in sorted(standing.own, key=key) if n != BASE]
     made, (axes,) = figure(8.6, 1.6 + 0.21 * (len(rows) + 2.0 * len(done)))
@@ -61,13 +62,12 @@ def plot_overview(done: Sequence[Standing], path: Path) -> None:
         weight = "bold" if name == standing.recipe() else None
         ticks[y] = (name, colour, weight)
         note = f"{missed} of {len(standing.runs(standing.own[name]))} fall short"
-        if over is not None and over.mean is not None:
-            if over.interval is not None:
-                axes.plot(over.interval, (y, y), color=colour, lw=5, alpha=0.35,
-                          solid_capstyle="butt")  # fmt: skip
-                ends += over.interval
+        # Of a few runs that get there the mean says who was lucky.
+        if over is not None and over.mean is not None and over.interval is not None:
+            axes.plot(over.interval, (y, y), color=colour, lw=5, alpha=0.35,
+                      solid_capstyle="butt")  # fmt: skip
             axes.plot(over.mean, y, "o", color=colour, ms=5, mfc="white" if missed else colour)
-            ends.append(over.mean)
+            ends += over.interval
             note = f"{over.mean:.{2 if over.mean < 2 else 1}f}x" + f"; {note}" * bool(missed)
         axes.text(1.01, y, note, transform=beside, color=colour, fontsize=8, va="center",
                   fontweight=weight)  # fmt: skip

@@ -37,14 +37,15 @@ AdamW ends: the median of AdamW's lowest losses over its seeds, with the best ra
 fixed budget of seconds. Where a pretrained model is fine-tuned, within 2 % of it. Every method has
 its learning rate, its batch and the length of its run tuned on seeds that are not shown, with the
 same number of trials, and up to four more where the best rate is at an end of those tried; AdamW
-has them at each batch. A ratio is of two runs of the same seed; its mean is geometric, its
-interval a 95 % percentile bootstrap over seeds, which with few seeds is rather too narrow. "≥"
-stands where AdamW itself falls short on some seeds and is charged its whole budget. Where a method
-falls short on a seed, its ratio is over the others, and nothing may be claimed from it. Seconds are
-steps times the seconds of a step, taken with all methods in turn on an idle machine; compiling and
-evaluating are not in them. Between two evaluations (forty a run; twelve where a pretrained model is
-fine-tuned, as each costs as much as many steps) the loss goes by a straight line. The best baseline
-is the fastest of all on the seeds that are shown."""
+has them at each batch. A ratio is of two runs of the same seed; its mean is geometric, its interval
+a 95 % percentile bootstrap over seeds, which with few seeds is rather too narrow. "≥" stands where
+AdamW itself falls short on some seeds and is charged its whole budget. Where a method falls short
+on a seed, its ratio is over the others, and nothing may be claimed from it; of fewer than three
+there is none, as their mean would say who was lucky ("2 only"). Seconds are steps times the seconds
+of a step, taken with all methods in turn on an idle machine; compiling and evaluating are not in
+them. Between two evaluations (forty a run; twelve where a pretrained model is fine-tuned, as each
+costs as much as many steps) the loss goes by a straight line. The best baseline is the fastest of
+all on the seeds that are shown."""
 
 # Speed benchmarks, each with a function `markdown` of its record.
 SPEED = ("highway", "meprop_lstm", "meprop_speed", "sparse_layers", "transform_overhead")

@@ -20,10 +20,10 @@ def number(value: float | None, pattern: str = ".4g") -> str:
 def ratio(estimate: Estimate | None) -> str:
     if estimate is None or estimate.mean is None:
         return "-"
-    text = f"{'≥ ' if estimate.charged else ''}{estimate.mean:.2f}x"
     if estimate.interval is None:
-        return f"{text} (too few for an interval)"
-    return f"{text} ({estimate.interval[0]:.2f} to {estimate.interval[1]:.2f})"
+        return f"{estimate.pairs} only"
+    low, high = estimate.interval
+    return f"{'≥ ' if estimate.charged else ''}{estimate.mean:.2f}x ({low:.2f} to {high:.2f})"
 
 
 def gap(estimate: Estimate) -> str:
