@@ -144,9 +144,9 @@ def _loaded(name: str, options: str) -> tuple[Rows, Callable[[int], nnx.Module],
         parts.append(arrays)
     train, validation, test = parts
     cut = slice(0, train_rows)
-    if name == "sst2":  # all that is not trained on is too little to be split once more
-        both = {key: np.concatenate([validation[key], test[key]]) for key in test}
-        validation = test = both
+    if name == "sst2":  # either is too little alone; the test is on what validation leaves
+        validation = {key: np.concatenate([validation[key], test[key]]) for key in test}
+        test = {key: array[most:] for key, array in validation.items()}
     validation = {key: array[:most] for key, array in validation.items()}
     tuning = validation
     if tuning_rows is not None:
