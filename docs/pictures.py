@@ -2,7 +2,6 @@
 
 import ast
 import json
-import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,7 +14,9 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from benchmarks.records import RESULTS, read_lines
 from benchmarks.suite.ablations import last_losses
+from benchmarks.suite.standing import standing_of
 from benchmarks.suite.statistics import Estimate, difference
+from benchmarks.suite.workloads import read_workload
 from priorityprop_jax import allocate
 from priorityprop_jax.priority import repeats
 
@@ -255,50 +256,27 @@ def house() -> Figure:
     return figure
 
 
-# What budgets of updates, gradients and weights were handed out over: arms of the records.
+# What budgets of updates, gradients and weights were handed out over, with a transformer.
 GROUPS = {
-    "leaves": {"scale_by_priority": "updates scaled by priority",
-               "priorityprop": "updates handed out by priority"},
+    "leaves": {"priorityprop": "updates handed out by priority"},
     "layers": {"partial 0.5": "half of the backward pass, by priority",
-               "partial 0.25": "a quarter of the backward pass, by priority"},
+               "random 0.5": "half of the backward pass, at random"},
     "elements": {"meprop 8%": "8 % of the features backward (meProp)",
-                 "meprop budget 0.1": "a tenth of the backward pass, features by priority",
                  "sparse 90%": "nine in ten weights left out"},
-    "examples": {"adamw, half the steps": "half of them, drawn at random"},
 }  # fmt: skip
 
 
-def found_over_adamw(task: str = "mnist-mlp") -> dict[str, tuple[float, list[float], int]]:
-    """What the committed records say of each arm.
+def found_over_adamw(task: str = "char-transformer") -> dict[str, tuple[float, Estimate]]:
+    """How many times cheaper a step is than AdamW's at the same batch, and how much sooner a run.
 
-    How many times cheaper a step is than AdamW's; on each seed that arrives at what AdamW reaches
-    on all of its own, how many times sooner; and how many seeds there are.
+    By method, of the records of the small suite.
     """
-    folder = RESULTS / "suite" / "small-cpu"
-    lines, times = (
-        [json.loads(line) for line in (folder / f"{name}.jsonl").read_text("utf-8").splitlines()]
-        for name in ("runs", "times")
-    )
-    workload = json.loads((folder / "workloads" / f"{task}.json").read_text("utf-8"))
-    seconds = next(r["seconds"] for r in times[::-1] if r["workload"] == task)
-    step = {arm: statistics.median(phases["train"]) for arm, phases in seconds.items()}
-    mine = [r for r in lines if (r["workload"], r["track"]) == (task, "seeds")]
-    rates = {r["arm"]: r["rate"] for r in mine}  # as it was tuned last
-    hits: dict[str, dict[int, float | None]] = {}
-    for run in mine:
-        if run["rate"] == rates[run["arm"]]:
-            there = [e for e in run["evals"] if e["metric"] >= workload["target"]["reachable"]]
-            hit = step[run["arm"]] * there[0]["step"] if there and not run["failed"] else None
-            hits.setdefault(run["arm"], {})[run["seed"]] = hit
-    base = hits["adamw"]
-    return {
-        arm: (
-            step["adamw"] / step[arm],
-            [base[seed] / hit for seed, hit in own.items() if hit and base.get(seed)],
-            len(own),
-        )
-        for arm, own in hits.items()
-    }
+    standing = standing_of(read_workload("small", task), RESULTS / "evidence" / "small-cpu")
+    assert standing is not None, "its runs are not finished"
+    level, found = standing.workload.within, {}
+    for name in standing.own:
+        found[name] = 1 / standing.cost(name), standing.same_batch(name, level)
+    return found
 
 
 def found() -> Figure:
@@ -312,23 +290,24 @@ def found() -> Figure:
     cheaper = arms["nadam"]["milliseconds"] / arm["milliseconds"]
     over = arm["over nadam"]
     rows = [(g, text, *known[name]) for g, own in GROUPS.items() for name, text in own.items()]
-    ratios = [over["interval"][0], over["mean"], over["interval"][1]]
-    rows.append(("matrices", "Muon on a quarter of them, over NAdam", cheaper, ratios, 3))
+    sooner = Estimate(over["mean"], tuple(over["interval"]), 5)
+    rows.append(("matrices", "Muon on a quarter of them, over NAdam", cheaper, sooner))
     before = None
-    for group, text, step, sooner, seeds in rows:
+    for group, text, step, sooner in rows:
         if group != before:
             y += 1.3
             ticks[y] = group
         y += 1.0
         before, ticks[y] = group, text
         axis.plot(step, y, "o", mfc="white", color=FORWARD, ms=7)
-        if len(sooner) == seeds:
-            middle = float(np.exp(np.log(sooner).mean()))
-            axis.plot([min(sooner), max(sooner)], [y, y], color=SPENT, lw=5, alpha=0.35)
-            axis.plot(middle, y, "o", color=SPENT, ms=7)
-            axis.text(6, y, f"{middle:.1f}x sooner", va="center", color=SPENT)
+        if sooner.misses:
+            arrived, seeds = sooner.pairs, sooner.pairs + sooner.misses
+            axis.text(6, y, f"{arrived} of {seeds} runs arrive", va="center")
         else:
-            axis.text(6, y, f"{len(sooner)} of {seeds} runs arrive", va="center")
+            axis.plot(sooner.interval, [y, y], color=SPENT, lw=5, alpha=0.35)
+            axis.plot(sooner.mean, y, "o", color=SPENT, ms=7)
+            least = "\N{GREATER-THAN OR EQUAL TO} " * bool(sooner.charged)
+            axis.text(6, y, f"{least}{sooner.mean:.1f}x sooner", va="center", color=SPENT)
     axis.axvline(1, color=LINE, lw=1.2)
     axis.axvline(200, color=LINE, lw=1.2, ls="--")
     axis.text(190, 1.3, "200x", ha="right", va="center")

@@ -47,13 +47,8 @@ def last_losses(runs: Sequence[Mapping]) -> dict[str, dict[int, float]]:
 
 
 def ablation_blocks(results: Path) -> list[str]:
-    """Which factor of the priority earns anything, by differences of the last validation loss.
-
-    Records are those of the second edition, else of the first, which ran these arms in the same
-    number of steps.
-    """
-    places = (results / "evidence/ablation-cpu", results / "suite/ablation-cpu")
-    runs = next((found for place in places if (found := read_lines(place / "runs.jsonl"))), [])
+    """Which factor of the priority earns anything, by differences of the last validation loss."""
+    runs = read_lines(results / "evidence/ablation-cpu/runs.jsonl")
     if not runs:
         return []
     blocks = [

@@ -32,8 +32,12 @@ def save(made: Any, path: Path) -> None:
 
 
 def plot_overview(done: Sequence[Standing], path: Path) -> None:
-    """Every task, every method: how much sooner than AdamW at the same batch, a line at 1x."""
-    rows: list[tuple[Standing, str]] = []
+    """Every task, every method: how much sooner than AdamW at the same batch, a line at 1x.
+
+    Methods that most runs fall short with share a line, as there is nothing to draw of them.
+    """
+    # By task: a row for each method that is drawn, one for others of this library, one for others
+    rows: list[tuple[Standing, list[str]]] = []
     for standing in done:
         level = standing.workload.within
 
@@ -43,11 +47,16 @@ def plot_overview(done: Sequence[Standing], path: Path) -> None:
             runs = len(standing.runs(standing.own[name]))
             return standing.missed(name, level) / max(1, runs), -(mean or 0.0)
 
-        rows += [(standing, n) for n in sorted(standing.own, key=key) if n != BASE]
+        ordered = [n for n in sorted(standing.own, key=key) if n != BASE]
+        drawn = [n for n in ordered if (o := standing.same_batch(n, level)) and o.interval]
+        left = [n for n in ordered if n not in drawn]
+        ours = [n for n in left if arm_of(n).family == "ours"]
+        several = [ours, [n for n in left if n not in ours]]
+        rows += [(standing, names) for names in ([[n] for n in drawn] + several) if names]
     made, (axes,) = figure(8.6, 1.6 + 0.21 * (len(rows) + 2.0 * len(done)))
     beside = axes.get_yaxis_transform()  # x in parts of the width, y in rows
     y, ticks, ends, before = -1.0, {}, [0.7, 1.5], None
-    for standing, name in rows:
+    for standing, (name, *others) in rows:
         if standing is not before:
             y += 1.0 if before is None else 2.0
             title = ", ".join(standing.workload.title.split(", ")[:2])
@@ -57,18 +66,22 @@ def plot_overview(done: Sequence[Standing], path: Path) -> None:
         y += 1.0
         level = standing.workload.within
         over, missed = standing.same_batch(name, level), standing.missed(name, level)
-        ours = arm_of(name).family == "ours"
-        colour = OURS if ours else OTHERS
+        colour = OURS if arm_of(name).family == "ours" else OTHERS
+        if over is None or over.interval is None:
+            # Of a few runs that get there a mean would say who was lucky.
+            ticks[y] = ("most fall short", colour, None)
+            axes.text(0.01, y, ", ".join([name, *others]), transform=beside, color=colour,
+                      fontsize=8, va="center",
+                      bbox={"color": "white", "pad": 0.5, "ec": "none"})  # fmt: skip
+            continue
         weight = "bold" if name == standing.recipe() else None
         ticks[y] = (name, colour, weight)
-        note = f"{missed} of {len(standing.runs(standing.own[name]))} fall short"
-        # Of a few runs that get there the mean says who was lucky.
-        if over is not None and over.mean is not None and over.interval is not None:
-            axes.plot(over.interval, (y, y), color=colour, lw=5, alpha=0.35,
-                      solid_capstyle="butt")  # fmt: skip
-            axes.plot(over.mean, y, "o", color=colour, ms=5, mfc="white" if missed else colour)
-            ends += over.interval
-            note = f"{over.mean:.{2 if over.mean < 2 else 1}f}x" + f"; {note}" * bool(missed)
+        axes.plot(over.interval, (y, y), color=colour, lw=5, alpha=0.35, solid_capstyle="butt")
+        axes.plot(over.mean, y, "o", color=colour, ms=5, mfc="white" if missed else colour)
+        ends += over.interval
+        note = f"{over.mean:.2f}x"
+        if missed:
+            note += f"; {missed} of {len(standing.runs(standing.own[name]))} fall short"
         axes.text(1.01, y, note, transform=beside, color=colour, fontsize=8, va="center",
                   fontweight=weight)  # fmt: skip
     axes.axvline(1, color=BLACK, lw=1.2, zorder=0)

@@ -1,8 +1,8 @@
 """The suite's report: `REPORT.md` and its pictures, made from the records alone.
 
 Page one is a chart, a table and three sentences; then a page a workload; then the raw tables. The
-same records give the same text. It takes the place of the first edition's once every workload of
-`small` is finished and timed on a quiet machine.
+same records give the same text. It is written once every workload of `small` is finished and timed
+on a quiet machine.
 """
 
 from __future__ import annotations
@@ -331,7 +331,7 @@ def build(results: Path, evidence: Path, preview: Path | None = None) -> str:
         left = standings("small", evidence / "small-cpu")[1]
         return (
             f"not finished, or not timed on a quiet machine: {', '.join(left)}; REPORT.md stays "
-            "the first edition's. --preview FOLDER shows what is there"
+            "as it is. --preview FOLDER shows what is there"
         )
     out = results if preview is None else preview
     folder = out / "report"

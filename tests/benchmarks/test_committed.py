@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.suite import harness, report
+from benchmarks.suite import harness, report, statistics
 
 pytestmark = pytest.mark.once
 
@@ -23,15 +23,31 @@ def test_the_committed_report_is_that_of_the_committed_records():
     for name in re.findall(r"\(report/([^)]+)\)", committed):
         assert (RESULTS / "report" / name).exists()
     assert re.findall(r"\b(?:bars?|met|missed|goals?)\b", committed, re.IGNORECASE) == []
-    if not report.stands(harness.EVIDENCE):
-        assert "First edition" in committed.splitlines()[2]
-        return
     assert report.report_text(RESULTS, harness.EVIDENCE) == committed, (
         "run `python -m benchmarks.suite report`"
     )
     readme = (ROOT / "README.md").read_text("utf-8")
     assert "(benchmarks/results/report/small-cpu.png)" in readme
     assert [line for line in report.readme_lines(harness.EVIDENCE) if line not in readme] == []
+    figures = re.findall(r"≥ \S+x \([^)]*\)", readme)
+    assert len(figures) > 5 and [found for found in figures if found not in committed] == []
+
+
+def test_layers_by_priority_beside_layers_at_random():
+    more = less = 0
+    done = report.standings("small", harness.EVIDENCE / "small-cpu")[0]
+    both = [standing for standing in done if "partial 0.5" in standing.own]
+    for standing in both:
+        tests = [standing.tests(standing.own[name]) for name in ("random 0.5", "partial 0.5")]
+        low, high = statistics.difference(*tests).interval
+        more, less = more + (low > 0), less + (high < 0)
+        over = report.shown(standing, "partial 0.5")
+        assert over is None or over.interval[0] <= 1  # "sooner than AdamW on none"
+    said = f"at the same cost on {more} of {len(both)} tasks, less accurate on {less}, and sooner"
+    assert said in (ROOT / "README.md").read_text("utf-8")
+    number = {3: "three", 1: "one", 5: "five"}
+    said = f"accurate on {number[more]} tasks of {number[len(both)]}, less on {number[less]}, and"
+    assert said in (ROOT / "docs/guides/my-cnn.md").read_text("utf-8")
 
 
 def test_the_notebook_finds_in_the_records_what_the_report_says():

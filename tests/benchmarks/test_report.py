@@ -24,7 +24,7 @@ def tree(tmp_path_factory):
     root = tmp_path_factory.mktemp("suite")
     with pytest.MonkeyPatch.context() as patch:
         invented.write_suite(root, patch)
-        for place in ("speed/exact-cpu.json", "suite/ablation-cpu/runs.jsonl"):
+        for place in ("speed/exact-cpu.json", "evidence/ablation-cpu/runs.jsonl"):
             path = root / "results" / place
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(RESULTS / place, path)
@@ -131,7 +131,6 @@ def test_build_writes_all_that_the_text_names(tree, text, found):
     drawn = list((tree / "preview/report").iterdir())
     assert named == {path.name for path in drawn} and len(named) == 3
     assert all(path.stat().st_size > 5_000 for path in drawn)
-    # Whole, it takes the place of the first edition's.
     assert report.stands(tree / "evidence") is True
     assert report.build(tree / "results", tree / "evidence") == str(tree / "results/REPORT.md")
     lines = report.readme_lines(tree / "evidence")
@@ -175,7 +174,8 @@ def test_a_rerun_compares_sign_and_intervals(tree, found, monkeypatch):
 
 
 def test_ablations_name_the_factor(text):
-    part = text.partition("## Ablations")[2]
-    assert "by default**, against random: costs, -0.0345" in part
-    assert "- **count discount**, against leaving it out: earns, +0.0414" in part
-    assert "- **spread nested**, in place of the default: no difference that 10 seeds show" in part
+    part = text.partition("### digits, ablations")[2]
+    assert "by default**, against random: costs, -0.0274" in part
+    assert "- **count discount**, against leaving it out: earns, +0.0180" in part
+    part = text.partition("### char-gru, ablations")[2]
+    assert "by default**, against uniform: no difference that 5 seeds show, +0.0190" in part
