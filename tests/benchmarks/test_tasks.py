@@ -17,6 +17,7 @@ import pytest
 from flax import nnx
 
 from benchmarks import tasks
+from benchmarks.suite import workloads
 from benchmarks.tasks import char, images, tagger
 from priorityprop_jax.models import files as data
 from priorityprop_jax.training.loader import ArrayLoader
@@ -447,3 +448,20 @@ class TestPosTag:
             states = np.concatenate([run(one, tokens), run(other, tokens[::-1])[::-1]], axis=1)
             expected = states @ np.asarray(model.head.kernel[...])
             np.testing.assert_allclose(found[:n], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("mnist-mlp", marks=needs(*MNIST)),
+        pytest.param("char-gru", marks=needs(SHAKESPEARE)),
+        pytest.param("sst2", marks=(needs(*SST2), needs_minilm)),
+        pytest.param("pos-tag", marks=needs(*EWT)),
+    ],
+)
+def test_the_suite_tests_on_rows_that_nothing_was_chosen_by(name, monkeypatch):
+    monkeypatch.setenv(data.ENV_VAR, str(FOLDER))
+    rows = workloads.load(workloads.read_workload("small", name))[0]
+    seen = {row.tobytes() for part in (rows.tuning, rows.validation) for row in part["x"]}
+    again = np.mean([row.tobytes() in seen for row in rows.test["x"]])
+    assert len(rows.test["x"]) > 100 and again < 0.05  # people write some sentences twice
