@@ -273,10 +273,8 @@ def found_over_adamw(task: str = "char-transformer") -> dict[str, tuple[float, E
     """
     standing = standing_of(read_workload("small", task), RESULTS / "evidence" / "small-cpu")
     assert standing is not None, "its runs are not finished"
-    level, found = standing.workload.within, {}
-    for name in standing.own:
-        found[name] = 1 / standing.cost(name), standing.same_batch(name, level)
-    return found
+    level = standing.workload.within
+    return {n: (1 / standing.cost(n), standing.same_batch(n, level)) for n in standing.own}
 
 
 def found() -> Figure:

@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.suite import statistics
 from benchmarks.suite.arms import BASE, arm_of
 from benchmarks.suite.standing import Standing
+from benchmarks.suite.statistics import Estimate
 
 OURS, OTHERS, BLACK = "#0072B2", "0.5", "black"
 # Okabe and Ito's colours, which the colour-blind tell apart.
@@ -34,29 +35,26 @@ def save(made: Any, path: Path) -> None:
 def plot_overview(done: Sequence[Standing], path: Path) -> None:
     """Every task, every method: how much sooner than AdamW at the same batch, a line at 1x.
 
-    Methods that most runs fall short with share a line, as there is nothing to draw of them.
+    Methods with too few runs that get there for an interval share a line: nothing is drawn of them,
+    as a mean would say who was lucky.
     """
-    # By task: a row for each method that is drawn, one for others of this library, one for others
-    rows: list[tuple[Standing, list[str]]] = []
+    rows: list[tuple[Standing, list[str], Estimate | None]] = []
     for standing in done:
-        level = standing.workload.within
-
-        def key(name: str, standing: Standing = standing, level: float = level) -> tuple:
-            over = standing.same_batch(name, level)
-            mean = over.mean if over is not None else None
-            runs = len(standing.runs(standing.own[name]))
-            return standing.missed(name, level) / max(1, runs), -(mean or 0.0)
-
-        ordered = [n for n in sorted(standing.own, key=key) if n != BASE]
-        drawn = [n for n in ordered if (o := standing.same_batch(n, level)) and o.interval]
-        left = [n for n in ordered if n not in drawn]
-        ours = [n for n in left if arm_of(n).family == "ours"]
-        several = [ours, [n for n in left if n not in ours]]
-        rows += [(standing, names) for names in ([[n] for n in drawn] + several) if names]
+        level, own = standing.workload.within, [name for name in standing.own if name != BASE]
+        over = {name: standing.same_batch(name, level) for name in own}
+        drawn = {name: found for name, found in over.items() if found and found.interval}
+        short = {n: standing.missed(n, level) / len(standing.runs(standing.own[n])) for n in drawn}
+        for name in sorted(drawn, key=lambda n: (short[n], -(drawn[n].mean or 0.0))):
+            rows.append((standing, [name], drawn[name]))
+        left = [name for name in own if name not in drawn]
+        for ours in (True, False):
+            names = [name for name in left if (arm_of(name).family == "ours") == ours]
+            rows += [(standing, names, None)] if names else []
     made, (axes,) = figure(8.6, 1.6 + 0.21 * (len(rows) + 2.0 * len(done)))
     beside = axes.get_yaxis_transform()  # x in parts of the width, y in rows
     y, ticks, ends, before = -1.0, {}, [0.7, 1.5], None
-    for standing, (name, *others) in rows:
+    for standing, names, over in rows:
+        name = names[0]
         if standing is not before:
             y += 1.0 if before is None else 2.0
             title = ", ".join(standing.workload.title.split(", ")[:2])
@@ -64,16 +62,14 @@ def plot_overview(done: Sequence[Standing], path: Path) -> None:
                       bbox={"color": "white", "pad": 1.5})  # fmt: skip
             before = standing
         y += 1.0
-        level = standing.workload.within
-        over, missed = standing.same_batch(name, level), standing.missed(name, level)
         colour = OURS if arm_of(name).family == "ours" else OTHERS
         if over is None or over.interval is None:
-            # Of a few runs that get there a mean would say who was lucky.
-            ticks[y] = ("most fall short", colour, None)
-            axes.text(0.01, y, ", ".join([name, *others]), transform=beside, color=colour,
+            ticks[y] = (f"fewer than {statistics.FEWEST} get there", colour, None)
+            axes.text(0.01, y, ", ".join(names), transform=beside, color=colour,
                       fontsize=8, va="center",
                       bbox={"color": "white", "pad": 0.5, "ec": "none"})  # fmt: skip
             continue
+        missed = standing.missed(name, standing.workload.within)
         weight = "bold" if name == standing.recipe() else None
         ticks[y] = (name, colour, weight)
         axes.plot(over.interval, (y, y), color=colour, lw=5, alpha=0.35, solid_capstyle="butt")

@@ -30,6 +30,15 @@ def test_the_committed_report_is_that_of_the_committed_records():
     assert "(benchmarks/results/report/small-cpu.png)" in readme
     assert [line for line in report.readme_lines(harness.EVIDENCE) if line not in readme] == []
     figures = re.findall(r"≥ \S+x \([^)]*\)", readme)
+    done = {
+        s.workload.name: s for s in report.standings("small", harness.EVIDENCE / "small-cpu")[0]
+    }
+    cached, tuned = "suffix, cached", done["sst2"]
+    there = (runs := len(tuned.losses(cached))) - tuned.missed(cached, tuned.workload.within)
+    assert f"its loss is within 2 % of AdamW's on {there} of {runs} seeds" in readme
+    assert (
+        report.shown(done["mnist-mlp"], "sparse 80%") is None
+    )  # "not sooner with an MLP on MNIST"
     assert len(figures) > 5 and [found for found in figures if found not in committed] == []
 
 

@@ -457,6 +457,7 @@ class TestPosTag:
         pytest.param("char-gru", marks=needs(SHAKESPEARE)),
         pytest.param("sst2", marks=(needs(*SST2), needs_minilm)),
         pytest.param("pos-tag", marks=needs(*EWT)),
+        pytest.param("cifar-conv", marks=needs("cifar10_jpeg.npz")),
     ],
 )
 def test_the_suite_tests_on_rows_that_nothing_was_chosen_by(name, monkeypatch):
