@@ -4,7 +4,8 @@ SmolLM2-135M on SST-2 (the answer is a word behind the sentence) or on Shakespea
 second half of a passage behind the first), or MiniLM on SST-2. The arms are policies of
 `priorityprop finetune`, made by its own code: `full` AdamW, `lora:8`, `suffix:k` behind frozen
 blocks that run once, `lisa:2`, `badam:1`, `priority` on 0.4 of full; `full, then suffix:k` trains
-all in the first third of its steps. `--model` says which.
+all in the first third of its steps, and `badam:1 every 4` goes on to the next block after four
+steps in place of `--cycle`. `--model` says which.
 
 - `python -m benchmarks.finetune_llm steps`: milliseconds and peak bytes of a step of 16 rows of 40
   tokens (MiniLM: 32 of 32), and milliseconds of a forward pass. Every figure is of a fresh process,
@@ -43,8 +44,8 @@ from benchmarks.records import RESULTS, about, add_line, read_lines, write
 FOLDER = RESULTS / "finetune_llm"
 ARMS = {
     "smollm2-135m": (
-        "full", "lora:8", "suffix:15", "suffix:8", "suffix:4", "lisa:2", "badam:1", "priority",
-        "full, then suffix:8",
+        "full", "lora:8", "suffix:15", "suffix:8", "suffix:4", "lisa:2", "badam:1",
+        "badam:1 every 4", "priority", "full, then suffix:8",
     ),
     "minilm": (
         "full", "suffix:5", "suffix:4", "suffix:3", "suffix:2", "suffix:1", "lisa:2", "badam:1",
@@ -53,7 +54,7 @@ ARMS = {
 }  # fmt: skip
 # Rates to begin with, by policy; the others as full.
 RATES = {
-    "smollm2-135m": {"full": 6e-5, "lora": 5e-4, "suffix": 2e-4},
+    "smollm2-135m": {"full": 6e-5, "lora": 1e-3, "suffix": 8e-4, "lisa": 2.4e-4, "badam": 1.92e-3},
     "minilm": {"full": 1e-4, "suffix": 2e-4},
 }
 # Whose rate an arm takes where rates are tried in shorter runs; by itself what is not here.
@@ -69,7 +70,7 @@ LENGTH = 40
 def first_rate(model: str, policy: str) -> float:
     """The rate that is tried first."""
     rates = RATES[model]
-    return rates.get(policy.rpartition(" ")[2].partition(":")[0], rates["full"])
+    return rates.get(policy.rpartition("then ")[2].partition(":")[0], rates["full"])
 
 
 def config_of(arguments: argparse.Namespace, policy: str, rate: float = 1e-4) -> Any:
@@ -77,11 +78,12 @@ def config_of(arguments: argparse.Namespace, policy: str, rate: float = 1e-4) ->
     from priorityprop_jax.cli import finetune
 
     encoder = arguments.model == "minilm"
+    policy, _, every = policy.partition(" every ")
     longest = 32 if encoder else 64 if arguments.data == "shakespeare" else 128
     given = {
         "model": arguments.model, "policy": policy, "batch_size": ROWS[arguments.model],
-        "learning_rate": rate, "recalc_every": arguments.cycle, "data": arguments.data,
-        "max_length": longest,
+        "learning_rate": rate, "recalc_every": int(every or arguments.cycle),
+        "data": arguments.data, "max_length": longest,
         "seed": arguments.seed, "epochs": arguments.epochs,
         "cache": encoder and policy.startswith("suffix"),
         "limit": arguments.rows if encoder else None,
@@ -319,9 +321,14 @@ def step_one(arguments: argparse.Namespace) -> None:
             return compiled[-1]
 
         jax.stages.Lowered.compile = remember
-        # What is drawn anew is timed over a whole cycle with one draw, and drawn once before.
-        cyclic = arguments.arm.partition(":")[0] in ("lisa", "badam", "priority")
-        trainer.train([batch] * (arguments.cycle + 2 if cyclic else 2))
+        # What is drawn anew is timed over a whole cycle with one draw, and drawn once before; but
+        # BAdam's turns cost more from one to the next, and are timed over an epoch of them.
+        cycle, count = config.recalc_every, arguments.repeats
+        if (name := str(config.policy).partition(":")[0]) == "badam":
+            count = arguments.rows // ROWS[arguments.model]
+        elif name in ("lisa", "priority"):
+            count = cycle
+        trainer.train([batch] * (cycle + 2 if name in ("lisa", "badam", "priority") else 2))
         if not compiled:  # a plain step compiles as it is called
             params, rest = trainer._current()
             step: Any = trainer.step
@@ -334,14 +341,14 @@ def step_one(arguments: argparse.Namespace) -> None:
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(trainer._current()))
         held += sum(leaf.nbytes for leaf in jax.tree.leaves(trainer.optimizer_state))
         done = len(trainer.history.seconds)
-        trainer.train([batch] * (arguments.cycle if cyclic else arguments.repeats))
+        trainer.train([batch] * count)
         seconds = trainer.history.seconds[done:]
         ms = 1e3 * sum(seconds) / len(seconds)
     print(json.dumps({"ms": ms, "peak_bytes": held + beside, "held_bytes": held}))
 
 
 def steps(arguments: argparse.Namespace) -> None:
-    """Times all arms in turn, and writes the record."""
+    """Times all arms in turn, and writes the record; other arms that it has stay in it."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     single = ["forward", *(arm for arm in arguments.arms if ", then " not in arm)]
     load, found = os.getloadavg(), {arm: [] for arm in single}
@@ -354,7 +361,9 @@ def steps(arguments: argparse.Namespace) -> None:
     record |= {"length": arguments.length if arguments.model != "minilm" else 32}
     record["forward_ms"] = statistics.median(line["ms"] for line in found.pop("forward"))
     full = statistics.median(line["ms"] for line in found["full"])
-    record["arms"] = {
+    path = FOLDER / f"steps-{arguments.model}-{arguments.device}.json"
+    record["arms"] = json.loads(path.read_text(encoding="utf-8"))["arms"] if path.exists() else {}
+    record["arms"] |= {
         arm: {
             "ms": (ms := statistics.median(line["ms"] for line in lines)),
             "all_ms": [line["ms"] for line in lines],
@@ -364,7 +373,7 @@ def steps(arguments: argparse.Namespace) -> None:
         }
         for arm, lines in found.items()
     }
-    write(FOLDER / f"steps-{arguments.model}-{arguments.device}.json", record)
+    write(path, record)
 
 
 def seconds_at(step: float, line: dict, record: dict) -> float:
@@ -377,7 +386,7 @@ def seconds_at(step: float, line: dict, record: dict) -> float:
             if name == "suffix":  # what is frozen ran once
                 below = 1 - int(number) / BLOCKS[model]
                 ms += below * record["forward_ms"] * key["rows"] / ROWS[model]
-            ms += own * record["arms"][policy]["ms"]
+            ms += own * record["arms"]["full"]["ms"] * record["arms"][policy]["of_full"]
         begun += count
     return ms / 1e3
 

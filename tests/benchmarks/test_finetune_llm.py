@@ -11,7 +11,7 @@ from benchmarks.finetune_llm import phases, seconds_at, seconds_to, tuned, tuned
 RECORD = {
     "model": "smollm2-135m",
     "forward_ms": 100.0,
-    "arms": {"full": {"ms": 400.0}, "suffix:15": {"ms": 200.0}},
+    "arms": {"full": {"ms": 400.0, "of_full": 1.0}, "suffix:15": {"of_full": 0.5}},
 }
 
 
@@ -63,7 +63,7 @@ def test_runs_are_compared_at_their_ends_where_one_is_looked_at_there_alone(tmp_
     monkeypatch.setattr(finetune_llm, "FOLDER", tmp_path)
     own = arguments(epochs=1, arms=["full", "lisa:2"], device="cpu")
     steps = {"model": own.model, "forward_ms": 1.0}
-    steps["arms"] = {"full": {"ms": 10.0}, "lisa:2": {"ms": 5.0}}
+    steps["arms"] = {"full": {"ms": 10.0, "of_full": 1.0}, "lisa:2": {"of_full": 0.5}}
     (tmp_path / "steps-smollm2-135m-cpu.json").write_text(json.dumps(steps))
     early = [{"step": 4, "loss": 0.1}]
     for arm, before in (("full", []), ("lisa:2", early)):
@@ -73,3 +73,12 @@ def test_runs_are_compared_at_their_ends_where_one_is_looked_at_there_alone(tmp_
         finetune_llm.add_line(tmp_path / "runs.jsonl", line)
     found = finetune_llm.summary(own)["lisa:2"]
     assert found["loss"] == 0.2 and found["within 5 %"]["of_full_time"] == pytest.approx(0.5)
+
+
+def test_an_arm_may_say_how_many_steps_a_cycle_has():
+    about = {"data": "sst2", "model": "smollm2-135m", "cycle": 10, "seed": 1, "epochs": 1}
+    about = argparse.Namespace(**about, rows=8)
+    for arm, policy, cycle in (("badam:1 every 4", "badam:1", 4), ("badam:1", "badam:1", 10)):
+        config = finetune_llm.config_of(about, arm)
+        assert (config.policy, config.recalc_every) == (policy, cycle)
+    assert finetune_llm.first_rate("smollm2-135m", "full, then suffix:8") == 8e-4
