@@ -5,7 +5,8 @@ second half of a passage behind the first), or MiniLM on SST-2. The arms are pol
 `priorityprop finetune`, made by its own code: `full` AdamW, `lora:8`, `suffix:k` behind frozen
 blocks that run once, `lisa:2`, `badam:1`, `priority` on 0.4 of full; `full, then suffix:k` trains
 all in the first third of its steps, and `badam:1 every 4` goes on to the next block after four
-steps in place of `--cycle`. `--model` says which.
+steps in place of `--cycle`. `lora:8 remat all` makes blocks again in its backward pass, which
+changes bytes and time alone, so that it learns what `lora:8` does. `--model` says which.
 
 - `python -m benchmarks.finetune_llm steps`: milliseconds and peak bytes of a step of 16 rows of 40
   tokens (MiniLM: 32 of 32), and milliseconds of a forward pass. Every figure is of a fresh process,
@@ -18,7 +19,7 @@ steps in place of `--cycle`. `--model` says which.
   What is finished is not run again. Training may be done on a busy machine, as its time is
   steps times those of `steps`, and a forward pass over all rows where blocks are frozen.
 - `python -m benchmarks.finetune_llm report`: a table, with the time to the lowest loss that `full`
-  reaches, and to 2 % and 5 % above it; ends alone count where a run was looked at only there.
+  reaches, and to 2 % and 5 % above it; ends alone count where `full` was looked at only there.
 
 Writes `benchmarks/results/finetune_llm/`.
 """
@@ -44,8 +45,9 @@ from benchmarks.records import RESULTS, about, add_line, read_lines, write
 FOLDER = RESULTS / "finetune_llm"
 ARMS = {
     "smollm2-135m": (
-        "full", "lora:8", "suffix:15", "suffix:8", "suffix:4", "lisa:2", "badam:1",
-        "badam:1 every 4", "priority", "full, then suffix:8",
+        "full", "full remat all", "lora:8", "lora:8 remat all", "suffix:15", "suffix:8",
+        "suffix:4", "lisa:2", "lisa:2 remat all", "badam:1", "badam:1 every 4", "priority",
+        "full, then suffix:8",
     ),
     "minilm": (
         "full", "suffix:5", "suffix:4", "suffix:3", "suffix:2", "suffix:1", "lisa:2", "badam:1",
@@ -73,17 +75,23 @@ def first_rate(model: str, policy: str) -> float:
     return rates.get(policy.rpartition("then ")[2].partition(":")[0], rates["full"])
 
 
+def options(arm: str) -> tuple[str, dict[str, str]]:
+    """A policy, and what stands behind it: how many steps a cycle has, what is made again."""
+    policy, *others = arm.split()
+    return policy, dict(zip(others[::2], others[1::2], strict=True))
+
+
 def config_of(arguments: argparse.Namespace, policy: str, rate: float = 1e-4) -> Any:
     """The options of the command."""
     from priorityprop_jax.cli import finetune
 
     encoder = arguments.model == "minilm"
-    policy, _, every = policy.partition(" every ")
+    policy, others = options(policy)
     longest = 32 if encoder else 64 if arguments.data == "shakespeare" else 128
     given = {
         "model": arguments.model, "policy": policy, "batch_size": ROWS[arguments.model],
-        "learning_rate": rate, "recalc_every": int(every or arguments.cycle),
-        "data": arguments.data, "max_length": longest,
+        "learning_rate": rate, "recalc_every": int(others.get("every", arguments.cycle)),
+        "data": arguments.data, "max_length": longest, "remat": others.get("remat", "products"),
         "seed": arguments.seed, "epochs": arguments.epochs,
         "cache": encoder and policy.startswith("suffix"),
         "limit": arguments.rows if encoder else None,
@@ -230,8 +238,14 @@ def lowest(line: dict) -> float:
     return min(point["loss"] for point in line["curve"])
 
 
+def learns_as(arm: str) -> str:
+    """The arm with the same losses."""
+    return arm.replace(" remat all", "")
+
+
 def tuned_as(arguments: argparse.Namespace, arm: str) -> str:
     """The arm whose rate this one takes: its own, unless rates are tried in shorter runs."""
+    arm = learns_as(arm)
     short = arguments.trial_epochs < arguments.epochs
     return TUNED_AS[arguments.model].get(arm.partition(":")[0], arm) if short else arm
 
@@ -265,7 +279,7 @@ def learn(arguments: argparse.Namespace) -> None:
                 run(arm, rate, 1, arguments.trial_epochs)
     for seed in range(1, arguments.seeds + 1):
         for arm in arguments.arms:
-            run(arm, tuned(arguments, arm)[0], seed, arguments.epochs)
+            run(learns_as(arm), tuned(arguments, arm)[0], seed, arguments.epochs)
 
 
 def fixed_task(arguments: argparse.Namespace) -> Any:
@@ -276,7 +290,8 @@ def fixed_task(arguments: argparse.Namespace) -> Any:
     from priorityprop_jax.models import load_decoder, load_language
     from priorityprop_jax.models.prompts import answer_loss, label_tokens
 
-    path = tuning.model_path(config_of(arguments, "full"))
+    config = config_of(arguments, "full" if arguments.arm == "forward" else arguments.arm)
+    path = tuning.model_path(config)
     language = load_language(path)
     labels = ["negative", "positive"]
     rng, length = np.random.default_rng(0), arguments.length
@@ -286,7 +301,8 @@ def fixed_task(arguments: argparse.Namespace) -> Any:
         "x": [rng.integers(0, 49152, length).astype(np.int32) for _ in rows],
         "y": [np.array([-1] * (length - 1) + [answers[0]], np.int32) for _ in rows],
     }
-    model, loss_fn = load_decoder(path, remat=decoders.REMAT), answer_loss(answers)
+    model = load_decoder(path, remat=config.remat)
+    loss_fn = answer_loss(answers)
     return decoders.Task(model, language, "label", labels, loss_fn, part, dict(part), length)
 
 
@@ -382,7 +398,7 @@ def seconds_at(step: float, line: dict, record: dict) -> float:
     ms, begun = 0.0, 0
     for policy, count in phases(key["arm"], line["steps"]):
         if (own := min(step - begun, count)) > 0:
-            name, _, number = policy.partition(":")
+            name, _, number = policy.split()[0].partition(":")
             if name == "suffix":  # what is frozen ran once
                 below = 1 - int(number) / BLOCKS[model]
                 ms += below * record["forward_ms"] * key["rows"] / ROWS[model]
@@ -414,9 +430,9 @@ def summary(arguments: argparse.Namespace) -> dict[str, Any]:
         rate = tuned(arguments, arm)[0]
         for line in read_lines(FOLDER / "runs.jsonl"):
             key = line["key"]
-            if key == key_of(arguments, arm, rate, key["seed"]):
-                lines.setdefault(arm, {})[key["seed"]] = line
-    if any(len(line["curve"]) == 1 for own in lines.values() for line in own.values()):
+            if key == key_of(arguments, learns_as(arm), rate, key["seed"]):
+                lines.setdefault(arm, {})[key["seed"]] = line | {"key": key | {"arm": arm}}
+    if any(len(line["curve"]) == 1 for line in lines["full"].values()):
         for own in lines.values():  # what is looked at more often would seem sooner
             own.update({seed: line | {"curve": line["curve"][-1:]} for seed, line in own.items()})
     whole = lambda line: seconds_at(line["steps"], line, record)  # noqa: E731

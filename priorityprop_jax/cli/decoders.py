@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 Config = argparse.Namespace
 RATES = {"full": 3e-5, "suffix": 1e-4, "lora": 3e-4}  # by policy; the others as full
-REMAT = "products"  # where nothing else is asked for; lora has a default of its own
 
 
 @dataclasses.dataclass
@@ -57,8 +56,7 @@ def load(config: Config, path: Path) -> Task:
     with told(ValueError):
         language = load_language(path)
         labels = runs.labels(train, dev) if kind == "label" else []
-        remat = config.remat or REMAT
-        about = {"dtype": jnp.dtype(config.dtype), "remat": remat, "seed": config.seed}
+        about = {"dtype": jnp.dtype(config.dtype), "remat": config.remat, "seed": config.seed}
         with meshes.on_host(config.mesh):
             model = load_decoder(path, classes=len(labels) if config.head else None, **about)
         if model.config.classes and not config.head:
@@ -176,8 +174,7 @@ def _trained(model: Any, config: Config, policy: str) -> Any:
     from flax import nnx
 
     name, number = parts_of(policy)
-    lora = functools.partial(with_lora, rank=number, remat=config.remat)
-    make = {"suffix": lambda m: m.top(number), "lora": lora}
+    make = {"suffix": lambda m: m.top(number), "lora": lambda m: with_lora(m, number)}
     return nnx.eval_shape(make.get(name, lambda m: m), model)
 
 
@@ -198,19 +195,15 @@ def _flops(task: Task, config: Config, policy: str) -> float:
     return program_flops(grad(params, rest, {"x": x, "y": y}))
 
 
-def with_lora(model: Any, rank: int, alpha: float | None = None, remat: str | None = None) -> Any:
+def with_lora(model: Any, rank: int, alpha: float | None = None) -> Any:
     """The model, with matrices of `add_lora` in it."""
-    from priorityprop_jax.models import Decoder
     from priorityprop_jax.models.lora import add_lora
 
     add_lora(model, rank=rank, alpha=alpha or 2.0 * rank)
-    if isinstance(model, Decoder):
-        # A product with frozen weights has no use for its result: to keep them all costs more.
-        setattr(model.blocks.block, "remat", remat or "none")  # noqa: B010  # of any block
     return model
 
 
-def others(model: Any, batch: Any, remat: str | None) -> dict[str, tuple[Any, Any]]:
+def others(model: Any, batch: Any) -> dict[str, tuple[Any, Any]]:
     """What `partial.plan` compares with: last blocks behind ones that ran once, and LoRA."""
     import jax.numpy as jnp
     from flax import nnx
@@ -219,7 +212,7 @@ def others(model: Any, batch: Any, remat: str | None) -> dict[str, tuple[Any, An
     example = {**batch, "x": jnp.zeros((*batch["x"].shape, model.config.hidden_size))}
     for k in _few(model.config.num_hidden_layers):
         found[f"suffix({k}), below run once"] = model.top(k), example
-    found["lora(8)"] = with_lora(nnx.clone(model), 8, remat=remat), batch
+    found["lora(8)"] = with_lora(nnx.clone(model), 8), batch
     return found
 
 
@@ -296,7 +289,7 @@ def trainer_of(directory: Path, config: Config, task: Task, steps: int) -> Any:
         del task.model  # what is below is not in memory
     elif name == "lora":
         with meshes.on_host(config.mesh):
-            with_lora(model, number, config.alpha, config.remat)
+            with_lora(model, number, config.alpha)
     elif name != "full":
         step = tuning.make_step(config)
         tx = tuning.optimizer(config.learning_rate, steps, active=True)

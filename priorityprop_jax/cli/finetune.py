@@ -96,9 +96,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "what a decoder computes in; its weights are float32",
     },
     "remat": {
-        "choices": ("none", "products", "all"),
+        "choices": ("none", "products", "all"), "default": "products",
         "help": "what a decoder's backward pass computes again, to save memory: nothing, all but "
-        "matrix products, or all of a block (default: none for lora, else products)",
+        "the products of its layers, or all of a block",
     },
     "numbers": {
         "action": "store_true",

@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
             task = decoders.load(config, path)
             loader = decoders.batches(config, task, task.train, train=True)
             model, batch = task.model, max(loader, key=lambda batch: batch["x"].shape[1])
-            beside = decoders.others(model, batch, config.remat)
+            beside = decoders.others(model, batch)
         else:
             finetune.check_unused(config, finetune.OF_DECODERS, "an encoder")
             task = finetune.load(config)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from priorityprop_jax.core.modules import FrozenWeight, trainable
 from priorityprop_jax.exact.products import dot_general
@@ -19,7 +20,9 @@ from priorityprop_jax.partial.stack import Stack
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 _CLASSIFIER = "ForSequenceClassification"
-_REMAT = {"none": None, "products": jax.checkpoint_policies.dots_saveable, "all": None}
+_product = partial(checkpoint_name, name="product")  # that of a layer, with LoRA's added to it
+_KEPT = jax.checkpoint_policies.save_only_these_names("product")
+_REMAT = {"none": None, "products": _KEPT, "all": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +246,7 @@ class DecoderBlock(nnx.Module):
         """The block, and its keys and values, which are put into a cache of them at a place."""
         h = self.attention_norm(hidden)
         split = (*h.shape[:2], -1, self.head_dim)
-        q, k, v = (part(h).reshape(split) for part in (self.query, self.key, self.value))
+        q, k, v = (_product(part(h)).reshape(split) for part in (self.query, self.key, self.value))
         if hasattr(self, "query_norm"):
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = _rotated(q, angles), _rotated(k, angles)
@@ -251,9 +254,10 @@ class DecoderBlock(nnx.Module):
             put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=at, axis=1)
             k, v = (put(old, new) for old, new in zip(cache, (k, v), strict=True))
         y = jax.nn.dot_product_attention(q, k, v, mask=mask)  # [batch, time, heads, head_dim]
-        hidden = hidden + self.attention_out(y.reshape(*h.shape[:2], -1))
+        hidden = hidden + _product(self.attention_out(_product(y.reshape(*h.shape[:2], -1))))
         h = self.mlp_norm(hidden)
-        return hidden + self.down(nnx.silu(self.gate(h)) * self.up(h)), (k, v)
+        gate, up = _product(self.gate(h)), _product(self.up(h))
+        return hidden + self.down(nnx.silu(gate) * up), (k, v)
 
 
 class DecoderHead(nnx.Module):
@@ -301,8 +305,8 @@ class Decoder(nnx.Module):
     Args:
       config: of the decoder.
       dtype: of the computation, such as `jnp.bfloat16`; weights are float32.
-      remat: what the backward pass finds kept of a block: ``"none"`` is made again, ``"products"``
-        alone are kept, or ``"all"`` is made again from the block's input.
+      remat: what the backward pass makes again of a block: ``"none"`` of it, all but the
+        ``"products"`` of its layers and of its attention, or ``"all"`` from the block's input.
       rngs: of the weights.
 
     Raises:

@@ -20,7 +20,7 @@ from flax import nnx
 from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-from priorityprop_jax.core.modules import trainable
+from priorityprop_jax.core.modules import FrozenWeight, trainable
 from priorityprop_jax.core.slots import Bundle, Slots
 from priorityprop_jax.core.work import Work, read_loss
 
@@ -253,18 +253,18 @@ class Stack(nnx.Module):
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """What the last of them returns."""
-        graph, params, rest = nnx.split(self.block, trainable, ...)
+        graph, params, fixed, rest = nnx.split(self.block, trainable, FrozenWeight, ...)
 
-        def block(params: Any, x: Any, rest: Any) -> Any:
-            before, treedef = jax.tree.flatten(rest)
-            module = nnx.merge(graph, params, rest)
+        def block(params: Any, x: Any, others: Any) -> Any:
+            before, treedef = jax.tree.flatten(others[1])
+            module = nnx.merge(graph, params, *others)
             x = module(x, *args, **kwargs)
-            after, new = jax.tree.flatten(nnx.state(module, nnx.Not(trainable)))
-            # What is not changed, such as frozen weights, is not collected.
+            after, new = jax.tree.flatten(nnx.split(module, trainable, FrozenWeight, ...)[-1])
+            # What is not changed is not collected; `nnx.remat` hides it from all but the type.
             same = zip(after, before, strict=True) if new == treedef else ()
             return x, new.unflatten([None if a is b else a for a, b in same] or after)
 
-        x, new = stack(block, params, x, per_layer=rest, has_aux=True)
+        x, new = stack(block, params, x, per_layer=(fixed, rest), has_aux=True)
         nnx.update(self.block, _merge(new, rest))
         return x
 

@@ -46,6 +46,7 @@ def test_rates_of_shorter_runs_serve_all_of_a_family(tmp_path, monkeypatch):
     monkeypatch.setattr(finetune_llm, "FOLDER", tmp_path)
     own = arguments()
     assert tuned_as(own, "suffix:4") == "suffix:8"
+    assert tuned_as(own, "lora:8 remat all") == "lora:8"
     # After a first part in full the rate of the last blocks alone is far too high.
     assert tuned_as(own, "full, then suffix:8") == "full, then suffix:8"
     assert tuned_as(arguments(model="minilm"), "suffix:4") == "suffix:4"
@@ -75,10 +76,14 @@ def test_runs_are_compared_at_their_ends_where_one_is_looked_at_there_alone(tmp_
     assert found["loss"] == 0.2 and found["within 5 %"]["of_full_time"] == pytest.approx(0.5)
 
 
-def test_an_arm_may_say_how_many_steps_a_cycle_has():
+def test_an_arm_may_say_how_many_steps_a_cycle_has_and_what_is_made_again():
     about = {"data": "sst2", "model": "smollm2-135m", "cycle": 10, "seed": 1, "epochs": 1}
     about = argparse.Namespace(**about, rows=8)
-    for arm, policy, cycle in (("badam:1 every 4", "badam:1", 4), ("badam:1", "badam:1", 10)):
+    for arm, *want in (
+        ("badam:1 every 4", "badam:1", 4, "products"),
+        ("badam:1", "badam:1", 10, "products"),
+        ("lora:8 remat all", "lora:8", 10, "all"),
+    ):
         config = finetune_llm.config_of(about, arm)
-        assert (config.policy, config.recalc_every) == (policy, cycle)
+        assert [config.policy, config.recalc_every, config.remat] == want
     assert finetune_llm.first_rate("smollm2-135m", "full, then suffix:8") == 8e-4
