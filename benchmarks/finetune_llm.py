@@ -46,7 +46,7 @@ FOLDER = RESULTS / "finetune_llm"
 ARMS = {
     "smollm2-135m": (
         "full", "full remat all", "lora:8", "lora:8 remat all", "suffix:15", "suffix:8",
-        "suffix:4", "lisa:2", "lisa:2 remat all", "badam:1", "badam:1 every 4", "priority",
+        "suffix:4", "lisa:2", "lisa:2 remat all", "badam:1 every 4", "priority",
         "full, then suffix:8",
     ),
     "minilm": (
