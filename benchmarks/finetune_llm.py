@@ -338,11 +338,12 @@ def step_one(arguments: argparse.Namespace) -> None:
 
         jax.stages.Lowered.compile = remember
         # What is drawn anew is timed over a whole cycle with one draw, and drawn once before; but
-        # BAdam's turns cost more from one to the next, and are timed over an epoch of them.
+        # BAdam's turns cost more from one to the next, and what priority trains is compiled as it
+        # changes: these are timed over an epoch.
         cycle, count = config.recalc_every, arguments.repeats
-        if (name := str(config.policy).partition(":")[0]) == "badam":
+        if (name := str(config.policy).partition(":")[0]) in ("badam", "priority"):
             count = arguments.rows // ROWS[arguments.model]
-        elif name in ("lisa", "priority"):
+        elif name == "lisa":
             count = cycle
         trainer.train([batch] * (cycle + 2 if name in ("lisa", "badam", "priority") else 2))
         if not compiled:  # a plain step compiles as it is called
