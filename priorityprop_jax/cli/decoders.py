@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from priorityprop_jax.models import Decoder, Language
 
 Config = argparse.Namespace
-RATES = {"full": 3e-5, "suffix": 1e-4, "lora": 3e-4}  # by policy; the others as full
+RATES = {"full": 5e-5, "suffix": 4e-4, "lora": 1e-3, "badam": 2e-3}  # by policy
 
 
 @dataclasses.dataclass
@@ -208,12 +208,10 @@ def others(model: Any, batch: Any) -> dict[str, tuple[Any, Any]]:
     import jax.numpy as jnp
     from flax import nnx
 
-    found = {}
-    example = {**batch, "x": jnp.zeros((*batch["x"].shape, model.config.hidden_size))}
-    for k in _few(model.config.num_hidden_layers):
-        found[f"suffix({k}), below run once"] = model.top(k), example
-    found["lora(8)"] = with_lora(nnx.clone(model), 8), batch
-    return found
+    hidden = {**batch, "x": jnp.zeros((*batch["x"].shape, model.config.hidden_size))}
+    numbers = _few(model.config.num_hidden_layers)
+    found = {f"suffix({k}), below run once": (model.top(k), hidden) for k in numbers}
+    return found | {"lora(8)": (with_lora(nnx.clone(model), 8), batch)}
 
 
 # Training.
@@ -281,10 +279,9 @@ def trainer_of(directory: Path, config: Config, task: Task, steps: int) -> Any:
     model: Any = task.model
     step, tx = None, tuning.optimizer(config.learning_rate, steps // config.accumulate)
     if name == "suffix":
-        blocks = model.config.num_hidden_layers - number
         with meshes.on_host(config.mesh):
             top = model.top(number)
-        hidden_rows(model, task, config, blocks, directory)
+        hidden_rows(model, task, config, model.config.num_hidden_layers - number, directory)
         model = top
         del task.model  # what is below is not in memory
     elif name == "lora":

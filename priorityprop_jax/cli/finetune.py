@@ -60,7 +60,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "recalc_every": {
         "type": whole(1),
         "help": "steps in a cycle, after which the layers are chosen anew (default: a quarter of "
-        "an epoch)",
+        "an epoch; for lisa and badam as many as give each block a turn in it)",
     },
     "state": {
         "choices": ("keep", "reset", "offload"),
@@ -143,7 +143,7 @@ def _run(arguments: argparse.Namespace) -> int:
     for name in ("epochs", "learning_rate", "batch_size"):
         setattr(config, name, getattr(task, name))
     meshes.check(config)
-    config.recalc_every = config.recalc_every or max(1, len(task.train_data) // 4)
+    config.recalc_every = _cycle(config, len(task.train_data), task.model)
     print(
         f"{task.name}: policy {config.policy}, {config.epochs} x {len(task.train_data)} steps in "
         f"cycles of {config.recalc_every}"
@@ -161,6 +161,15 @@ def settle(config: Config, decoder: bool) -> None:
         config.budget = 0.4
     if config.state is None:
         config.state = "reset" if str(config.policy).startswith(("lisa", "badam")) else "keep"
+
+
+def _cycle(config: Config, steps: int, model: Any) -> int:
+    """Steps in a cycle, where an epoch has so many: LISA and BAdam come to each block in one."""
+    from priorityprop_jax.cli.decoders import parts_of
+
+    name, number = parts_of(config.policy or "suffix")
+    blocks, few = model.config.num_hidden_layers, name in ("lisa", "badam")
+    return config.recalc_every or max(1, steps // (-(-blocks // (number or 1)) if few else 4))
 
 
 def _check_options(config: Config, decoder: bool) -> None:
@@ -197,13 +206,12 @@ def _decoder(arguments: argparse.Namespace, config: Config, path: Path) -> int:
     from priorityprop_jax.cli import decoders
 
     name, _ = decoders.parts_of(config.policy or "suffix")
-    engine = name not in ("full", "suffix", "lora")
-    if engine:
+    if name not in ("full", "suffix", "lora"):
         make_step(config)
         if config.accumulate > 1:
             raise Failure(f"--accumulate goes with full, suffix and lora, not with {name}", 2)
     config.batch_size, config.epochs = config.batch_size or 16, config.epochs or 3
-    config.learning_rate = config.learning_rate or decoders.RATES.get(name, decoders.RATES["full"])
+    config.learning_rate = config.learning_rate or decoders.RATES.get(name, 2e-4)
     meshes.check(config)
     task = decoders.load(config, path)
     steps = len(decoders.batches(config, task, task.train, train=True))
@@ -212,7 +220,7 @@ def _decoder(arguments: argparse.Namespace, config: Config, path: Path) -> int:
             f"--accumulate {config.accumulate} is more than all {config.epochs * steps} batches: "
             "nothing would be learnt", 2
         )  # fmt: skip
-    config.recalc_every = config.recalc_every or max(1, steps // 4)
+    config.recalc_every = _cycle(config, steps, task.model)
     config.policy, share = decoders.plan(config, task)
     print(f"{Path(config.data).stem}: policy {config.policy}, {config.epochs} x {steps} steps")
     with runs.running(arguments, "finetune", _name(config), config) as directory:

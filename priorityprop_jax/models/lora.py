@@ -74,9 +74,7 @@ def merge_lora(model: Any) -> None:
                 base = value.base
                 base.kernel[...] += value.a[...] @ value.b[...] * value.scale
                 setattr(module, name, base)
-    for module in _modules(model):
-        for name, value in list(vars(module).items()):
-            if isinstance(value, FrozenWeight):
+            elif isinstance(value, FrozenWeight):
                 setattr(module, name, nnx.Param(value[...]))
 
 
