@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -509,3 +510,15 @@ def test_numbers_are_learnt_and_predicted_as_they_are(place, capsys):
     assert run("predict", str(directory), "odd.csv") == 1
     assert "row 1: the label 'dear' is no finite number" in one_line(capsys)
     assert not (place / "odd.predicted.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("policy", "steps"),
+    [("badam:1", 4), ("lisa:2", 8), ("lisa(2)", 8), ("priority", 31), ("full", 31), (None, 31)],
+)
+def test_few_blocks_at_a_time_have_a_turn_each_in_an_epoch(policy, steps):
+    model = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=30))
+    given = {"policy": policy, "recalc_every": None}
+    assert finetune._cycle(argparse.Namespace(**given), 125, model) == steps
+    assert finetune._cycle(argparse.Namespace(**given | {"recalc_every": 9}), 125, model) == 9
+    assert finetune._cycle(argparse.Namespace(**given), 1, model) == 1

@@ -302,6 +302,21 @@ def test_remat_changes_no_gradient(remat):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "LoRA"])
+@pytest.mark.parametrize(
+    ("remat", "features"), [("all", [12]), ("products", [8, 8, 12, 12, 20, 20, 24, 24])]
+)
+def test_remat_keeps_what_it_says_and_no_weights(remat, features, lora):
+    model, x = small("smollm", remat=remat), tokens(2, 5)
+    if lora:
+        add_lora(model, rank=2)
+    loss, params, rest = pure_loss(model, lambda m, x: jnp.mean(m.outputs(x).hidden ** 2))
+    traced = jax.make_jaxpr(jax.value_and_grad(loss, has_aux=True))(params, rest, x)
+    forward, _ = (eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "scan")
+    _, *kept = (var.aval.shape for var in forward.outvars)
+    assert sorted(kept) == [(3, 2, 5, count) for count in features]
+
+
 def test_bfloat16_computes_and_keeps_its_weights():
     model, x = small("smollm", dtype=jnp.bfloat16), tokens(1, 5)
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
