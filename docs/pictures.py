@@ -390,7 +390,7 @@ TUNED = (
 )
 WAYS = {
     "full": "all {}", "lora:8": "LoRA", "lisa:2": "LISA", "badam:1": "BAdam",
-    "priority": "by priority",
+    "badam:1 every 4": "BAdam", "priority": "by priority",
 }  # fmt: skip
 
 
@@ -409,8 +409,9 @@ def last_blocks() -> Figure:
             axis.plot(x, y, "o", color=SPENT if on else FORWARD, mfc=None if on else "white", ms=7)
             label = WAYS.get(arm, arm.replace("full", "all").replace("suffix:", "last "))
             place, side = ((4, 6), "left") if on else ((0, -16), "center")
-            if arm == "priority":  # beside BAdam
-                place, side = (-7, -4), "right"
+            # Beside BAdam; and beside what begins in full.
+            apart = {"priority": ((-7, -4), "right"), "lora:8": ((7, -2), "left")}
+            place, side = apart.get(arm, (place, side))
             axis.annotate(label.format(blocks), (x, y), place, textcoords="offset points", ha=side)
         axis.set(xlim=(0, 120), xlabel="time of the training, % of that of all blocks", title=title)
         axis.margins(y=0.15)

@@ -45,14 +45,18 @@ def exact():
 
 def fine_tuning():
     arms = record("finetune_llm/steps-smollm2-135m-cpu.json")["arms"]
-    last, badam, lora = arms["suffix:8"], arms["badam:1"], arms["lora:8"]
-    time, memory = last["of_full"], last["of_full_bytes"]
+    lora = arms["lora:8"]
+    time, memory = lora["of_full"], lora["of_full_bytes"]
     yield f"{time:.2f} of full training's time and {memory:.2f} of its memory"
-    yield f"| {badam['of_full']:.2f} of the time, {badam['of_full_bytes']:.2f} of the memory |"
-    yield f"first row: {lora['of_full']:.2f} of the time, {lora['of_full_bytes']:.2f} of the memory"
-    losses = record("finetune_llm/learning-smollm2-135m-sst2-1-epochs-cpu.json")["arms"]
-    losses = losses["suffix:8"]["loss"], losses["full"]["loss"]
-    yield "on SST-2 a loss of {:.3f}, in place of {:.3f} |".format(*losses)
+    for own in (arms["suffix:8"], arms["badam:1 every 4"]):
+        yield f"| {own['of_full']:.2f} of the time, {own['of_full_bytes']:.2f} of the memory |"
+    found = record("finetune_llm/learning-smollm2-135m-sst2-1-epochs-cpu.json")["arms"]
+    losses = {arm: f"{own['loss']:.3f}" for arm, own in found.items()}
+    for arm in ("lora:8", "suffix:8"):
+        yield f"on SST-2 a loss of {losses[arm]}, in place of {losses['full']} |"
+    yield f"a block at a time: {losses['badam:1 every 4']} |"
+    rate = found["lora:8"]["rate"] / found["full"]["rate"]
+    yield f"a learning rate {round(rate)} times as high"
     steps = record("speed/partial_steps-cpu.json")["minilm"]["milliseconds"]
     one, two = (steps[f"suffix({k})"] / steps["full"] for k in (1, 2))
     yield f"a step takes {two:.2f} of full training's time, `suffix(1)` {one:.2f}"
