@@ -29,13 +29,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -421,6 +420,12 @@ def seconds_to(target: float, line: dict, record: dict) -> float | None:
     return None
 
 
+def told(values: Iterable[float | None]) -> float | None:
+    """Their mean, if they are there: free text has no accuracy."""
+    found = [value for value in values if value is not None]
+    return statistics.fmean(found) if found else None
+
+
 def summary(arguments: argparse.Namespace) -> dict[str, Any]:
     """Of each arm at its best rate: lowest loss and accuracy, and how soon it is at full's loss."""
     record = json.loads(
@@ -443,7 +448,7 @@ def summary(arguments: argparse.Namespace) -> dict[str, Any]:
         found[arm] = {
             "rate": tuned(arguments, arm)[0], "seeds": len(own),
             "loss": statistics.fmean(point["loss"] for point in points),
-            "accuracy": statistics.fmean(point.get("accuracy", math.nan) for point in points),
+            "accuracy": told(point.get("accuracy") for point in points),
             "of_full_time": whole(next(iter(own.values()))) / whole(lines["full"][1]),
         }  # fmt: skip
         for slack in (0, 2, 5):
@@ -481,7 +486,8 @@ def report(arguments: argparse.Namespace) -> None:
             ]  # fmt: skip
         reached = found.get(arm)
         if reached:
-            cells += [f"{reached['loss']:.3f}", f"{reached['accuracy']:.3f}"]
+            accuracy = reached["accuracy"]
+            cells += [f"{reached['loss']:.3f}", "" if accuracy is None else f"{accuracy:.3f}"]
             for slack in slacks:
                 to = reached[f"within {slack} %"]
                 of = f"{to['of_full_time']:.2f} of full's" if to["arrived"] else "not reached"
