@@ -16,7 +16,7 @@ def test_the_best_rate_is_found_wherever_it_lies(best):
 
 def test_seconds_to_a_target_count_what_is_frozen_once():
     record = {"model": "minilm", "forward_ms": 12.0}
-    record["arms"] = {"full": {"ms": 30.0}, "suffix:2": {"ms": 10.0}}
+    record["arms"] = {"full": {"ms": 30.0, "of_full": 1.0}, "suffix:2": {"of_full": 1 / 3}}
     line = {
         "key": {"arm": "full, then suffix:2", "rows": 64},
         "steps": 9,
