@@ -151,3 +151,20 @@ def test_figures_of_rows_of_embeddings_are_those_of_their_record():
     assert "is {} sooner with SGD and {} with AdamW".format(*found["minilm"]) in guide
     assert f"({min(singles):.2f}x to {max(singles):.2f}x in single processes)" in guide
     assert "and {} and {} where it has 250,002".format(*found["multilingual"]) in guide
+
+
+def test_what_free_text_reaches_is_that_of_its_record():
+    folder = ROOT / "benchmarks/results/finetune_llm"
+    record = folder / "learning-smollm2-135m-shakespeare-1-epochs-cpu.json"
+    text = (ROOT / "docs/guides/my-decoder.md").read_text(encoding="utf-8")
+    arms = json.loads(record.read_text(encoding="utf-8"))["arms"]
+    lines = (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    keys = [json.loads(line) for line in lines]
+    points = [p for one in keys if one["key"]["data"] == "shakespeare" for p in one["curve"]]
+    before = {f"{point['loss']:.2f}" for point in points if point["step"] == 0}
+    names = ("full", "lora:8", "lisa:2", "badam:1 every 4", "suffix:8")
+    losses = [f"{arms[name]['loss']:.2f}" for name in names]
+    said = (
+        "from {} to {} by all blocks, {} by LoRA, {} by LISA, {} by BAdam and {} by the last eight"
+    )
+    assert said.format(*before, *losses) in " ".join(text.split())
