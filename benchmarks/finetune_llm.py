@@ -282,7 +282,7 @@ def learn(arguments: argparse.Namespace) -> None:
             run(learns_as(arm), tuned(arguments, arm)[0], seed, arguments.epochs)
 
 
-def fixed_task(arguments: argparse.Namespace) -> Any:
+def fixed_task(arguments: argparse.Namespace, config: Any) -> Any:
     """A decoder and a batch of rows of one length."""
     import numpy as np
 
@@ -290,7 +290,6 @@ def fixed_task(arguments: argparse.Namespace) -> Any:
     from priorityprop_jax.models import load_decoder, load_language
     from priorityprop_jax.models.prompts import answer_loss, label_tokens
 
-    config = config_of(arguments, "full" if arguments.arm == "forward" else arguments.arm)
     path = tuning.model_path(config)
     language = load_language(path)
     labels = ["negative", "positive"]
@@ -319,7 +318,7 @@ def step_one(arguments: argparse.Namespace) -> None:
     if arguments.model == "minilm":
         made, task = encoder, finetune.load(config)
     else:
-        made, task = decoder, fixed_task(arguments)
+        made, task = decoder, fixed_task(arguments, config)
     with made(config, task, 100) as (trainer, loader, _):
         trainer._progress = False
         batch = next(iter(loader))
@@ -365,7 +364,10 @@ def step_one(arguments: argparse.Namespace) -> None:
 
 
 def steps(arguments: argparse.Namespace) -> None:
-    """Times all arms in turn, and writes the record; other arms that it has stay in it."""
+    """Times all arms in turn, and writes the record; other arms that it has stay in it.
+
+    `of_full` is over `full` in the same run, and `ms / of_full` is what that took.
+    """
     FOLDER.mkdir(parents=True, exist_ok=True)
     single = ["forward", *(arm for arm in arguments.arms if ", then " not in arm)]
     load, found = os.getloadavg(), {arm: [] for arm in single}
@@ -421,7 +423,7 @@ def seconds_to(target: float, line: dict, record: dict) -> float | None:
     return None
 
 
-def told(values: Iterable[float | None]) -> float | None:
+def mean(values: Iterable[float | None]) -> float | None:
     """Their mean, if they are there: free text has no accuracy."""
     found = [value for value in values if value is not None]
     return statistics.fmean(found) if found else None
@@ -449,7 +451,7 @@ def summary(arguments: argparse.Namespace) -> dict[str, Any]:
         found[arm] = {
             "rate": tuned(arguments, arm)[0], "seeds": len(own),
             "loss": statistics.fmean(point["loss"] for point in points),
-            "accuracy": told(point.get("accuracy") for point in points),
+            "accuracy": mean(point.get("accuracy") for point in points),
         }  # fmt: skip
         if arguments.data != "sst2":  # of whose rows steps are timed
             continue

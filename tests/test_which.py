@@ -54,7 +54,7 @@ def fine_tuning():
     losses = {arm: f"{own['loss']:.3f}" for arm, own in found.items()}
     for arm in ("lora:8", "suffix:8"):
         yield f"on SST-2 a loss of {losses[arm]}, in place of {losses['full']} |"
-    yield f"a block at a time: {losses['badam:1 every 4']} |"
+    yield f"a block at a time: there a loss of {losses['badam:1 every 4']} |"
     rate = found["lora:8"]["rate"] / found["full"]["rate"]
     yield f"a learning rate {round(rate)} times as high"
     steps = record("speed/partial_steps-cpu.json")["minilm"]["milliseconds"]

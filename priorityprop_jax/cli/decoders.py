@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from priorityprop_jax.models import Decoder, Language
 
 Config = argparse.Namespace
-RATES = {"full": 5e-5, "suffix": 4e-4, "lora": 1e-3, "badam": 2e-3}  # by policy
+RATES = {"full": 5e-5, "suffix": 4e-4, "lora": 1e-3, "badam": 2e-3}  # by policy; others 2e-4
 
 
 @dataclasses.dataclass

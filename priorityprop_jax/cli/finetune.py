@@ -60,7 +60,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "recalc_every": {
         "type": whole(1),
         "help": "steps in a cycle, after which the layers are chosen anew (default: a quarter of "
-        "an epoch; for lisa and badam as many as give each block a turn in it)",
+        "an epoch; of lisa and badam there are as many cycles in it as turns for all blocks)",
     },
     "state": {
         "choices": ("keep", "reset", "offload"),
@@ -164,12 +164,12 @@ def settle(config: Config, decoder: bool) -> None:
 
 
 def _cycle(config: Config, steps: int, model: Any) -> int:
-    """Steps in a cycle, where an epoch has so many: LISA and BAdam come to each block in one."""
+    """Steps in a cycle: LISA and BAdam have as many in an epoch as give each block a turn."""
     from priorityprop_jax.cli.decoders import parts_of
 
     name, number = parts_of(config.policy or "suffix")
-    blocks, few = model.config.num_hidden_layers, name in ("lisa", "badam")
-    return config.recalc_every or max(1, steps // (-(-blocks // (number or 1)) if few else 4))
+    turns = -(-model.config.num_hidden_layers // (number or 1)) if name in ("lisa", "badam") else 4
+    return config.recalc_every or max(1, steps // turns)
 
 
 def _check_options(config: Config, decoder: bool) -> None:

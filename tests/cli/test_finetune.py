@@ -516,7 +516,7 @@ def test_numbers_are_learnt_and_predicted_as_they_are(place, capsys):
     ("policy", "steps"),
     [("badam:1", 4), ("lisa:2", 8), ("lisa(2)", 8), ("priority", 31), ("full", 31), (None, 31)],
 )
-def test_few_blocks_at_a_time_have_a_turn_each_in_an_epoch(policy, steps):
+def test_few_blocks_at_a_time_change_as_often_as_gives_each_a_turn(policy, steps):
     model = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=30))
     given = {"policy": policy, "recalc_every": None}
     assert finetune._cycle(argparse.Namespace(**given), 125, model) == steps
